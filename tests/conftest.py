@@ -1,0 +1,36 @@
+"""What every test gets: a fixed seed, poisoned uninitialised memory, and honest GPU skips."""
+
+import os
+
+import pytest
+import torch
+
+_EMPTY = torch.empty
+_EMPTY_LIKE = torch.empty_like
+
+
+def _poison(tensor):
+    if tensor.is_floating_point() and not tensor.requires_grad:
+        tensor.fill_(float("nan"))
+    return tensor
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Uninitialised floats are NaN, so that a result which reads them cannot look right."""
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_EMPTY(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_EMPTY_LIKE(*a, **k)))
+
+
+def pytest_collection_modifyitems(items):
+    """Skip GPU tests with their reason, or fail them where CK_REQUIRE_CUDA says a GPU is owed."""
+    if torch.cuda.is_available() or os.environ.get("CK_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
