@@ -1,0 +1,5 @@
+"""The losses as functions."""
+
+from contrastive_kit.losses import info_nce, nt_xent
+
+__all__ = ["info_nce", "nt_xent"]

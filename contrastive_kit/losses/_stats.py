@@ -1,0 +1,47 @@
+"""Figures about a batch that come with its loss, at no second N × N product."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kit.ops import LogitStatistics
+
+
+class ContrastiveStats(NamedTuple):
+    """Detached diagnostics of one call, each a tensor of no dimension, averaged over anchors.
+
+    All depend on the number of candidates: compare them at one batch size only.
+
+    Attributes:
+        accuracy: share of anchors whose most similar candidate is a positive, in [0, 1]. The
+            candidates are the positives and the negatives of the loss: 2N - 1 for NT-Xent.
+        positive_similarity: mean cosine between anchors and positives, in [-1, 1].
+        negative_similarity: mean cosine over all negative pairs, in [-1, 1]; NaN if there is none.
+        entropy: mean entropy, in nats, of the softmax over the candidates of an anchor.
+    """
+
+    accuracy: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    entropy: Tensor
+
+
+def contrastive_stats(
+    positive_logits: Tensor,
+    negative_lse: Tensor,
+    negatives: LogitStatistics,
+    temperature: float | Tensor,
+) -> ContrastiveStats:
+    """Statistics from positive logits (P, M) and per-anchor figures of the negatives (M,)."""
+    with torch.no_grad():
+        log_total = torch.logaddexp(negative_lse, positive_logits.logsumexp(0))
+        expected_logit = (negative_lse - log_total).exp() * negatives.expected
+        expected_logit += ((positive_logits - log_total).exp() * positive_logits).sum(0)
+        hit = positive_logits.amax(0) > negatives.maximum
+        return ContrastiveStats(
+            accuracy=hit.to(log_total.dtype).mean(),
+            positive_similarity=positive_logits.mean() * temperature,
+            negative_similarity=negatives.total.sum() / negatives.kept.sum() * temperature,
+            entropy=(log_total - expected_logit).mean(),
+        )

@@ -1,0 +1,232 @@
+"""InfoNCE: each query against its key and negatives; in both directions it is the loss of CLIP."""
+
+import torch
+from torch import Tensor
+
+from contrastive_kit._checks import check_alike, check_device, check_embeddings, check_ids
+from contrastive_kit.losses._common import (
+    LossOutput,
+    TemperatureLoss,
+    check_options,
+    reduce,
+    softmax_loss,
+)
+from contrastive_kit.losses._stats import contrastive_stats
+from contrastive_kit.ops import (
+    Exclusion,
+    LogitStatistics,
+    kept_logsumexp,
+    row_statistics,
+    scaled_unit_rows,
+)
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    ids: Tensor | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> LossOutput:
+    r"""InfoNCE: cross entropy of finding the key of each query among negatives.
+
+    .. math::
+
+        \ell_i = -\log \frac{e^{s_{ii}}}{e^{s_{ii}} + \sum_{n} e^{s_{in}}},
+        \qquad s_{ij} = \cos(q_i, k_j) / \tau
+
+    Without ``negatives``, the negatives of query i are the keys of all other queries; unlike
+    NT-Xent, no query is a negative of a query. With ``negatives`` those are the only ones (MoCo's
+    queue; mined negatives).
+
+    Args:
+        query: embeddings (N, D), any floating dtype, normalised here; N ≥ 2 without ``negatives``.
+        key: embeddings (N, D); row i is the positive of row i of ``query``.
+        negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query.
+        temperature: τ > 0, or a tensor of one value, which then receives its gradient. The value
+            of a tensor is not checked; if it is not positive the loss is NaN.
+        symmetric: average with the loss of keys against queries, the loss of CLIP, from the same
+            tiles. Not with ``negatives``.
+        ids: integers (N,); pairs of equal id are not negatives of each other. A row left without
+            negatives has loss 0 and a zero gradient. Not with ``negatives``.
+        reduction: "mean" (over both directions if ``symmetric``), "sum", or "none" for the losses
+            (N,), or (2, N) if ``symmetric``: queries first, then keys.
+        return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``.
+        backend: "auto" or a name, see ``which_backend``. Per-query negatives need no tiles: each
+            is used once, and every backend computes them alike.
+
+    Returns:
+        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast;
+        with ``return_stats`` the pair (loss, ``ContrastiveStats``).
+
+    Raises:
+        TypeError: for embeddings that are not floating tensors or ids that are not integers.
+        ValueError: for shapes or devices that do not match, fewer than two rows without
+            ``negatives``, ``symmetric`` or ``ids`` with ``negatives``, a temperature that is not
+            positive and finite, an unknown ``reduction`` or ``backend``.
+
+    Memory:
+        O((N + K)·D) and a few tiles; per-query negatives are an input of N·K·D.
+
+    References:
+        van den Oord et al., arXiv 1807.03748, equation 4; Radford et al., arXiv 2103.00020,
+        figure 3 (symmetric); He et al., arXiv 1911.05722, equation 1 (queue).
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.functional import info_nce
+        >>> image, text = torch.eye(4), torch.eye(4)
+        >>> info_nce(image, text, temperature=1.0, symmetric=True)  # log(e + 3) - 1
+        tensor(0.7437)
+        >>> queue = -torch.ones(2, 4)
+        >>> info_nce(image, text, queue, temperature=1.0)  # log(e + 2 e^-1/2) - 1
+        tensor(0.3690)
+    """
+    _check_inputs(query, key, negatives, symmetric, ids)
+    check_options(temperature, reduction, backend)
+    n = len(query)
+    bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
+
+    with torch.autocast(query.device.type, enabled=False):
+        rows = scaled_unit_rows((query, key), temperature)
+        queries, keys = rows.unbind(0)
+        positive_logits = (queries * keys).sum(1)[None]
+        if negatives is None:
+            negative_lse, statistics = kept_logsumexp(
+                queries,
+                keys,
+                exclusion=Exclusion(n, ids, ids),
+                both=symmetric,
+                bound=bound,
+                statistics=return_stats,
+                backend=backend,
+            )
+        else:
+            columns = scaled_unit_rows((negatives,), temperature)[0]
+            if negatives.ndim == 2:
+                negative_lse, statistics = kept_logsumexp(
+                    queries, columns, bound=bound, statistics=return_stats, backend=backend
+                )
+            else:
+                negative_lse, statistics = _per_query_logsumexp(queries, columns, return_stats)
+        if symmetric:
+            positive_logits = positive_logits.repeat(1, 2)
+        per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
+        loss = reduce(per_anchor.view(2, n) if symmetric else per_anchor, reduction)
+        if statistics is None:
+            return loss
+        return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
+
+
+def _check_inputs(
+    query: Tensor, key: Tensor, negatives: Tensor | None, symmetric: bool, ids: Tensor | None
+) -> None:
+    check_embeddings("query", query)
+    check_embeddings("key", key)
+    check_alike("key", key, "query", query)
+    n, d = query.shape
+    if negatives is None:
+        if n < 2:
+            raise ValueError(
+                "query must have at least 2 rows where no negatives are given, or there are none; "
+                f"got {n}"
+            )
+        if ids is not None:
+            check_ids("ids", ids, n, "query", query)
+        return
+    if symmetric:
+        raise ValueError("symmetric=True takes no negatives: keys have no negatives of their own")
+    if ids is not None:
+        raise ValueError("ids tell which keys are no negatives; with negatives given, omit ids")
+    if isinstance(negatives, Tensor) and negatives.ndim == 3:
+        check_embeddings("negatives", negatives, ndim=3)
+        if (negatives.shape[0], negatives.shape[2]) != (n, d):
+            raise ValueError(
+                f"negatives must have shape ({n}, K, {d}) to match query, "
+                f"got {tuple(negatives.shape)}"
+            )
+    else:
+        check_embeddings("negatives", negatives)
+        if negatives.shape[1] != d:
+            raise ValueError(
+                f"negatives must have shape (K, {d}) to match query, got {tuple(negatives.shape)}"
+            )
+    check_device("negatives", negatives, "query", query)
+
+
+def _per_query_logsumexp(
+    queries: Tensor, negatives: Tensor, return_stats: bool
+) -> tuple[Tensor, LogitStatistics | None]:
+    dtype = torch.promote_types(queries.dtype, negatives.dtype)
+    logits = torch.einsum("nd,nkd->nk", queries.to(dtype), negatives.to(dtype))
+    lse = logits.logsumexp(1)
+    if not return_stats:
+        return lse, None
+    return lse, LogitStatistics(*row_statistics(logits.detach(), lse.detach(), 1).unbind(0))
+
+
+class InfoNCE(TemperatureLoss):
+    """InfoNCE as a module: ``info_nce`` with its options stored.
+
+    Args:
+        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
+        symmetric: average both directions: the loss of CLIP.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
+            below log(100). Give it to the optimiser without weight decay.
+        reduction: "mean", "sum" or "none".
+        backend: "auto" or a name, see ``which_backend``.
+
+    Raises:
+        ValueError: for a temperature out of range, an unknown ``reduction`` or ``backend``.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit import InfoNCE
+        >>> clip_loss = InfoNCE(symmetric=True, learnable_temperature=True)
+        >>> loss = clip_loss(torch.randn(4, 8), torch.randn(4, 8))
+        >>> loss.backward()
+        >>> clip_loss.log_scale.grad.shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        symmetric: bool = False,
+        learnable_temperature: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(temperature, learnable_temperature, reduction, backend)
+        self.symmetric = symmetric
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        ids: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> LossOutput:
+        """The loss of queries and keys, (N, D) each: see ``info_nce``."""
+        return info_nce(
+            query,
+            key,
+            negatives,
+            temperature=self.temperature,
+            symmetric=self.symmetric,
+            ids=ids,
+            reduction=self.reduction,
+            return_stats=return_stats,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as the constructor takes them."""
+        return f"{super().extra_repr()}, symmetric={self.symmetric}"

@@ -1,0 +1,189 @@
+"""NT-Xent, the loss of SimCLR: each view of an image against all views of all others."""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from contrastive_kit._checks import check_alike, check_embeddings, check_ids
+from contrastive_kit.losses._common import (
+    LossOutput,
+    TemperatureLoss,
+    check_options,
+    reduce,
+    softmax_loss,
+)
+from contrastive_kit.losses._stats import contrastive_stats
+from contrastive_kit.ops import Exclusion, kept_logsumexp, scaled_unit_rows
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *more_views: Tensor,
+    temperature: float | Tensor = 0.5,
+    ids: Tensor | None = None,
+    decoupled: bool = False,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> LossOutput:
+    r"""NT-Xent, the normalised temperature-scaled cross entropy of SimCLR.
+
+    .. math::
+
+        \ell_i = -\log \frac{e^{s_{ip}}}{e^{s_{ip}} + \sum_{n} e^{s_{in}}},
+        \qquad s_{ij} = \cos(z_i, z_j) / \tau
+
+    Row i of every view is image i. The positive p of an anchor is the other view of its image, its
+    negatives n are both views of all other images; the value is the mean over all anchors, as in
+    the paper (google-research's code returns twice that). With more than two views the positives
+    of an anchor are all other views of its image, combined as L_out of SupCon: the mean of their
+    log-probabilities, all of them in the denominator.
+
+    Args:
+        z1: embeddings of the first views, (N, D), N ≥ 2, any floating dtype. They are normalised
+            here: their lengths do not matter. A zero row has cosine 0 to all and a zero gradient.
+        z2: embeddings of the second views, like ``z1``.
+        *more_views: embeddings of further views, like ``z1``.
+        temperature: τ > 0, or a tensor of one value, which then receives its gradient. The value
+            of a tensor is not checked; if it is not positive the loss is NaN.
+        ids: integers (N,); images of equal id (duplicates, known false negatives) are not
+            negatives of each other, and no positives either. An anchor left without negatives has
+            loss 0 and a zero gradient.
+        decoupled: leave the positives out of the denominator (DCL, arXiv 2110.06848, equation 6).
+        reduction: "mean" or "sum" over the V·N anchors, or "none" for the losses (V, N): entry
+            (v, i) has row i of view v as its anchor.
+        return_stats: also return ``ContrastiveStats``. It costs a second pass over each tile.
+        backend: "auto" or a name, see ``which_backend``.
+
+    Returns:
+        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast;
+        with ``return_stats`` the pair (loss, ``ContrastiveStats``).
+
+    Raises:
+        TypeError: for embeddings that are not floating tensors or ids that are not integers.
+        ValueError: for shapes or devices that do not match, fewer than two rows, a temperature
+            that is not positive and finite, an unknown ``reduction`` or ``backend``.
+
+    Memory:
+        O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``).
+
+    References:
+        Chen et al., A Simple Framework for Contrastive Learning of Visual Representations,
+        arXiv 2002.05709, equation 1 and algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.functional import nt_xent
+        >>> z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> nt_xent(z1, z1, temperature=0.5)  # log(e² + 2) - 2
+        tensor(0.2395)
+    """
+    views = (z1, z2, *more_views)
+    names = ["z1", "z2", *(f"more_views[{i}]" for i in range(len(more_views)))]
+    for name, view in zip(names, views, strict=True):
+        check_embeddings(name, view)
+        check_alike(name, view, "z1", z1)
+    n = len(z1)
+    if n < 2:
+        raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
+    if ids is not None:
+        check_ids("ids", ids, n, "z1", z1)
+    check_options(temperature, reduction, backend)
+
+    with torch.autocast(z1.device.type, enabled=False):
+        rows = scaled_unit_rows(views, temperature)
+        positive_logits = _positive_logits(rows)
+        repeated_ids = None if ids is None else ids.repeat(len(views))
+        negative_lse, statistics = kept_logsumexp(
+            rows.flatten(0, 1),
+            exclusion=Exclusion(n, repeated_ids, repeated_ids),
+            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+            statistics=return_stats,
+            backend=backend,
+        )
+        per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
+        loss = reduce(per_anchor.view(len(views), n), reduction)
+        if statistics is None:
+            return loss
+        return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
+
+
+def _positive_logits(rows: Tensor) -> Tensor:
+    """Logits of each anchor with the other views of its image, (V - 1, V·N), equation (3)."""
+    views = rows.unbind(0)
+    n_views = len(views)
+    pair = {}
+    for v, w in combinations(range(n_views), 2):
+        pair[v, w] = pair[w, v] = (views[v] * views[w]).sum(1)
+    return torch.stack(
+        [
+            torch.cat([pair[v, (v + shift) % n_views] for v in range(n_views)])
+            for shift in range(1, n_views)
+        ]
+    )
+
+
+class NTXent(TemperatureLoss):
+    """NT-Xent as a module: ``nt_xent`` with its options stored.
+
+    Args:
+        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
+            below log(100). Give it to the optimiser without weight decay.
+        decoupled: leave the positives out of the denominator.
+        reduction: "mean", "sum" or "none".
+        backend: "auto" or a name, see ``which_backend``.
+
+    Raises:
+        ValueError: for a temperature out of range, an unknown ``reduction`` or ``backend``.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit import NTXent
+        >>> loss_fn = NTXent(temperature=0.1)
+        >>> z = torch.ones(8, 16, requires_grad=True)
+        >>> loss, stats = loss_fn(z, z, return_stats=True)
+        >>> round(loss.item(), 4)  # identical rows: log(2N - 1)
+        2.7081
+        >>> round(stats.positive_similarity.item(), 4)
+        1.0
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        learnable_temperature: bool = False,
+        decoupled: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(temperature, learnable_temperature, reduction, backend)
+        self.decoupled = decoupled
+
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *more_views: Tensor,
+        ids: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> LossOutput:
+        """The loss of two or more views, (N, D) each: see ``nt_xent``."""
+        return nt_xent(
+            z1,
+            z2,
+            *more_views,
+            temperature=self.temperature,
+            ids=ids,
+            decoupled=self.decoupled,
+            reduction=self.reduction,
+            return_stats=return_stats,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as the constructor takes them."""
+        return f"{super().extra_repr()}, decoupled={self.decoupled}"

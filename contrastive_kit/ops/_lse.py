@@ -1,0 +1,160 @@
+"""The primitive that carries every loss: the logsumexp over the kept entries of ``q @ k.T``."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kit import reference
+from contrastive_kit._checks import check_choice
+from contrastive_kit.ops._exclusion import Exclusion
+from contrastive_kit.ops._registered import KeptLogSumExp
+from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
+from contrastive_kit.ops._unit_rows import compute_dtype
+
+
+class Backend(NamedTuple):
+    """A way to compute the primitive.
+
+    Attributes:
+        refuse: why it cannot run on these tensors, or None if it can.
+        run: called as ``run(q, k, exclusion, both, bound, statistics)``, differentiable in ``q``
+            and ``k``; returns the logsumexp and its statistics.
+    """
+
+    refuse: Callable[[Tensor, Tensor | None], str | None]
+    run: Callable[..., tuple[Tensor, Tensor]]
+
+
+class BackendChoice(NamedTuple):
+    """Which backend runs, and why each backend before it in the order of preference does not.
+
+    Attributes:
+        name: the backend that runs.
+        refusals: name of a preferred backend to its reason.
+    """
+
+    name: str
+    refusals: dict[str, str]
+
+
+def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") -> BackendChoice:
+    """Tell which backend a loss would use for these embeddings, and why not the others.
+
+    Args:
+        q: embeddings (N, D), or one matrix of rows.
+        k: the other matrix (C, D), or None for NT-Xent and the like, which compare rows of ``q``.
+        backend: "auto", or the name of a backend: "tiled" (any device, torch only, memory of a few
+            tiles) or "reference" (the formula, memory N²).
+
+    Raises:
+        ValueError: for an unknown backend, or a named one that refuses; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit import which_backend
+        >>> which_backend(torch.randn(8, 4)).name
+        'tiled'
+    """
+    check_choice("backend", backend, ["auto", *BACKENDS])
+    if backend != "auto":
+        reason = BACKENDS[backend].refuse(q, k)
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+        return BackendChoice(backend, {})
+    refusals: dict[str, str] = {}
+    for name, candidate in BACKENDS.items():
+        reason = candidate.refuse(q, k)
+        if reason is None:
+            return BackendChoice(name, refusals)
+        refusals[name] = reason
+    raise ValueError(f"no backend can run here: {refusals}")
+
+
+def kept_logsumexp(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    exclusion: Exclusion = Exclusion(),  # noqa: B008  an immutable tuple
+    both: bool = False,
+    bound: float = torch.inf,
+    statistics: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, LogitStatistics | None]:
+    """Logsumexp over the kept entries of each row of the logits ``q @ k.T``, equation (2).
+
+    A row that keeps no entry has logsumexp -inf and a zero gradient. NaN and inf propagate.
+    Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except in the
+    ``reference`` backend). Deterministic. Memory beyond the result: a few tiles of 4 MiB on a CPU
+    (64 MiB on an accelerator), and R·C for the ``reference`` backend.
+
+    Args:
+        q: rows (R, D), floating; computed in float64 if float64, else in float32.
+        k: columns (C, D), or None for ``k = q``, where symmetry halves the work.
+        exclusion: the pairs left out.
+        both: also return the logsumexp of each column; only with ``k``.
+        bound: a number that no |logit| exceeds, if the caller knows one. A small bound spares
+            the passes that guard against overflow.
+        statistics: also return ``LogitStatistics``, detached.
+        backend: "auto" or a name, see ``which_backend``.
+
+    Returns:
+        The logsumexp (R,), with ``both`` (R + C,): rows first; and the statistics in the same
+        order, or None.
+    """
+    choice = which_backend(q, k, backend=backend)
+    dtype = compute_dtype(q) if k is None else compute_dtype(q, k)
+    lse, stats = BACKENDS[choice.name].run(
+        q.to(dtype), None if k is None else k.to(dtype), exclusion, both, bound, statistics
+    )
+    return lse, LogitStatistics(*stats.unbind(0)) if statistics else None
+
+
+def _run_reference(
+    q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, bound: float, statistics: bool
+) -> tuple[Tensor, Tensor]:
+    keys = q if k is None else k
+    excluded = exclusion.mask(len(q), len(keys), q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        lse = [reference.kept_logsumexp(q, keys, excluded)]
+        if both and k is not None:
+            lse.append(reference.kept_logsumexp(k, q, excluded.T))
+        stats = q.new_empty(0)
+        if statistics:
+            logits = (q @ keys.T).detach().masked_fill(excluded, -torch.inf)
+            stats = torch.cat(
+                [
+                    row_statistics(logits, x.detach(), dim)
+                    for x, dim in zip(lse, (1, 0), strict=False)
+                ],
+                dim=1,
+            )
+    return torch.cat(lse), stats
+
+
+def _run_registered(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(
+        q: Tensor,
+        k: Tensor | None,
+        exclusion: Exclusion,
+        both: bool,
+        bound: float,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = KeptLogSumExp.apply(
+            q, k, exclusion, both, bound, statistics, name
+        )
+        return result
+
+    return run
+
+
+def _never_refuses(q: Tensor, k: Tensor | None) -> None:
+    return None
+
+
+BACKENDS = {
+    "tiled": Backend(_never_refuses, _run_registered("tiled")),
+    "reference": Backend(_never_refuses, _run_reference),
+}

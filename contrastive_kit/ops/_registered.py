@@ -1,0 +1,154 @@
+"""The primitive as registered ops, with one autograd rule for every backend that brings kernels.
+
+The ops are functional and opaque to ``torch.compile``, which sees their fakes. Their bodies run
+with autocast off: it would round the logits to half precision.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from contrastive_kit.ops import _tiled
+from contrastive_kit.ops._exclusion import Exclusion
+
+_KERNELS = {"tiled": _tiled}
+
+_SHARED_ARGUMENTS = (
+    "Tensor q, Tensor? k, Tensor? row_ids, Tensor? column_ids, int period, bool both, float bound"
+)
+
+
+@torch.library.custom_op(
+    "contrastive_kit::kept_logsumexp",
+    mutates_args=(),
+    schema=f"({_SHARED_ARGUMENTS}, bool statistics, str backend) -> (Tensor, Tensor)",
+)
+def logsumexp_forward(
+    q: Tensor,
+    k: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    period: int,
+    both: bool,
+    bound: float,
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Logsumexp of the kept logits, (R,) or (R + C,), and their statistics, (4, same) or (0,)."""
+    exclusion = Exclusion(period, row_ids, column_ids)
+    with torch.autocast(q.device.type, enabled=False):
+        result: tuple[Tensor, Tensor] = _KERNELS[backend].forward(
+            q, k, exclusion, both, bound, statistics
+        )
+    return result
+
+
+@logsumexp_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    period: int,
+    both: bool,
+    bound: float,
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    length = q.shape[0] + (k.shape[0] if both and k is not None else 0)
+    stats = q.new_empty((4, length)) if statistics else q.new_empty(0)
+    return q.new_empty(length), stats
+
+
+@torch.library.custom_op(
+    "contrastive_kit::kept_logsumexp_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad, Tensor lse, {_SHARED_ARGUMENTS}, bool needs_q, bool needs_k, "
+        "str backend) -> (Tensor, Tensor)"
+    ),
+)
+def logsumexp_backward(
+    grad: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    period: int,
+    both: bool,
+    bound: float,
+    needs_q: bool,
+    needs_k: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``q`` and ``k`` from that of the logsumexp; (0,) for the one not needed."""
+    exclusion = Exclusion(period, row_ids, column_ids)
+    with torch.autocast(q.device.type, enabled=False):
+        result: tuple[Tensor, Tensor] = _KERNELS[backend].backward(
+            grad, lse, q, k, exclusion, both, bound, (needs_q, needs_k)
+        )
+    return result
+
+
+@logsumexp_backward.register_fake
+def _(
+    grad: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    period: int,
+    both: bool,
+    bound: float,
+    needs_q: bool,
+    needs_k: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dq = q.new_empty(q.shape if needs_q else 0)
+    return dq, q.new_empty(k.shape if k is not None and needs_k else 0)
+
+
+class KeptLogSumExp(torch.autograd.Function):
+    """Differentiable form of the two ops; only the inputs and the logsumexp are kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor | None,
+        exclusion: Exclusion,
+        both: bool,
+        bound: float,
+        statistics: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the forward op."""
+        period, row_ids, column_ids = exclusion
+        result: tuple[Tensor, Tensor] = logsumexp_forward(
+            q, k, row_ids, column_ids, period, both, bound, statistics, backend
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the backward op needs."""
+        q, k, exclusion, ctx.both, ctx.bound, _, ctx.backend = inputs
+        lse, stats = output
+        ctx.mark_non_differentiable(stats)
+        ctx.period = exclusion.period
+        ctx.save_for_backward(lse, q, k, exclusion.row_ids, exclusion.column_ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Run the backward op for the inputs that need it."""
+        needs_q, needs_k = ctx.needs_input_grad[:2]
+        dq, dk = logsumexp_backward(
+            grad, *ctx.saved_tensors, ctx.period, ctx.both, ctx.bound, needs_q, needs_k, ctx.backend
+        )
+        return dq if needs_q else None, dk if needs_k else None, None, None, None, None, None

@@ -1,0 +1,163 @@
+"""Backend ``tiled``: the logits one tile at a time, in plain torch.
+
+Any device, float32 and float64; the memory beyond the results is a few tiles, whatever N is. With
+one matrix (``k`` None) the logits are symmetric, and only tiles on and above the diagonal are
+computed: an entry (i, j) right of its row block also serves as (j, i). Equation numbers are those
+of ``docs/nt_xent.md``.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kit.ops._exclusion import Exclusion
+from contrastive_kit.ops._statistics import merge_statistics, row_statistics
+
+# Rows and columns of a tile. On a CPU a float32 tile is 4 MiB and stays in cache; on an
+# accelerator tiles are large so that launches do not dominate. A tile is at least as wide as high,
+# so that the first tile of a row block holds its whole diagonal block.
+_CPU_TILE = (256, 4096)
+_ACCELERATOR_TILE = (2048, 8192)
+
+# While every |logit| is at most this, sums of exp neither overflow nor lose a row to underflow,
+# and the running maximum of a stable logsumexp is not needed.
+_LARGEST_UNSHIFTED_LOGIT = {torch.float32: 69.0, torch.float64: 600.0}
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    columns: slice
+    mirrored: (
+        slice  # the columns for which this tile also counts as rows, or as the other direction
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, bound: float, statistics: bool
+) -> tuple[Tensor, Tensor]:
+    """Logsumexp of rows (and columns if ``both``), and its statistics or an empty tensor."""
+    length = len(q) + (len(k) if both and k is not None else 0)
+    if _needs_shift(q, k, bound) or statistics:
+        return _forward_shifted(q, k, exclusion, both, length, statistics)
+    sums = q.new_zeros(length)
+    row_sums, column_sums = _split(sums, q, k, both)
+    for tile, logits in _logit_tiles(q, k):
+        exps = logits.exp_()
+        exclusion.fill_(exps, 0.0, tile.rows.start, tile.columns.start)
+        row_sums[tile.rows] += exps.sum(1)
+        if column_sums is not None:
+            column_sums[tile.mirrored] += _mirrored(exps, tile).sum(0)
+    return sums.log_(), q.new_empty(0)
+
+
+def _forward_shifted(
+    q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, length: int, statistics: bool
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_full((length,), -torch.inf)
+    stats = q.new_zeros(4, length if statistics else 0)
+    stats[0] = -torch.inf
+    row_lse, column_lse = _split(lse, q, k, both)
+    row_stats, column_stats = _split(stats, q, k, both)
+
+    def merge(lse: Tensor, stats: Tensor, logits: Tensor, where: slice, dim: int) -> None:
+        tile_lse = logits.logsumexp(dim)
+        merged = torch.logaddexp(lse[where], tile_lse)
+        if statistics:
+            tile_stats = row_statistics(logits, tile_lse, dim)
+            stats[:, where] = merge_statistics(
+                merged, stats[:, where], lse[where], tile_stats, tile_lse
+            )
+        lse[where] = merged
+
+    for tile, logits in _logit_tiles(q, k):
+        exclusion.fill_(logits, -torch.inf, tile.rows.start, tile.columns.start)
+        merge(row_lse, row_stats, logits, tile.rows, 1)
+        if column_lse is not None and column_stats is not None:
+            merge(column_lse, column_stats, _mirrored(logits, tile), tile.mirrored, 0)
+    return lse, stats if statistics else q.new_empty(0)
+
+
+def backward(
+    grad: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    exclusion: Exclusion,
+    both: bool,
+    bound: float,
+    needs_grad: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``q`` and ``k``, equation (5); an empty tensor for the one not needed."""
+    keys = q if k is None else k
+    dq = torch.zeros_like(q) if needs_grad[0] else q.new_empty(0)
+    dk = torch.zeros_like(k) if k is not None and needs_grad[1] else q.new_empty(0)
+    mirrored_grad = dq if k is None else dk
+    # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    row_lse, column_lse = _split(lse, q, k, both)
+    row_grad, column_grad = _split(grad, q, k, both)
+    shifted = _needs_shift(q, k, bound)
+    row_scale, column_scale = _split(grad * (-lse).exp(), q, k, both)
+    scratch: Tensor | None = None
+    for tile, logits in _logit_tiles(q, k):
+        if shifted:
+            exclusion.fill_(logits, -torch.inf, tile.rows.start, tile.columns.start)
+            weights = (logits - row_lse[tile.rows, None]).exp_().mul_(row_grad[tile.rows, None])
+            if column_lse is not None and column_grad is not None:
+                logits.sub_(column_lse[None, tile.columns]).exp_()
+                weights.addcmul_(logits, column_grad[None, tile.columns])
+        else:
+            weights = logits.exp_()
+            exclusion.fill_(weights, 0.0, tile.rows.start, tile.columns.start)
+            if column_scale is None:
+                weights.mul_(row_scale[tile.rows, None])
+            else:
+                if scratch is None:  # the first tile is the largest
+                    scratch = weights.new_empty(weights.numel())
+                scale = scratch[: weights.numel()].view(weights.shape)
+                torch.add(row_scale[tile.rows, None], column_scale[tile.columns], out=scale)
+                weights.mul_(scale)
+        if needs_grad[0]:
+            dq[tile.rows].addmm_(weights, keys[tile.columns])
+        if k is None or needs_grad[1]:
+            mirrored_grad[tile.mirrored].addmm_(_mirrored(weights, tile).T, q[tile.rows])
+    return dq, dk
+
+
+def _needs_shift(q: Tensor, k: Tensor | None, bound: float) -> bool:
+    limit = _LARGEST_UNSHIFTED_LOGIT[q.dtype]
+    if bound <= limit:
+        return False
+    if q.device.type != "cpu":
+        return True  # reading the norms would wait for the device
+    longest = torch.linalg.vector_norm(q, dim=1).amax()
+    longest_key = longest if k is None else torch.linalg.vector_norm(k, dim=1).amax()
+    return not float(longest * longest_key) <= limit
+
+
+def _logit_tiles(q: Tensor, k: Tensor | None) -> Iterator[tuple[_Tile, Tensor]]:
+    """Each tile with its logits, which live in one buffer that the next tile overwrites."""
+    keys = q if k is None else k
+    height, width = _CPU_TILE if q.device.type == "cpu" else _ACCELERATOR_TILE
+    buffer = q.new_empty(min(height, len(q)) * min(width, len(keys)))
+    for top in range(0, len(q), height):
+        bottom = min(top + height, len(q))
+        for left in range(top if k is None else 0, len(keys), width):
+            right = min(left + width, len(keys))
+            mirrored = slice(max(left, bottom) if k is None else left, right)
+            logits = buffer[: (bottom - top) * (right - left)].view(bottom - top, right - left)
+            torch.mm(q[top:bottom], keys[left:right].T, out=logits)
+            yield _Tile(slice(top, bottom), slice(left, right), mirrored), logits
+
+
+def _mirrored(tile_values: Tensor, tile: _Tile) -> Tensor:
+    return tile_values[:, tile.mirrored.start - tile.columns.start :]
+
+
+def _split(x: Tensor, q: Tensor, k: Tensor | None, both: bool) -> tuple[Tensor, Tensor | None]:
+    """Views of ``x`` (..., R or R + C) for the rows and for the columns, None if not wanted."""
+    if k is None:
+        return x, x
+    return x[..., : len(q)], x[..., len(q) :] if both else None
