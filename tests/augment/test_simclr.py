@@ -1,0 +1,377 @@
+"""The whole view against torchvision's pipeline, and what the module promises around it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from contrastive_kit import SimCLRAugment
+from contrastive_kit.augment.parameters import unpack
+from contrastive_kit.augment.simclr import IMAGENET_NORMALIZATION
+
+
+def expected_views(augment, images, params, oracle):
+    rows = params.flatten(0, 1)
+    views = [oracle(images[i % len(images)], row, augment.settings) for i, row in enumerate(rows)]
+    return torch.stack(views)
+
+
+CASES = {
+    "32 from 32": (32, (40, 32, 32), {"blur": True}),
+    "33x20 from 50x41": ((33, 20), (12, 50, 41), {"blur": True, "kernel_size": 5}),
+    "96 from 64x128": (96, (6, 64, 128), {}),
+    "224 from 256": (224, (4, 256, 256), {}),
+    "normalised": (40, (12, 50, 60), {"blur": True, "normalize": IMAGENET_NORMALIZATION}),
+    "bicubic": (24, (8, 60, 40), {"blur": True, "interpolation": "bicubic"}),
+    "strong hue, solarized": (
+        16,
+        (16, 30, 30),
+        {"blur": True, "colors": (0.8, 0.8, 0.8, 0.5), "solarize": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_torchvision(case, dtype, backend, make_images, torchvision_view, poisoned_empty):
+    size, shape, options = CASES[case]
+    augment = SimCLRAugment(size, backend=backend, **options)
+    images = make_images(*shape, dtype)
+    before = images.clone()
+    views, params = augment(images, return_params=True)
+    assert torch.equal(images, before)
+    expected = expected_views(augment, images, params, torchvision_view)
+    result = torch.cat(views)
+    if backend == "torch" and dtype == torch.uint8:
+        # The crop agrees to one grey level, and the colours may amplify it 1.8^3 times.
+        assert (result - expected).abs().mean() < 1e-3
+    else:
+        atol = 1e-5 / (0.225 if augment.settings.std else 1)
+        torch.testing.assert_close(result, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_google_research_flavour(backend, make_images):
+    """Its operations one by one through `functional`, which has its own oracles."""
+    from contrastive_kit.augment import functional as ck
+
+    augment = SimCLRAugment.google_research(32, blur=True, backend=backend)
+    images = make_images(10, 50, 44)
+    result, params = augment(images, return_params=True, concat=True)
+    for number, row in enumerate(params.flatten(0, 1)):
+        p = unpack(row[None])
+        x = images[number % 10][None]
+        x = ck.crop_resize(x, p.box, 32, flip=p.flip, interpolation="bicubic", antialias=False)
+        x = x.clamp(0, 1)
+        for operation in p.order[0].tolist() if p.jitter else ():
+            if operation == 0:
+                x = ck.adjust_brightness(x, p.brightness)
+            elif operation == 1:
+                x = ck.adjust_contrast(x, p.contrast, mean="channel")
+            elif operation == 2:
+                x = ck.adjust_saturation(x, p.saturation, mode="hsv")
+            else:
+                x = ck.adjust_hue(x, p.hue)
+        x = ck.grayscale(x, apply=p.grayscale)
+        x = ck.gaussian_blur(x, p.sigma, kernel_size=3, padding="zeros", apply=p.blur)
+        torch.testing.assert_close(result[number], x[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_images_of_different_sizes(backend, make_images, torchvision_view):
+    shapes = [(40, 52), (33, 31), (64, 20), (9, 80)]
+    images = [make_images(1, *shape, torch.uint8, seed=i)[0] for i, shape in enumerate(shapes)]
+    augment = SimCLRAugment(24, views=3, backend=backend, blur=True)
+    views, params = augment(images, return_params=True)
+    assert len(views) == 3
+    expected = expected_views(augment, images, params, torchvision_view)
+    torch.testing.assert_close(torch.cat(views), expected, atol=1e-5, rtol=0)
+    assert unpack(params).box[..., 2:].amax(dim=(0, 2)).gt(9).all()
+
+
+def test_replay_is_exact_and_the_draw_follows_the_generator(make_images):
+    images = make_images(6, 40, 40, torch.uint8)
+    augment = SimCLRAugment(32, generator=torch.Generator().manual_seed(3))
+    state = torch.get_rng_state()
+    first, params = augment(images, return_params=True)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+    second, other = augment(images, return_params=True)
+    assert not torch.equal(params, other)
+    assert all(map(torch.equal, augment(images, params=params), first))
+    assert all(map(torch.equal, augment(images, params=other), second))
+    augment.generator.manual_seed(3)
+    assert all(map(torch.equal, augment(images), first))
+
+
+def test_the_default_generator_is_torch_manual_seed(make_images):
+    images = make_images(2, 20, 20)
+    augment = SimCLRAugment(16)
+    torch.manual_seed(5)
+    first = augment(images)
+    torch.manual_seed(5)
+    assert all(map(torch.equal, augment(images), first))
+
+
+def test_backends_make_the_same_views_of_floats(make_images):
+    images = make_images(8, 48, 40)
+    params = SimCLRAugment(64).draw(images)
+    cpu = SimCLRAugment(64, backend="cpu")(images, params=params, concat=True)
+    batched = SimCLRAugment(64, backend="torch")(images, params=params, concat=True)
+    torch.testing.assert_close(cpu, batched, atol=1e-5, rtol=0)
+
+
+def test_views_share_one_buffer(make_images):
+    images = make_images(3, 20, 20)
+    augment = SimCLRAugment(16, views=4)
+    views, params = augment(images, return_params=True)
+    batch = augment(images, params=params, concat=True)
+    assert batch.shape == (12, 3, 16, 16)
+    assert torch.equal(torch.cat(views), batch)
+    assert len({view.untyped_storage().data_ptr() for view in views}) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_and_memory_format_of_the_views(dtype, memory_format, backend, make_images):
+    images = make_images(4, 70, 66, torch.uint8)
+    options = {"normalize": IMAGENET_NORMALIZATION, "backend": backend}
+    plain = SimCLRAugment(64, **options)
+    params = plain.draw(images)
+    augment = SimCLRAugment(64, dtype=dtype, memory_format=memory_format, **options)
+    for view, wide in zip(
+        augment(images, params=params), plain(images, params=params), strict=True
+    ):
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=memory_format)
+        assert torch.equal(view, wide.to(dtype))
+
+
+def test_source_memory_formats_and_narrow_floats(make_images):
+    images = make_images(4, 40, 50, torch.uint8)
+    augment = SimCLRAugment(32)
+    params = augment.draw(images)
+    expected = augment(images, params=params, concat=True)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(augment(last, params=params, concat=True), expected)
+    cut = torch.nn.functional.pad(images, (3, 2, 1, 4))[:, :, 1:-4, 3:-2]
+    assert torch.equal(augment(cut, params=params, concat=True), expected)
+    half = make_images(4, 40, 50).half()
+    wide = augment(half.float(), params=params, concat=True)
+    assert torch.equal(augment(half, params=params, concat=True), wide)
+    assert torch.equal(augment(list(half), params=params, concat=True), wide)
+
+
+def test_gradient_reaches_the_images(make_images):
+    images = make_images(3, 24, 24).requires_grad_()
+    augment = SimCLRAugment(16, blur=True)
+    torch.cat(augment(images)).square().sum().backward()
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="backend 'cpu' is not differentiable"):
+        SimCLRAugment(16, backend="cpu")(images)
+    with torch.no_grad():
+        SimCLRAugment(16, backend="cpu")(images)
+
+
+def test_autocast_changes_nothing(make_images):
+    images = make_images(4, 40, 40, torch.uint8)
+    for backend in ("cpu", "torch"):
+        augment = SimCLRAugment(64, backend=backend)
+        params = augment.draw(images)
+        expected = augment(images, params=params, concat=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = augment(images, params=params, concat=True)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, expected)
+
+
+def test_the_images_are_not_kept_alive(make_images):
+    import weakref
+
+    augment = SimCLRAugment(16)
+    images = make_images(4, 20, 20)
+    watch = weakref.ref(images)
+    views = augment(images)
+    del images
+    assert watch() is None
+    del views
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_continue_where_the_original_is(duplicate, make_images):
+    images = make_images(4, 20, 20)
+    augment = SimCLRAugment(16, generator=torch.Generator().manual_seed(1))
+    augment(images)
+    twin = duplicate(augment)
+    assert all(map(torch.equal, twin(images), augment(images)))
+    assert repr(twin) == repr(augment)
+    plain = duplicate(SimCLRAugment(16))
+    assert plain.generator is None
+
+
+class Views(torch.utils.data.Dataset):
+    def __init__(self):
+        self.augment = SimCLRAugment(16)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        image = torch.full((1, 3, 20, 20), index * 30, dtype=torch.uint8)
+        return self.augment(image, concat=True), self.augment.draw(image)
+
+
+def test_in_dataloader_workers():
+    loader = torch.utils.data.DataLoader(Views(), batch_size=4, num_workers=2)
+    views, params = zip(*loader, strict=True)
+    assert torch.cat(views).shape == (8, 2, 3, 16, 16)
+    assert torch.cat(params).unique(dim=0).shape[0] == 8
+
+
+def test_fullgraph_compile(make_images):
+    images = make_images(4, 24, 24)
+    augment = SimCLRAugment(16, blur=True)
+    params = augment.draw(images)
+    compiled = torch.compile(augment, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(images, params=params, concat=True),
+        augment(images, params=params, concat=True),
+        atol=1e-5,
+        rtol=0,
+    )
+    torch.manual_seed(0)
+    first, second = compiled(images)
+    assert first.shape == second.shape == (4, 3, 16, 16)
+    assert not torch.equal(first, second)
+
+
+def test_recipes():
+    assert SimCLRAugment(32).settings.kernel_size == 0
+    assert SimCLRAugment(63).settings.kernel_size == 0
+    assert SimCLRAugment(64).settings.kernel_size == 7
+    assert [SimCLRAugment(s).settings.kernel_size for s in (96, 224)] == [9, 23]
+    assert SimCLRAugment.imagenet().settings.size == (224, 224)
+    assert SimCLRAugment.imagenet().distribution.brightness == pytest.approx((0.2, 1.8))
+    cifar = SimCLRAugment.cifar()
+    assert cifar.distribution.hue == pytest.approx((-0.1, 0.1))
+    assert cifar.settings.kernel_size == 0
+    assert SimCLRAugment.cifar(strength=1.0).strength == 1.0
+    assert SimCLRAugment(8, strength=2.0).distribution.contrast == (0.0, 2.6)
+    with pytest.raises(TypeError, match="colour"):
+        SimCLRAugment.imagenet(colour=1)
+
+
+def test_byol_pair_is_asymmetric(make_images):
+    augment = SimCLRAugment.byol(64)
+    p = unpack(augment.draw(make_images(1, 64, 64).expand(4000, -1, -1, -1)))
+    assert p.blur[0].mean() == 1
+    assert p.blur[1].mean() == pytest.approx(0.1, abs=0.03)
+    assert p.solarize[0].sum() == 0
+    assert p.solarize[1].mean() == pytest.approx(0.2, abs=0.03)
+
+
+def test_repr_tells_the_recipe():
+    text = repr(SimCLRAugment.byol(96, normalize=IMAGENET_NORMALIZATION, dtype=torch.float16))
+    for part in (
+        "size=(96, 96)",
+        "views=2",
+        "blur=(1.0, 0.1)",
+        "kernel_size=9",
+        "solarize=(0.0, 0.2)",
+        "hue=(-0.1, 0.1)",
+        "interpolation='bicubic'",
+        "0.485",
+        "torch.float16",
+    ):
+        assert part in text
+    assert "blur=False" in repr(SimCLRAugment.cifar())
+
+
+def test_empty_batch():
+    views = SimCLRAugment(16)(torch.empty(0, 3, 20, 20))
+    assert [view.shape for view in views] == [(0, 3, 16, 16)] * 2
+
+
+IMAGES = torch.rand(2, 3, 20, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"size": 0}, ValueError, "size must be a positive int"),
+        ({"size": (8, 8, 8)}, ValueError, "size must be a positive int"),
+        ({"size": 8.0}, ValueError, "size must be a positive int"),
+        ({"strength": -1}, ValueError, "strength must be finite and not negative, got -1"),
+        ({"strength": float("nan")}, ValueError, "strength must be finite"),
+        ({"strength": 3}, ValueError, "strength times the hue"),
+        ({"views": 0}, ValueError, "views must be a positive int, got 0"),
+        ({"blur": "yes"}, ValueError, "blur must be a bool, 'auto' or a probability, got 'yes'"),
+        ({"blur": 1.5}, ValueError, "blur must be a probability"),
+        ({"blur": (0.1, 0.2, 0.3)}, ValueError, "blur must be one probability or one for each"),
+        ({"blur": True, "kernel_size": 4}, ValueError, "kernel_size must be odd"),
+        ({"blur": True, "kernel_size": 33}, ValueError, "kernel_size must be below 32"),
+        ({"blur": True, "blur_padding": "x"}, ValueError, "padding must be 'reflect' or 'zeros'"),
+        ({"normalize": ((0, 0, 0), (1, 0, 1))}, ValueError, "normalize must be three means"),
+        ({"backend": "gpu"}, ValueError, "backend must be .* got 'gpu'"),
+        ({"scale": (0.5, 0.1)}, ValueError, "scale must be a range"),
+        ({"scale": (0.0, 1.0)}, ValueError, "scale must be positive"),
+        ({"ratio": (0.0, 1.0)}, ValueError, "ratio must be positive"),
+        ({"flip": 2}, ValueError, "flip must be a probability"),
+        ({"sigma": (0.0, 1.0)}, ValueError, "sigma must be positive"),
+        ({"colors": (1, 1, 1)}, ValueError, "colors must be four finite numbers"),
+        ({"interpolation": "nearest"}, ValueError, "interpolation must be"),
+        ({"contrast_mean": "x"}, ValueError, "contrast_mean must be"),
+        ({"saturation_mode": "x"}, ValueError, "saturation_mode must be"),
+        ({"solarize_threshold": 2}, ValueError, "solarize_threshold must be"),
+        ({"dtype": torch.uint8}, TypeError, "dtype must be floating"),
+        ({"memory_format": torch.preserve_format}, ValueError, "memory_format must be"),
+    ],
+)
+def test_bad_settings(options, error, words):
+    with pytest.raises(error, match=words):
+        SimCLRAugment(**{"size": 16, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda a: a(IMAGES[0]), ValueError, r"images must be \(B, C, H, W\)"),
+        (lambda a: a(IMAGES[:, :1]), ValueError, "images must have 3 channels"),
+        (lambda a: a(IMAGES.int()), TypeError, "uint8 or floating"),
+        (lambda a: a(IMAGES.numpy()), TypeError, "images must be a tensor or a non-empty list"),
+        (lambda a: a([]), TypeError, "non-empty list"),
+        (lambda a: a([IMAGES]), ValueError, r"images in a list must be tensors \(3, H, W\)"),
+        (lambda a: a([IMAGES[0], IMAGES[0].double()]), ValueError, "one dtype and one device"),
+        (lambda a: a(IMAGES, params=torch.zeros(2, 2, 5)), ValueError, r"shape \(2, 2, 18\)"),
+        (lambda a: a(IMAGES, params=[1]), ValueError, "got list"),
+        (
+            lambda a: a(IMAGES, params=a.draw(torch.rand(2, 3, 90, 90)) + 10),
+            ValueError,
+            "box must lie inside the image",
+        ),
+        (
+            lambda a: a(list(IMAGES), params=a.draw(torch.rand(2, 3, 90, 90)) + 10),
+            ValueError,
+            "box must lie inside the image",
+        ),
+    ],
+)
+def test_bad_calls(call, error, words):
+    with pytest.raises(error, match=words):
+        call(SimCLRAugment(16))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_range_check(value):
+    images = IMAGES.clone()
+    images[1, 2, 3, 4] = value
+    SimCLRAugment(16)(images)
+    augment = SimCLRAugment(16, check_values=True)
+    augment(IMAGES)
+    augment((IMAGES * 255).byte())
+    for given in (images, list(images)):
+        with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
+            augment(given)
