@@ -36,9 +36,11 @@ def softmax_loss(positive_logits: Tensor, negative_lse: Tensor, decoupled: bool)
     mean_positive = positive_logits.mean(0)
     if decoupled:
         loss = negative_lse - mean_positive
+    elif len(positive_logits) == 1:
+        # Unlike a difference of logsumexps this keeps its relative precision when the loss is tiny.
+        loss = F.softplus(negative_lse - mean_positive)
     else:
-        lse_positive = positive_logits.logsumexp(0)
-        loss = F.softplus(negative_lse - lse_positive) + (lse_positive - mean_positive)
+        loss = torch.logaddexp(negative_lse, positive_logits.logsumexp(0)) - mean_positive
     return torch.where(negative_lse == -torch.inf, 0, loss)
 
 
@@ -88,6 +90,6 @@ class TemperatureLoss(nn.Module):
         """The options, as the constructor takes them."""
         learnable = ", learnable_temperature=True" if self.log_scale is not None else ""
         return (
-            f"temperature={float(self.temperature):.4g}{learnable}, "
+            f"temperature={float(torch.as_tensor(self.temperature).detach()):.4g}{learnable}, "
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )

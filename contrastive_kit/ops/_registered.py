@@ -23,7 +23,7 @@ _SHARED_ARGUMENTS = (
 @torch.library.custom_op(
     "contrastive_kit::kept_logsumexp",
     mutates_args=(),
-    schema=f"({_SHARED_ARGUMENTS}, bool statistics, str backend) -> (Tensor, Tensor)",
+    schema=f"({_SHARED_ARGUMENTS}, bool statistics, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def logsumexp_forward(
     q: Tensor,
@@ -35,11 +35,14 @@ def logsumexp_forward(
     bound: float,
     statistics: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Logsumexp of the kept logits, (R,) or (R + C,), and their statistics, (4, same) or (0,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logsumexp of the kept logits, what the backward needs of it, and statistics.
+
+    The first two are (R,) or (R + C,), the statistics (4, the same) or (0,).
+    """
     exclusion = Exclusion(period, row_ids, column_ids)
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor] = _KERNELS[backend].forward(
+        result: tuple[Tensor, Tensor, Tensor] = _KERNELS[backend].forward(
             q, k, exclusion, both, bound, statistics
         )
     return result
@@ -56,23 +59,24 @@ def _(
     bound: float,
     statistics: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     length = q.shape[0] + (k.shape[0] if both and k is not None else 0)
     stats = q.new_empty((4, length)) if statistics else q.new_empty(0)
-    return q.new_empty(length), stats
+    return q.new_empty(length), q.new_empty(length), stats
 
 
 @torch.library.custom_op(
     "contrastive_kit::kept_logsumexp_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad, Tensor lse, {_SHARED_ARGUMENTS}, bool needs_q, bool needs_k, "
+        f"(Tensor grad, Tensor lse, Tensor saved, {_SHARED_ARGUMENTS}, bool needs_q, bool needs_k, "
         "str backend) -> (Tensor, Tensor)"
     ),
 )
 def logsumexp_backward(
     grad: Tensor,
     lse: Tensor,
+    saved: Tensor,
     q: Tensor,
     k: Tensor | None,
     row_ids: Tensor | None,
@@ -88,7 +92,7 @@ def logsumexp_backward(
     exclusion = Exclusion(period, row_ids, column_ids)
     with torch.autocast(q.device.type, enabled=False):
         result: tuple[Tensor, Tensor] = _KERNELS[backend].backward(
-            grad, lse, q, k, exclusion, both, bound, (needs_q, needs_k)
+            grad, lse, saved, q, k, exclusion, both, bound, (needs_q, needs_k)
         )
     return result
 
@@ -97,6 +101,7 @@ def logsumexp_backward(
 def _(
     grad: Tensor,
     lse: Tensor,
+    saved: Tensor,
     q: Tensor,
     k: Tensor | None,
     row_ids: Tensor | None,
@@ -126,26 +131,26 @@ class KeptLogSumExp(torch.autograd.Function):
         bound: float,
         statistics: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the forward op."""
         period, row_ids, column_ids = exclusion
-        result: tuple[Tensor, Tensor] = logsumexp_forward(
+        result: tuple[Tensor, Tensor, Tensor] = logsumexp_forward(
             q, k, row_ids, column_ids, period, both, bound, statistics, backend
         )
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward op needs."""
         q, k, exclusion, ctx.both, ctx.bound, _, ctx.backend = inputs
-        lse, stats = output
-        ctx.mark_non_differentiable(stats)
+        lse, saved, stats = output
+        ctx.mark_non_differentiable(saved, stats)
         ctx.period = exclusion.period
-        ctx.save_for_backward(lse, q, k, exclusion.row_ids, exclusion.column_ids)
+        ctx.save_for_backward(lse, saved, q, k, exclusion.row_ids, exclusion.column_ids)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Run the backward op for the inputs that need it."""
         needs_q, needs_k = ctx.needs_input_grad[:2]
         dq, dk = logsumexp_backward(

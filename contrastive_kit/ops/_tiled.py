@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contrastive_kit.ops._exclusion import Exclusion
 from contrastive_kit.ops._statistics import merge_statistics, row_statistics
+from contrastive_kit.ops._unit_rows import accumulator_dtype
 
 # Rows and columns of a tile. On a CPU a float32 tile is 4 MiB and stays in cache; on an
 # accelerator tiles are large so that launches do not dominate. A tile is at least as wide as high,
@@ -36,12 +37,28 @@ class _Tile(NamedTuple):
 
 def forward(
     q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, bound: float, statistics: bool
-) -> tuple[Tensor, Tensor]:
-    """Logsumexp of rows (and columns if ``both``), and its statistics or an empty tensor."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logsumexp of rows (and columns if ``both``), what its rounding lost, and its statistics.
+
+    A logsumexp of 100 in float32 is uncertain by 4e-6, and so would be the scale of the whole row
+    in the backward. Sums are therefore kept in double precision, and the part of the logsumexp
+    that float32 cannot hold comes back as the second result. Statistics are empty if not wanted.
+    """
     length = len(q) + (len(k) if both and k is not None else 0)
-    if _needs_shift(q, k, bound) or statistics:
-        return _forward_shifted(q, k, exclusion, both, length, statistics)
-    sums = q.new_zeros(length)
+    if statistics or _needs_shift(q, k, bound):
+        lse, stats = _forward_shifted(q, k, exclusion, both, length, statistics)
+    else:
+        lse = _forward_unshifted(q, k, exclusion, both, length)
+        stats = q.new_empty(0)
+    rounded = lse.to(q.dtype)
+    lost = torch.where(rounded.isinf(), 0, lse - rounded).to(q.dtype)
+    return rounded, lost, stats
+
+
+def _forward_unshifted(
+    q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, length: int
+) -> Tensor:
+    sums = q.new_zeros(length, dtype=accumulator_dtype(q))
     row_sums, column_sums = _split(sums, q, k, both)
     for tile, logits in _logit_tiles(q, k):
         exps = logits.exp_()
@@ -49,23 +66,26 @@ def forward(
         row_sums[tile.rows] += exps.sum(1)
         if column_sums is not None:
             column_sums[tile.mirrored] += _mirrored(exps, tile).sum(0)
-    return sums.log_(), q.new_empty(0)
+    return sums.log_()
 
 
 def _forward_shifted(
     q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, length: int, statistics: bool
 ) -> tuple[Tensor, Tensor]:
-    lse = q.new_full((length,), -torch.inf)
+    lse = q.new_full((length,), -torch.inf, dtype=accumulator_dtype(q))
     stats = q.new_zeros(4, length if statistics else 0)
     stats[0] = -torch.inf
     row_lse, column_lse = _split(lse, q, k, both)
     row_stats, column_stats = _split(stats, q, k, both)
 
     def merge(lse: Tensor, stats: Tensor, logits: Tensor, where: slice, dim: int) -> None:
-        tile_lse = logits.logsumexp(dim)
+        peak = logits.amax(dim)
+        shift = peak.masked_fill(peak == -torch.inf, 0)
+        sums = (logits - shift.unsqueeze(dim)).exp_().sum(dim)
+        tile_lse = shift.to(lse.dtype) + sums.to(lse.dtype).log()
         merged = torch.logaddexp(lse[where], tile_lse)
         if statistics:
-            tile_stats = row_statistics(logits, tile_lse, dim)
+            tile_stats = row_statistics(logits, tile_lse.to(q.dtype), dim)
             stats[:, where] = merge_statistics(
                 merged, stats[:, where], lse[where], tile_stats, tile_lse
             )
@@ -82,6 +102,7 @@ def _forward_shifted(
 def backward(
     grad: Tensor,
     lse: Tensor,
+    lost: Tensor,
     q: Tensor,
     k: Tensor | None,
     exclusion: Exclusion,
@@ -96,18 +117,20 @@ def backward(
     mirrored_grad = dq if k is None else dk
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    row_lse, column_lse = _split(lse, q, k, both)
-    row_grad, column_grad = _split(grad, q, k, both)
     shifted = _needs_shift(q, k, bound)
-    row_scale, column_scale = _split(grad * (-lse).exp(), q, k, both)
+    row_lse, column_lse = _split(lse, q, k, both)
+    # exp(logit - lse - lost) · grad, with as much of the exponent as is safe taken out of the tile
+    outside = -lost.to(accumulator_dtype(q))
+    scale = (grad * (outside if shifted else outside - lse).exp()).to(q.dtype)
+    row_scale, column_scale = _split(scale, q, k, both)
     scratch: Tensor | None = None
     for tile, logits in _logit_tiles(q, k):
         if shifted:
             exclusion.fill_(logits, -torch.inf, tile.rows.start, tile.columns.start)
-            weights = (logits - row_lse[tile.rows, None]).exp_().mul_(row_grad[tile.rows, None])
-            if column_lse is not None and column_grad is not None:
+            weights = (logits - row_lse[tile.rows, None]).exp_().mul_(row_scale[tile.rows, None])
+            if column_lse is not None and column_scale is not None:
                 logits.sub_(column_lse[None, tile.columns]).exp_()
-                weights.addcmul_(logits, column_grad[None, tile.columns])
+                weights.addcmul_(logits, column_scale[None, tile.columns])
         else:
             weights = logits.exp_()
             exclusion.fill_(weights, 0.0, tile.rows.start, tile.columns.start)
@@ -116,9 +139,9 @@ def backward(
             else:
                 if scratch is None:  # the first tile is the largest
                     scratch = weights.new_empty(weights.numel())
-                scale = scratch[: weights.numel()].view(weights.shape)
-                torch.add(row_scale[tile.rows, None], column_scale[tile.columns], out=scale)
-                weights.mul_(scale)
+                both_scales = scratch[: weights.numel()].view(weights.shape)
+                torch.add(row_scale[tile.rows, None], column_scale[tile.columns], out=both_scales)
+                weights.mul_(both_scales)
         if needs_grad[0]:
             dq[tile.rows].addmm_(weights, keys[tile.columns])
         if k is None or needs_grad[1]:

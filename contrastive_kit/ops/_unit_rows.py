@@ -12,13 +12,18 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """What sums over rows of ``x`` are kept in: float64, except on MPS, which has none."""
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
 def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> Tensor:
     """The views stacked, each row divided by its length and by the root of the temperature.
 
     The dot product of two such rows is their logit, cosine / temperature: equation (3) of
-    ``docs/nt_xent.md``, and (7) for its gradient. A zero row stays zero and has a zero gradient;
-    rows of any other length that the dtype represents come out exact, without overflow. Rows with
-    NaN or inf come out NaN.
+    ``docs/nt_xent.md``, and (7) for the gradient. A zero row (subnormal numbers count as zero)
+    stays zero and has a zero gradient; no other length over- or underflows. A row with NaN or inf
+    comes out NaN.
 
     Args:
         views: V tensors (..., D) of one shape and any floating dtype.
@@ -46,13 +51,14 @@ class _ScaledUnitRows(torch.autograd.Function):
         root_scale: float | Tensor, dtype: torch.dtype, *views: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         z = torch.stack([view.to(dtype) for view in views])
-        # Dividing by the largest entry first keeps the squares of the norm in range.
+        # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
         peak = torch.linalg.vector_norm(z, torch.inf, dim=-1, keepdim=True)
-        peak = torch.where(peak >= torch.finfo(dtype).tiny, peak, torch.inf)
-        z = z / peak
-        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-        norm = torch.where(norm > 0, norm, 1)
-        return z.mul_(root_scale / norm), peak, norm
+        power = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent - 1)
+        power = torch.where(peak < torch.finfo(dtype).tiny, torch.inf, power)
+        z = z / power
+        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
+        factor = (root_scale / torch.where(norm > 0, norm, 1)).to(dtype)
+        return z.mul_(factor), power, factor
 
     @staticmethod
     def setup_context(
@@ -66,14 +72,20 @@ class _ScaledUnitRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        rows, peak, norm = ctx.saved_tensors
-        along = (grad * rows).sum(-1, keepdim=True) / ctx.root_scale
-        d_root_scale = along.sum() if ctx.needs_input_grad[0] else None
-        dz = (grad * ctx.root_scale - rows * along).div_(norm).div_(peak)
+        rows, power, factor = ctx.saved_tensors
+        # Projecting on the rows as rounded, not on ideal unit rows, keeps the gradient of nearly
+        # identical views right: it is the small difference of two nearly parallel vectors.
+        along = (grad * rows).sum(-1, keepdim=True, dtype=accumulator_dtype(rows))
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=along.dtype)
+        projection = (along / torch.where(length > 0, length, 1).square()).to(rows.dtype)
+        dz = (grad - rows * projection).mul_(factor).div_(power)
         d_views = [
             d.to(dtype) if needs_grad else None
             for d, dtype, needs_grad in zip(
                 dz.unbind(0), ctx.dtypes, ctx.needs_input_grad[2:], strict=True
             )
         ]
+        d_root_scale = None
+        if ctx.needs_input_grad[0]:
+            d_root_scale = (along.sum() / ctx.root_scale).to(ctx.root_scale.dtype)
         return d_root_scale, None, *d_views
