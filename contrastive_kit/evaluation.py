@@ -1,0 +1,352 @@
+"""Evaluation of frozen representations: k nearest neighbours and a linear probe.
+
+Both take features (N, D) and labels (N,), on any device; ``extract_features`` makes them from an
+encoder. Evaluate the encoder's output h, not the projection z (SimCLR, section 4.2).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KNNResult(NamedTuple):
+    """Accuracy in [0, 1], with the settings it depends on."""
+
+    accuracy: float
+    k: int
+    temperature: float
+
+
+class LinearProbeResult(NamedTuple):
+    """Accuracy in [0, 1] on the test set, and how it came about.
+
+    Attributes:
+        accuracy: Accuracy on the test set.
+        l2: The chosen strength of the penalty.
+        validation_accuracy: Accuracy of each value of the L2 path on the held-out part of the
+            training set, as ``{l2: accuracy}``; empty where only one value was given.
+    """
+
+    accuracy: float
+    l2: float
+    validation_accuracy: dict[float, float]
+
+
+def extract_features(
+    encoder: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a frozen encoder over a data set.
+
+    The encoder is put in evaluation mode for the time of the call, without gradients; each of
+    its modules gets its own mode back, also after an error. Nothing in it is written to.
+
+    Args:
+        encoder: Module from images (B, 3, H, W) to features (B, D).
+        batches: Pairs of images and integer labels (B,): a ``DataLoader``, or for tensors
+            ``zip(images.split(256), labels.split(256))``. uint8 images are scaled to [0, 1];
+            normalise in the encoder, ``nn.Sequential(normalize, encoder)``. Wrap it in
+            ``tqdm(...)`` for a progress bar.
+        device: Where to run and where the results are; default the device of the encoder's first
+            parameter, or of each batch if it has none.
+
+    Returns:
+        Features (N, D), float32 (float64 from a float64 encoder), and labels (N,), on ``device``.
+
+    Raises:
+        ValueError: ``batches`` is empty, or features and labels do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.evaluation import extract_features
+        >>> images, labels = torch.rand(10, 3, 8, 8), torch.arange(10)
+        >>> batches = zip(images.split(4), labels.split(4))
+        >>> features, labels = extract_features(torch.nn.Flatten(), batches)
+        >>> features.shape
+        torch.Size([10, 192])
+    """
+    if device is None:
+        parameter = next(encoder.parameters(), None)
+        device = None if parameter is None else parameter.device
+    training = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    features, labels = [], []
+    try:
+        with torch.no_grad():
+            for images, batch_labels in batches:
+                x = images.to(device, non_blocking=True)
+                h = encoder(x.float() / 255 if x.dtype == torch.uint8 else x)
+                features.append(h if h.dtype == torch.float64 else h.float())
+                labels.append(batch_labels.to(h.device))
+    finally:
+        for module, mode in training:
+            module.training = mode
+    if not features:
+        raise ValueError("batches must hold at least one batch, got none")
+    all_features, all_labels = torch.cat(features), torch.cat(labels)
+    _check(all_features, all_labels, "encoder(images)", "labels")
+    return all_features, all_labels
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    chunk_size: int = 1024,
+) -> KNNResult:
+    r"""Accuracy of a weighted nearest-neighbour classifier under cosine similarity.
+
+    A test sample takes the class with the largest sum of :math:`\exp(s/\tau)` over its ``k`` most
+    similar training samples, s being the cosine similarity (Wu et al., section 3.4). Accuracies
+    compare only at equal ``k`` and ``temperature``, which is why both are part of the result.
+
+    Args:
+        train_features: (N, D), any float dtype, not necessarily normalised. Half precision is
+            computed in float32.
+        train_labels: (N,) integers, any values.
+        test_features: (M, D).
+        test_labels: (M,) integers. A class that the training set lacks counts as missed.
+        k: Number of neighbours, 1 … N.
+        temperature: τ > 0.
+        chunk_size: Test samples at a time. Memory is ``chunk_size`` · (N + number of classes)
+            floats beside the features.
+
+    Returns:
+        ``KNNResult`` with the accuracy in [0, 1], ``k`` and ``temperature``.
+
+    Raises:
+        TypeError: Features are not floating, labels are not integers, or ``k`` is not an integer.
+        ValueError: Shapes or devices do not match, features are NaN or infinite, a set is empty,
+            ``k`` is not in 1 … N, ``temperature`` or ``chunk_size`` is not positive.
+
+    References:
+        Wu et al., https://arxiv.org/abs/1805.01978.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.evaluation import knn_accuracy
+        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+        >>> labels = torch.tensor([7, 7, 3])
+        >>> knn_accuracy(features, labels, features, labels, k=1)
+        KNNResult(accuracy=1.0, k=1, temperature=0.1)
+    """
+    _check_sets(train_features, train_labels, test_features, test_labels)
+    for name, value in [("k", k), ("chunk_size", chunk_size)]:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not 1 <= k <= len(train_features):
+        raise ValueError(
+            f"k must be from 1 to the number of training samples ({len(train_features)}), got {k}"
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+    bank = F.normalize(_as_float(train_features), dim=1)
+    classes, targets = torch.unique(train_labels, return_inverse=True)
+    correct = torch.zeros((), dtype=torch.int64, device=bank.device)
+    for queries, labels in zip(
+        torch.split(test_features, chunk_size), torch.split(test_labels, chunk_size), strict=True
+    ):
+        similarity = F.normalize(_as_float(queries), dim=1) @ bank.T
+        nearest, index = similarity.topk(k, dim=1)
+        # relative to the nearest neighbour, or a small temperature overflows
+        weight = ((nearest - nearest[:, :1]) / temperature).exp()
+        votes = weight.new_zeros(len(queries), len(classes))
+        votes.scatter_add_(1, targets[index], weight)
+        correct += (classes[votes.argmax(dim=1)] == labels).sum()
+    return KNNResult(correct.item() / len(test_labels), k, float(temperature))
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    l2: float | Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    validation_fraction: float = 0.2,
+    max_iter: int = 100,
+    seed: int = 0,
+) -> LinearProbeResult:
+    r"""Accuracy of a multinomial logistic regression on frozen features.
+
+    Features are standardised with the training set's mean and standard deviation, then
+
+    .. math:: \frac1N \sum_i \mathrm{CE}(W x_i + b, y_i) + \frac{\lambda}{2} \lVert W \rVert^2
+
+    is minimised by L-BFGS over the whole set from zero. With several values of λ, each is fitted
+    on a random part of the *training* set (each starting from the solution for the next larger
+    λ), the one with the best accuracy on the rest is chosen, the largest on a tie, and fitted
+    again on the whole training set. The test set is used once, for the returned accuracy.
+
+    λ relates to scikit-learn's ``LogisticRegression`` as ``C = 1 / (λ N)``. The result depends
+    on nothing but the arguments: no global random state is read or written.
+
+    Args:
+        train_features: (N, D), any float dtype; half precision is computed in float32.
+        train_labels: (N,) integers, any values.
+        test_features: (M, D).
+        test_labels: (M,) integers. A class that the training set lacks counts as missed.
+        l2: The penalty λ ≥ 0, or the values to choose from.
+        validation_fraction: Part of the training set held out for that choice, in (0, 1). Not
+            used with a single λ.
+        max_iter: L-BFGS iterations per fit; a fit that reaches it is stopped early.
+        seed: Seed of the split.
+
+    Returns:
+        ``LinearProbeResult`` with the accuracy in [0, 1], the chosen λ and the validation
+        accuracies.
+
+    Raises:
+        TypeError: Features are not floating or labels are not integers.
+        ValueError: Shapes or devices do not match, features are NaN or infinite, a set is empty,
+            there are fewer than two classes, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.evaluation import linear_probe
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> labels = torch.arange(200) % 2
+        >>> features = torch.randn(200, 5, generator=generator) + 4 * labels[:, None]
+        >>> linear_probe(features[:100], labels[:100], features[100:], labels[100:]).accuracy
+        1.0
+    """
+    _check_sets(train_features, train_labels, test_features, test_labels)
+    path = sorted({float(l2)} if isinstance(l2, int | float) else map(float, set(l2)))[::-1]
+    if not path or not all(value >= 0 and math.isfinite(value) for value in path):
+        raise ValueError(f"l2 must be finite and not negative, got {l2!r}")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    classes, targets = torch.unique(train_labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError("train_labels must hold at least 2 classes, got 1")
+
+    train, test = _as_float(train_features), _as_float(test_features)
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    # a feature that never varies says nothing; dividing by 1 leaves it at 0
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+    train, test = (train - mean) / std, (test - mean) / std
+
+    validation_accuracy: dict[float, float] = {}
+    if len(path) > 1:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(train), generator=generator).to(train.device)
+        held_out, fitted = order.tensor_split([max(1, round(validation_fraction * len(train)))])
+        if len(fitted) == 0:
+            raise ValueError(
+                f"validation_fraction leaves nothing to fit, got {validation_fraction} "
+                f"with {len(train)} training samples"
+            )
+        part, part_targets = train[fitted], targets[fitted]
+        layer = None
+        for value in path:
+            layer = _fit(part, part_targets, len(classes), value, max_iter=max_iter, start=layer)
+            hits = layer(train[held_out]).argmax(dim=1) == targets[held_out]
+            validation_accuracy[value] = hits.double().mean().item()
+    best = max(path, key=lambda value: validation_accuracy.get(value, 0.0))
+    layer = _fit(train, targets, len(classes), best, max_iter=max_iter)
+    predicted = classes[layer(test).argmax(dim=1)]
+    accuracy = (predicted == test_labels).double().mean().item()
+    return LinearProbeResult(accuracy, best, validation_accuracy)
+
+
+class _Softmax(NamedTuple):
+    """A fitted linear classifier: weight (C, D), bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def _fit(
+    x: Tensor,
+    targets: Tensor,
+    classes: int,
+    l2: float,
+    *,
+    max_iter: int,
+    start: _Softmax | None = None,
+) -> _Softmax:
+    """Multinomial logistic regression by L-BFGS from ``start``, or from zero."""
+    weight = x.new_zeros(classes, x.shape[1]) if start is None else start.weight.clone()
+    bias = x.new_zeros(classes) if start is None else start.bias.clone()
+    weight.requires_grad_()
+    bias.requires_grad_()
+    optimizer: Any = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iter,
+        tolerance_grad=1e-5 if x.dtype == torch.float32 else 1e-9,
+        tolerance_change=1e-9 if x.dtype == torch.float32 else 1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), targets)
+        loss = loss + 0.5 * l2 * weight.square().sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return _Softmax(weight.detach(), bias.detach())
+
+
+def _as_float(features: Tensor) -> Tensor:
+    features = features.detach()
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def _check(features: Tensor, labels: Tensor, features_name: str, labels_name: str) -> None:
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(
+            f"{features_name} must have shape (N, D) with N and D of at least 1, "
+            f"got {tuple(features.shape)}"
+        )
+    if labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"{labels_name} must have shape ({len(features)},), one label for each row of "
+            f"{features_name}; got {tuple(labels.shape)}"
+        )
+
+
+def _check_sets(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> None:
+    devices = {t.device for t in (train_features, train_labels, test_features, test_labels)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"features and labels must be on one device, got {', '.join(sorted(map(str, devices)))}"
+        )
+    for part, features, labels in [
+        ("train", train_features, train_labels),
+        ("test", test_features, test_labels),
+    ]:
+        _check(features, labels, f"{part}_features", f"{part}_labels")
+        if not features.is_floating_point():
+            raise TypeError(f"{part}_features must be floating point, got {features.dtype}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"{part}_labels must be integers, got {labels.dtype}")
+        if not features.isfinite().all():
+            raise ValueError(f"{part}_features must be finite, got NaN or infinity")
+    if train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            f"test_features must have {train_features.shape[1]} columns as train_features, "
+            f"got {test_features.shape[1]}"
+        )

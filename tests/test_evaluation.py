@@ -1,0 +1,297 @@
+"""Feature extraction, the kNN classifier and the linear probe; scikit-learn is the oracle."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+from contrastive_kit.evaluation import _fit, extract_features, knn_accuracy, linear_probe
+
+
+def gaussian_classes(n, d, classes, *, seed, spread=1.0, dtype=torch.float64):
+    """Overlapping classes, so that accuracies are far from 0 and 1; labels are not 0, 1, 2."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(0, classes, (n,), generator=generator)
+    x = spread * centres[labels] + torch.randn(n, d, generator=generator)
+    return x.to(dtype), labels * 7 - 3
+
+
+def sklearn_knn(train, labels, test, k, temperature):
+    def weights(distances):
+        return np.exp((1 - distances) / temperature)
+
+    model = KNeighborsClassifier(k, metric="cosine", weights=weights, algorithm="brute")
+    return model.fit(train.numpy(), labels.numpy()).predict(test.numpy())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 60),
+    m=st.integers(1, 40),
+    d=st.integers(2, 9),
+    classes=st.integers(1, 6),
+    chunk_size=st.integers(1, 50),
+    temperature=st.sampled_from([0.05, 0.1, 1.0]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_knn_is_sklearns(n, m, d, classes, chunk_size, temperature, seed, data):
+    k = data.draw(st.integers(1, n))
+    x, y = gaussian_classes(n, d, classes, seed=seed)
+    q, t = gaussian_classes(m, d, classes, seed=seed + 1000)
+    result = knn_accuracy(x, y, q, t, k=k, temperature=temperature, chunk_size=chunk_size)
+    predicted = sklearn_knn(x, y, q, k, temperature)
+    assert result == (pytest.approx((predicted == t.numpy()).mean()), k, temperature)
+
+
+def test_knn_closed_form():
+    """Two far neighbours against one near one: the temperature decides who wins."""
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    labels = torch.tensor([5, 2, 2])
+    angle = torch.tensor(0.6)
+    query = torch.stack([angle.cos(), angle.sin()])[None]
+    margin = (angle.cos() - angle.sin()).item()
+    tie = margin / np.log(2)
+    for temperature, winner in [(tie * 0.99, 5), (tie * 1.01, 2)]:
+        for label, expected in [(winner, 1.0), (7 - winner, 0.0)]:
+            target = torch.tensor([label])
+            result = knn_accuracy(train, labels, query, target, k=3, temperature=temperature)
+            assert result.accuracy == expected
+
+
+def test_knn_does_not_depend_on_lengths_chunks_or_dtype():
+    x, y = gaussian_classes(300, 8, 5, seed=0, dtype=torch.float32)
+    q, t = gaussian_classes(101, 8, 5, seed=1, dtype=torch.float32)
+    expected = knn_accuracy(x, y, q, t, k=10)
+    assert 0.3 < expected.accuracy < 0.97
+    scaled = x * torch.rand(300, 1).add(0.1), q * 1e3
+    assert knn_accuracy(scaled[0], y, scaled[1], t, k=10, chunk_size=7) == expected
+    half, half_query = x.bfloat16(), q.bfloat16()
+    assert knn_accuracy(half, y, half_query, t, k=10) == knn_accuracy(
+        half.float(), y, half_query.float(), t, k=10
+    )
+
+
+def test_knn_small_temperature_neither_overflows_nor_underflows():
+    x, y = gaussian_classes(100, 8, 5, seed=0, dtype=torch.float32)
+    q, t = gaussian_classes(50, 8, 5, seed=1, dtype=torch.float32)
+    sharp = knn_accuracy(x, y, q, t, k=30, temperature=1e-4).accuracy
+    assert sharp == knn_accuracy(x, y, q, t, k=1).accuracy
+
+
+def test_knn_cannot_find_a_class_that_training_lacks():
+    x = torch.eye(3)
+    result = knn_accuracy(x, torch.tensor([0, 1, 2]), x, torch.tensor([0, 1, 9]), k=1)
+    assert result.accuracy == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("l2", [1e-1, 1e-3])
+def test_probe_weights_are_sklearns(l2):
+    x, y = gaussian_classes(200, 6, 5, seed=0, spread=0.5)
+    targets = torch.unique(y, return_inverse=True)[1]
+    fitted = _fit(x, targets, 5, l2, max_iter=1000)
+    oracle = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-12, max_iter=10_000)
+    oracle.fit(x.numpy(), y.numpy())
+    torch.testing.assert_close(fitted.weight, torch.from_numpy(oracle.coef_), rtol=1e-4, atol=1e-5)
+    bias = torch.from_numpy(oracle.intercept_ - oracle.intercept_.mean())
+    torch.testing.assert_close(fitted.bias - fitted.bias.mean(), bias, rtol=1e-4, atol=1e-5)
+
+
+def test_probe_of_two_classes_is_sklearns_with_twice_the_c():
+    """One logit w or two logits ±w/2 say the same; the penalty on the two is half as large."""
+    x, y = gaussian_classes(200, 6, 2, seed=0, spread=0.5)
+    targets = torch.unique(y, return_inverse=True)[1]
+    fitted = _fit(x, targets, 2, 1e-2, max_iter=1000)
+    oracle = LogisticRegression(C=2 / (1e-2 * len(x)), tol=1e-12, max_iter=10_000)
+    oracle.fit(x.numpy(), y.numpy())
+    difference = fitted.weight[1] - fitted.weight[0]
+    expected = torch.from_numpy(oracle.coef_[0])
+    torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_probe_accuracy_is_sklearns():
+    x, y = gaussian_classes(400, 10, 6, seed=0, spread=0.5)
+    q, t = gaussian_classes(301, 10, 6, seed=1, spread=0.5)
+    x, q = x * torch.arange(1, 11) + 5, q * torch.arange(1, 11) + 5
+    mean, std = x.mean(0), x.std(0, correction=0)
+    for l2 in (1.0, 1e-2, 1e-4):
+        oracle = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=10_000)
+        oracle.fit(((x - mean) / std).numpy(), y.numpy())
+        expected = oracle.score(((q - mean) / std).numpy(), t.numpy())
+        result = linear_probe(x, y, q, t, l2=l2, max_iter=1000)
+        assert result == (pytest.approx(expected, abs=1e-9), l2, {})
+        assert 0.3 < expected < 0.97
+
+
+def test_probe_chooses_on_held_out_training_samples():
+    """A third of the labels wrong: a weak penalty fits them, and validation has to see it."""
+    x, y = gaussian_classes(200, 100, 4, seed=0, spread=0.3)
+    q, t = gaussian_classes(1000, 100, 4, seed=1, spread=0.3)
+    y = torch.where(torch.rand(200) < 1 / 3, y[torch.randperm(200)], y)
+    result = linear_probe(x, y, q, t)
+    assert list(result.validation_accuracy) == [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
+    assert result.l2 == max(result.validation_accuracy, key=result.validation_accuracy.get)
+    assert result.l2 >= 0.1
+    assert result.accuracy == linear_probe(x, y, q, t, l2=result.l2).accuracy
+    assert result.accuracy > linear_probe(x, y, q, t, l2=1e-5).accuracy + 0.02
+
+
+def test_probe_choice_does_not_see_the_test_set():
+    """T49: another test set changes the accuracy and nothing else."""
+    x, y = gaussian_classes(200, 8, 4, seed=0)
+    q, t = gaussian_classes(100, 8, 4, seed=1)
+    expected, other = linear_probe(x, y, q, t), linear_probe(x, y, -q, t.flip(0))
+    assert (other.l2, other.validation_accuracy) == (expected.l2, expected.validation_accuracy)
+    assert other.accuracy < expected.accuracy
+
+
+def test_probe_is_deterministic_and_leaves_global_state_alone():
+    x, y = gaussian_classes(200, 8, 4, seed=0, dtype=torch.float32)
+    q, t = gaussian_classes(100, 8, 4, seed=1, dtype=torch.float32)
+    copies = [tensor.clone() for tensor in (x, y, q, t)]
+    state = torch.get_rng_state()
+    first = linear_probe(x, y, q, t)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(123)
+    with torch.no_grad():
+        assert linear_probe(x, y, q, t) == first
+    assert all(torch.equal(a, b) for a, b in zip(copies, (x, y, q, t), strict=True))
+    other = linear_probe(x, y, q, t, seed=1)
+    assert other.validation_accuracy != first.validation_accuracy
+
+
+def test_probe_ignores_constant_features_and_scale():
+    x, y = gaussian_classes(200, 8, 4, seed=0, dtype=torch.float32)
+    q, t = gaussian_classes(100, 8, 4, seed=1, dtype=torch.float32)
+    expected = linear_probe(x, y, q, t, l2=1e-2)
+    constant = torch.full((200, 1), 3.1)
+    padded = torch.cat([x * 2**9, constant], 1), torch.cat([q * 2**9, constant[:100]], 1)
+    assert linear_probe(padded[0], y, padded[1], t, l2=1e-2) == expected
+
+
+@pytest.mark.parametrize("evaluate", [knn_accuracy, linear_probe])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda x, y, q, t: (x[0], y, q, t),
+            ValueError,
+            r"train_features must have shape \(N, D\)",
+        ),
+        (lambda x, y, q, t: (x, y, q[:0], t[:0]), ValueError, "test_features must have shape"),
+        (lambda x, y, q, t: (x, y[1:], q, t), ValueError, r"train_labels must have shape \(300,\)"),
+        (lambda x, y, q, t: (x, y, q, t[:, None]), ValueError, r"test_labels must have shape"),
+        (lambda x, y, q, t: (x, y, q[:, 1:], t), ValueError, "test_features must have 4 columns"),
+        (lambda x, y, q, t: (x.long(), y, q, t), TypeError, "train_features must be floating"),
+        (lambda x, y, q, t: (x, y, q, t.float()), TypeError, "test_labels must be integers"),
+        (lambda x, y, q, t: (x / 0, y, q, t), ValueError, "train_features must be finite"),
+        (lambda x, y, q, t: (x, y, q.log(), t), ValueError, "test_features must be finite"),
+        (lambda x, y, q, t: (x, y, q.to("meta"), t), ValueError, "on one device, got cpu, meta"),
+    ],
+)
+def test_wrong_data(evaluate, change, error, message):
+    x, y = gaussian_classes(300, 4, 3, seed=0)
+    q, t = gaussian_classes(20, 4, 3, seed=1)
+    with pytest.raises(error, match=message):
+        evaluate(*change(x, y, q, t))
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "options", "error", "message"),
+    [
+        (knn_accuracy, {"k": 0}, ValueError, r"k must be from 1 to .*\(300\), got 0"),
+        (knn_accuracy, {"k": 301}, ValueError, r"k must be from 1 to .*\(300\), got 301"),
+        (knn_accuracy, {"k": 2.0}, TypeError, "k must be an integer, got 2.0"),
+        (knn_accuracy, {"temperature": 0}, ValueError, "temperature must be positive"),
+        (knn_accuracy, {"temperature": float("nan")}, ValueError, "temperature must be positive"),
+        (knn_accuracy, {"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        (linear_probe, {"l2": -1.0}, ValueError, "l2 must be finite and not negative"),
+        (linear_probe, {"l2": []}, ValueError, "l2 must be finite and not negative"),
+        (linear_probe, {"validation_fraction": 1.0}, ValueError, "validation_fraction must be in"),
+        (linear_probe, {"validation_fraction": 0.999}, ValueError, "leaves nothing to fit"),
+        (linear_probe, {"max_iter": 0}, ValueError, "max_iter must be at least 1"),
+    ],
+)
+def test_wrong_options(evaluate, options, error, message):
+    x, y = gaussian_classes(300, 4, 3, seed=0)
+    with pytest.raises(error, match=message):
+        evaluate(x, y, x, y, **options)
+
+
+def test_probe_needs_two_classes():
+    x = torch.randn(10, 3)
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+        linear_probe(x, torch.ones(10, dtype=torch.long), x, torch.ones(10, dtype=torch.long))
+
+
+def encoder_with_state():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+
+
+def test_features_come_from_a_frozen_encoder_in_eval_mode():
+    encoder = encoder_with_state()
+    encoder[1].eval()  # a mode of its own, which has to come back
+    encoder[1].running_mean.normal_()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    images, labels = torch.rand(11, 3, 6, 5), torch.arange(11)
+    features, got = extract_features(encoder, zip(images.split(4), labels.split(4), strict=True))
+    assert torch.equal(got, labels)
+    assert not features.requires_grad
+    assert [m.training for m in encoder.modules()] == [True, True, False, True, True]
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(features, encoder.eval()(images))
+
+
+def test_features_of_uint8_half_and_double():
+    flatten = nn.Flatten()
+    images = torch.randint(0, 256, (5, 3, 2, 2), dtype=torch.uint8)
+    labels = torch.zeros(5, dtype=torch.long)
+    features, _ = extract_features(flatten, [(images, labels)])
+    torch.testing.assert_close(features, images.flatten(1) / 255)
+    for dtype, expected in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:
+        features, _ = extract_features(flatten, [(torch.rand(5, 3, 2, 2, dtype=dtype), labels)])
+        assert features.dtype == expected
+
+
+def test_features_can_train_a_probe_afterwards():
+    features, labels = extract_features(
+        nn.Flatten(), [(torch.rand(8, 3, 2, 2), torch.arange(8) % 2)]
+    )
+    assert 0 <= linear_probe(features, labels, features, labels, l2=1e-2).accuracy <= 1
+
+
+def test_modes_come_back_after_an_error():
+    encoder = encoder_with_state()
+    with pytest.raises(RuntimeError):
+        extract_features(encoder, [(torch.rand(2, 5, 6, 6), torch.zeros(2, dtype=torch.long))])
+    assert all(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "batches must hold at least one batch"),
+        ([(torch.rand(2, 3), torch.zeros(3, dtype=torch.long))], "labels must have shape"),
+        ([(torch.rand(2, 3, 4), torch.zeros(2, dtype=torch.long))], r"must have shape \(N, D\)"),
+    ],
+)
+def test_wrong_batches(batches, message):
+    with pytest.raises(ValueError, match=message):
+        extract_features(nn.Identity(), batches)
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_cpu_accuracies():
+    x, y = gaussian_classes(500, 16, 5, seed=0, spread=0.5)
+    q, t = gaussian_classes(200, 16, 5, seed=1, spread=0.5)
+    on_gpu = [tensor.cuda() for tensor in (x, y, q, t)]
+    assert knn_accuracy(*on_gpu, k=20) == knn_accuracy(x, y, q, t, k=20)
+    expected, got = linear_probe(x, y, q, t), linear_probe(*on_gpu)
+    assert got.l2 == expected.l2
+    assert got.accuracy == pytest.approx(expected.accuracy, abs=0.011)
