@@ -1,1 +1,42 @@
-"""Batched, per-sample augmentations."""
+"""Batched, per-sample augmentations.
+
+`SimCLRAugment` makes whole views; the other modules are its parts, for Kornia's pipelines;
+`functional` holds the operations themselves. Names load on first use: `functional` and
+`SimCLRAugment` need torch only, the modules import Kornia.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contrastive_kit.augment.blur import GaussianBlur as GaussianBlur
+    from contrastive_kit.augment.color import ColorJitter as ColorJitter
+    from contrastive_kit.augment.crop import RandomResizedCrop as RandomResizedCrop
+    from contrastive_kit.augment.flip import RandomHorizontalFlip as RandomHorizontalFlip
+    from contrastive_kit.augment.grayscale import RandomGrayscale as RandomGrayscale
+    from contrastive_kit.augment.simclr import SimCLRAugment as SimCLRAugment
+    from contrastive_kit.augment.solarize import RandomSolarize as RandomSolarize
+    from contrastive_kit.augment.view import SimCLRView as SimCLRView
+
+_HOME = {
+    "ColorJitter": "color",
+    "GaussianBlur": "blur",
+    "RandomGrayscale": "grayscale",
+    "RandomHorizontalFlip": "flip",
+    "RandomResizedCrop": "crop",
+    "RandomSolarize": "solarize",
+    "SimCLRAugment": "simclr",
+    "SimCLRView": "view",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

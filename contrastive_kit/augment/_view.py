@@ -27,7 +27,7 @@ class ViewSettings(NamedTuple):
     """
 
     size: tuple[int, int]
-    interpolation: functional.Interpolation = "bilinear"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     antialias: bool = True
     contrast_mean: Literal["gray", "channel"] = "gray"
     saturation_mode: Literal["gray", "hsv"] = "gray"

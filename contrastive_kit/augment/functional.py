@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Interpolation = Literal["bilinear", "bicubic"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
-_TAPS = {"bilinear": 1.0, "bicubic": 2.0}
 
 
 def check_images(images: object, channels: int | None = None) -> Tensor:
@@ -444,8 +443,10 @@ def crop_resize(
         box: ``(B, 4)``: top, left, height and width in pixels, whole numbers of any dtype.
         size: Height and width of the result, or both as one number.
         flip: ``(B,)``; samples where it is not zero are mirrored left to right.
-        interpolation: "bilinear" or "bicubic".
-        antialias: Low-pass when shrinking. False aliases, as TensorFlow's SimCLR does.
+        interpolation: "bilinear" or "bicubic", or "nearest" for masks: the pixel whose area holds
+            the centre, torchvision's NEAREST_EXACT.
+        antialias: Low-pass when shrinking. False aliases, as TensorFlow's SimCLR does. Without
+            meaning for "nearest".
 
     Returns:
         ``(B, C, *size)`` in the dtype of `images`.
@@ -463,13 +464,20 @@ def crop_resize(
     """
     check_images(images)
     size = check_size(size)
-    check_interpolation(interpolation)
+    if interpolation not in ("bilinear", "bicubic", "nearest"):
+        raise ValueError(
+            f"interpolation must be 'bilinear', 'bicubic' or 'nearest', got {interpolation!r}"
+        )
     if box.shape != (images.shape[0], 4):
         raise ValueError(f"box must be ({images.shape[0]}, 4), got {tuple(box.shape)}")
     if flip is not None and flip.shape != images.shape[:1]:
         raise ValueError(f"flip must be ({images.shape[0]},), got {tuple(flip.shape)}")
-    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+    in_eager_cpu = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    if in_eager_cpu:
         check_boxes(box, images.shape[-2], images.shape[-1])
+    if interpolation == "nearest":
+        return _crop_nearest(images, box, size, flip)
+    if in_eager_cpu:
         return _crop_each(images, box, size, flip, interpolation, antialias)
     return _crop_matmul(images, box, size, flip, interpolation, antialias)
 
@@ -480,12 +488,6 @@ def check_size(size: int | Sequence[int]) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"size must be a positive int or two of them, got {size!r}")
     return pair[0], pair[1]
-
-
-def check_interpolation(interpolation: str) -> None:
-    """Raise an error unless the interpolation is one of those known."""
-    if interpolation not in _TAPS:
-        raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}")
 
 
 def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
@@ -523,6 +525,29 @@ def _crop_each(
     return torch.cat(crops).to(images.dtype)
 
 
+def _crop_nearest(
+    images: Tensor, box: Tensor, size: tuple[int, int], flip: Tensor | None
+) -> Tensor:
+    top, left, height, width = box.float().unbind(-1)
+    rows = _nearest_index(top, height, size[0], None)
+    columns = _nearest_index(left, width, size[1], flip)
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    picked = images[sample, :, rows[:, :, None], columns[:, None, :]]
+    return picked.movedim(-1, 1).contiguous()
+
+
+def _nearest_index(start: Tensor, extent: Tensor, target: int, flip: Tensor | None) -> Tensor:
+    """``(B, target)``: the source pixel that each pixel of the result copies."""
+    index = _target_index(start, target, flip)
+    offset = ((index + 0.5) * (extent / target)[:, None]).floor()
+    return (start[:, None] + offset.minimum(extent[:, None] - 1)).long()
+
+
+def _target_index(start: Tensor, target: int, flip: Tensor | None) -> Tensor:
+    index = torch.arange(target, device=start.device, dtype=start.dtype)
+    return index if flip is None else torch.where(flip[:, None] != 0, target - 1 - index, index)
+
+
 def _crop_matmul(
     images: Tensor,
     box: Tensor,
@@ -556,11 +581,9 @@ def _resize_matrix(
     The conventions are ATen's: half-pixel centres; with antialias the kernel is stretched by the
     shrink factor and renormalised at the border, without it the border pixel is repeated.
     """
+    index = _target_index(start, target, flip)
     start, extent = start[:, None], extent[:, None]
     scale = extent / target
-    index = torch.arange(target, device=start.device, dtype=start.dtype)
-    if flip is not None:
-        index = torch.where(flip[:, None] != 0, target - 1 - index, index)
     centre = scale * (index + 0.5)
     pixel = torch.arange(source, device=start.device, dtype=start.dtype) - start
     if antialias:

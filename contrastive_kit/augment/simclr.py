@@ -103,7 +103,7 @@ class SimCLRAugment(nn.Module):
         kernel_size: int | None = None,
         solarize: float | Sequence[float] = 0.0,
         solarize_threshold: float = 0.5,
-        interpolation: functional.Interpolation = "bilinear",
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         antialias: bool = True,
         contrast_mean: Literal["gray", "channel"] = "gray",
         saturation_mode: Literal["gray", "hsv"] = "gray",
@@ -125,7 +125,10 @@ class SimCLRAugment(nn.Module):
                 "memory_format must be torch.contiguous_format or torch.channels_last, "
                 f"got {memory_format}"
             )
-        functional.check_interpolation(interpolation)
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(
+                f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}"
+            )
         if contrast_mean not in ("gray", "channel"):
             raise ValueError(f"contrast_mean must be 'gray' or 'channel', got {contrast_mean!r}")
         if saturation_mode not in ("gray", "hsv"):
@@ -353,20 +356,6 @@ class SimCLRAugment(nn.Module):
                     parts.append(f"{name}={value!r}")
         parts.append(f"dtype={self.dtype}, backend={self.backend!r}")
         return "\n".join(parts)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        if self.generator is not None:
-            state["generator"] = (self.generator.device, self.generator.get_state())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        if state["generator"] is not None:
-            device, generator_state = state["generator"]
-            state["generator"] = torch.Generator(device)
-            state["generator"].set_state(generator_state)
-        self.__dict__.update(state)
 
 
 def _blur_probability(blur: Blur, shape: tuple[int, int]) -> float | tuple[float, ...]:

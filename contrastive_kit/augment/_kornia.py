@@ -1,0 +1,138 @@
+"""What the augmentations share as citizens of Kornia's pipelines.
+
+Each module draws its probability gate itself, as one more column of its parameters, and tells
+Kornia that it always applies. So the gate, the factors and their order come from one
+``torch.rand`` of fixed width, on the generator the module was given; skipped samples are the same
+in every Kornia release; and nothing has to look at the gate on the host.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kornia.augmentation import GeometricAugmentationBase2D, IntensityAugmentationBase2D
+from kornia.augmentation.random_generator import RandomGeneratorBase
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Range = tuple[float, float]
+
+
+class Draw(RandomGeneratorBase):  # type: ignore[misc]
+    """Parameters from one row of uniform numbers a sample.
+
+    Args:
+        columns: How many uniform numbers a sample takes.
+        from_uniforms: Makes the parameters from ``(B, columns)`` uniform numbers and the shape of
+            the images.
+        generator: Where the numbers come from; the default CPU generator if None.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        from_uniforms: Callable[[Tensor, tuple[int, ...]], Params],
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        self.columns = columns
+        self.from_uniforms = from_uniforms
+        self.generator = generator
+
+    def make_samplers(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Nothing to make: the draw stays in float32 where the generator is."""
+
+    def forward(self, batch_shape: tuple[int, ...], same_on_batch: bool = False) -> Params:
+        """Draw the parameters of a batch of this shape."""
+        device = "cpu" if self.generator is None else self.generator.device
+        rows = min(1, batch_shape[0]) if same_on_batch else batch_shape[0]
+        uniforms = torch.rand(rows, self.columns, generator=self.generator, device=device)
+        return self.from_uniforms(uniforms.expand(batch_shape[0], -1), tuple(batch_shape))
+
+
+class _Citizen:
+    """Shared by the intensity and the geometric modules."""
+
+    def __init__(
+        self,
+        columns: int,
+        options: str,
+        *,
+        same_on_batch: bool,
+        keepdim: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            p=1.0, p_batch=1.0, same_on_batch=same_on_batch, keepdim=keepdim
+        )
+        self._param_generator = Draw(columns, self._from_uniforms, generator)
+        self._options = options
+
+    def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
+        raise NotImplementedError
+
+    def __unpack_input__(self, input: Tensor) -> Tensor:
+        # Not in transform_tensor: Kornia keeps the images alive for a class that overrides that.
+        return input.float() / 255 if input.dtype == torch.uint8 else input
+
+    def transform_masks(
+        self,
+        input: Tensor,
+        params: Params,
+        flags: dict[str, Any],
+        transform: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As Kornia's; says what happened where a container has cast a mask to uint8."""
+        if input.dtype == torch.uint8:
+            raise TypeError(
+                "masks must be floating, got torch.uint8. AugmentationSequential casts masks to "
+                "the dtype of the images: beside masks, pass the images as floats in [0, 1]"
+            )
+        masks: Tensor = super().transform_masks(  # type: ignore[misc]
+            input, params, flags, transform=transform, **kwargs
+        )
+        return masks
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._options})"
+
+
+class Intensity(_Citizen, IntensityAugmentationBase2D):  # type: ignore[misc]
+    """Base of the modules that change colours and leave every pixel in its place."""
+
+
+class Geometric(_Citizen, GeometricAugmentationBase2D):  # type: ignore[misc]
+    """Base of the modules that move pixels."""
+
+
+def check_probability(p: float) -> None:
+    """Raise an error unless p is a probability."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be a probability between 0 and 1, got {p}")
+
+
+def uniform(numbers: Tensor, bounds: Range) -> Tensor:
+    """Uniform numbers in a range."""
+    return numbers * (bounds[1] - bounds[0]) + bounds[0]
+
+
+def beside(parameter: Tensor, images: Tensor) -> Tensor:
+    """The parameter on the device of the images; the copy does not make the CPU wait."""
+    if images.device.type == "cuda" and parameter.device.type == "cpu":
+        return parameter.pin_memory().to(images.device, non_blocking=True)
+    return parameter.to(images.device)
+
+
+def crop_matrix(box: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(B, 3, 3)``: from source pixels (x, y) to those of a mirrored, resized crop."""
+    top, left, height, width = box.unbind(-1)
+    scale_x, scale_y = size[1] / width, size[0] / height
+    shift_x, shift_y = (0.5 - left) * scale_x - 0.5, (0.5 - top) * scale_y - 0.5
+    scale_x, shift_x = (
+        torch.where(flip != 0, -scale_x, scale_x),
+        torch.where(flip != 0, size[1] - 1 - shift_x, shift_x),
+    )
+    zero, one = torch.zeros_like(scale_x), torch.ones_like(scale_x)
+    rows = (scale_x, zero, shift_x, zero, scale_y, shift_y, zero, zero, one)
+    return torch.stack(rows, dim=-1).reshape(-1, 3, 3)
