@@ -85,7 +85,7 @@ def kept_logsumexp(
     """Logsumexp over the kept entries of each row of the logits ``q @ k.T``, equation (2).
 
     A row that keeps no entry has logsumexp -inf and a zero gradient. NaN and inf propagate.
-    Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except in the
+    Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except with the
     ``reference`` backend). Deterministic. Memory beyond the result: a few tiles of 4 MiB on a CPU
     (64 MiB on an accelerator), and R·C for the ``reference`` backend.
 

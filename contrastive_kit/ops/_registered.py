@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from contrastive_kit.ops import _tiled
+from contrastive_kit.ops._differentiable_once import differentiable_once
 from contrastive_kit.ops._exclusion import Exclusion
 
 _KERNELS = {"tiled": _tiled}
@@ -149,7 +149,7 @@ class KeptLogSumExp(torch.autograd.Function):
         ctx.save_for_backward(lse, saved, q, k, exclusion.row_ids, exclusion.column_ids)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Run the backward op for the inputs that need it."""
         needs_q, needs_k = ctx.needs_input_grad[:2]

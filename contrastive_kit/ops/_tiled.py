@@ -112,8 +112,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``q`` and ``k``, equation (5); an empty tensor for the one not needed."""
     keys = q if k is None else k
-    dq = torch.zeros_like(q) if needs_grad[0] else q.new_empty(0)
-    dk = torch.zeros_like(k) if k is not None and needs_grad[1] else q.new_empty(0)
+    dq = q.new_zeros(q.shape) if needs_grad[0] else q.new_empty(0)
+    dk = k.new_zeros(k.shape) if k is not None and needs_grad[1] else q.new_empty(0)
     mirrored_grad = dq if k is None else dk
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from contrastive_kit.ops._differentiable_once import differentiable_once
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -70,7 +71,7 @@ class _ScaledUnitRows(torch.autograd.Function):
         ctx.save_for_backward(*output)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         rows, power, factor = ctx.saved_tensors
         # Projecting on the rows as rounded, not on ideal unit rows, keeps the gradient of nearly

@@ -1,0 +1,52 @@
+"""A backward that may be run many times, but whose result must not be differentiated again."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Gradients = tuple[Tensor | None, ...]
+
+
+def differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
+    """Make second derivatives raise; every saved tensor counts as what they would depend on.
+
+    ``torch.autograd.function.once_differentiable`` only looks at the incoming gradient. Where that
+    is a constant, as behind a plain mean, it lets second derivatives vanish without a word.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor) -> _Gradients:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
+        present = [x for x in results if x is not None]
+        guarded = iter(_NoSecondDerivative.apply(len(sources), *sources, *present))
+        return tuple(None if x is None else next(guarded) for x in results)
+
+    return wrapper
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes tensors on as if they depended on the sources, and raises if that is followed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(n_sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in tensors[n_sources:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> _Gradients:
+        raise RuntimeError(
+            "the losses of contrastive_kit can be differentiated once; for second derivatives use "
+            "the formulas in contrastive_kit.reference"
+        )

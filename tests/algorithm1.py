@@ -1,0 +1,61 @@
+"""The losses as loops over numpy scalars, after Algorithm 1 of the SimCLR paper.
+
+Independent of torch and of ``contrastive_kit.reference``: no masks, no logsumexp, float64.
+"""
+
+import math
+
+import numpy as np
+
+
+def _cosine(a, b):
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / lengths) if lengths else 0.0
+
+
+def nt_xent(views, temperature, ids=None, decoupled=False):
+    """Loss of every anchor, (V, N), of ``views`` (V, N, D)."""
+    views = np.asarray(views, dtype=np.float64)
+    n_views, n, _ = views.shape
+    ids = list(range(n)) if ids is None else [int(i) for i in ids]
+    losses = np.zeros((n_views, n))
+    for v in range(n_views):
+        for i in range(n):
+            logits = {
+                (w, j): _cosine(views[v, i], views[w, j]) / temperature
+                for w in range(n_views)
+                for j in range(n)
+            }
+            positives = [logits[w, i] for w in range(n_views) if w != v]
+            negatives = [s for (_, j), s in logits.items() if ids[j] != ids[i]]
+            if not negatives:
+                continue
+            denominator = negatives if decoupled else negatives + positives
+            log_total = _log_sum_exp(denominator)
+            losses[v, i] = -sum(s - log_total for s in positives) / len(positives)
+    return losses
+
+
+def info_nce(query, key, temperature, negatives=None, ids=None):
+    """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D)."""
+    query, key = np.asarray(query, dtype=np.float64), np.asarray(key, dtype=np.float64)
+    n = len(query)
+    ids = list(range(n)) if ids is None else [int(i) for i in ids]
+    losses = np.zeros(n)
+    for i in range(n):
+        if negatives is None:
+            candidates = [key[j] for j in range(n) if ids[j] != ids[i]]
+        else:
+            mine = np.asarray(negatives, dtype=np.float64)
+            candidates = list(mine if mine.ndim == 2 else mine[i])
+        if not candidates:
+            continue
+        positive = _cosine(query[i], key[i]) / temperature
+        others = [_cosine(query[i], c) / temperature for c in candidates]
+        losses[i] = _log_sum_exp([positive, *others]) - positive
+    return losses
+
+
+def _log_sum_exp(values):
+    largest = max(values)
+    return largest + math.log(math.fsum(math.exp(v - largest) for v in values))

@@ -1,0 +1,337 @@
+"""The primitive, every backend, against a float64 logsumexp with the mask written out."""
+
+import pytest
+import torch
+from budgets import VALUE, assert_within, gradient_budget
+
+from contrastive_kit.ops import (
+    BACKENDS,
+    Exclusion,
+    LogitStatistics,
+    _lse,
+    _tiled,
+    kept_logsumexp,
+    which_backend,
+)
+from contrastive_kit.ops._registered import logsumexp_backward, logsumexp_forward
+
+backends = pytest.mark.parametrize("backend", list(BACKENDS))
+SMALL_LOGITS, LARGE_LOGITS = 1.0, 12.0  # largest products about 30 and 4000: both tiled paths
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch, request):
+    """Tiles far below the defaults, so that small problems have many, with ragged edges."""
+    if "full_tiles" not in request.keywords:
+        monkeypatch.setattr(_tiled, "_CPU_TILE", (16, 48))
+
+
+def oracle(q, k, mask, both, grad):
+    """Logsumexp and gradients in float64 from the definition."""
+    q = q.detach().double().requires_grad_()
+    k = q if k is None else k.detach().double().requires_grad_()
+    logits = (q @ k.T).masked_fill(mask, -torch.inf)
+    lse = logits.logsumexp(1)
+    if both:
+        lse = torch.cat([lse, logits.logsumexp(0)])
+    inputs = [q] if k is q else [q, k]
+    return lse, torch.autograd.grad((lse * grad.double()).sum(), inputs)
+
+
+def statistics_oracle(q, k, mask, dim):
+    logits = q.double() @ (q if k is None else k).double().T
+    kept = ~mask
+    softmax = logits.masked_fill(mask, -torch.inf).softmax(dim)
+    return LogitStatistics(
+        maximum=logits.masked_fill(mask, -torch.inf).amax(dim),
+        expected=(softmax * logits).sum(dim),
+        total=(kept * logits).sum(dim),
+        kept=kept.sum(dim).double(),
+    )
+
+
+def run(q, k, exclusion, both, grad, backend):
+    inputs = [q.clone().requires_grad_()] + ([] if k is None else [k.clone().requires_grad_()])
+    lse, _ = kept_logsumexp(
+        inputs[0],
+        inputs[1] if len(inputs) > 1 else None,
+        exclusion=exclusion,
+        both=both,
+        backend=backend,
+    )
+    return lse, torch.autograd.grad(lse, inputs, grad)
+
+
+def check(q, k, exclusion, both, backend, dtype, logit_size):
+    n_columns = len(q) if k is None else len(k)
+    mask = exclusion.mask(len(q), n_columns, q.device)
+    length = len(q) + (n_columns if both else 0)
+    grad = torch.randn(length, dtype=torch.float64).to(q.dtype)
+    expected_lse, expected_grads = oracle(q, k, mask, both, grad)
+    lse, grads = run(q, k, exclusion, both, grad, backend)
+    assert_within(lse, expected_lse, VALUE[dtype])
+    budget = gradient_budget(dtype, 1.0 if logit_size == SMALL_LOGITS else 1e-3)
+    for actual, expected in zip(grads, expected_grads, strict=True):
+        assert actual.dtype == q.dtype
+        assert_within(actual, expected, budget)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+@pytest.mark.parametrize("n", [2, 3, 63, 65, 126])
+@pytest.mark.parametrize("d", [1, 7, 60])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_self_similarity(n, d, logit_size, dtype, backend):
+    q = torch.randn(2 * n, d, dtype=dtype) * logit_size / d**0.25
+    check(q, None, Exclusion(n), False, backend, dtype, logit_size)
+
+
+@backends
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (3, 65), (65, 3), (63, 63), (50, 131)])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_two_matrices(rows, columns, both, logit_size, backend):
+    q = torch.randn(rows, 13) * logit_size / 2
+    k = torch.randn(columns, 13) * logit_size / 2
+    for exclusion in (Exclusion(), Exclusion(max(rows, columns))):
+        check(q, k, exclusion, both, backend, torch.float32, logit_size)
+
+
+@backends
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+def test_equal_ids_are_excluded(logit_size, backend):
+    ids = torch.randint(0, 9, (61,))
+    q = torch.randn(61, 8, dtype=torch.float64) * logit_size
+    check(q, None, Exclusion(61, ids, ids), False, backend, torch.float64, logit_size)
+    k, key_ids = torch.randn(30, 8, dtype=torch.float64), torch.randint(0, 9, (30,))
+    check(q, k, Exclusion(0, ids, key_ids), True, backend, torch.float64, logit_size)
+
+
+@pytest.mark.full_tiles
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+def test_more_than_one_tile_of_the_default_size(logit_size):
+    q = torch.randn(2 * 2251, 8, dtype=torch.float64) * logit_size / 2
+    check(q, None, Exclusion(2251), False, "tiled", torch.float64, logit_size)
+
+
+@backends
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+@pytest.mark.parametrize("two_matrices", [False, True])
+def test_statistics(two_matrices, logit_size, backend):
+    q = torch.randn(70, 9, dtype=torch.float64) * logit_size
+    k = torch.randn(53, 9, dtype=torch.float64) if two_matrices else None
+    ids = torch.arange(70) // 2
+    exclusion = Exclusion(0, ids, ids[:53] if two_matrices else ids)
+    mask = exclusion.mask(70, 53 if two_matrices else 70, q.device)
+    lse, actual = kept_logsumexp(
+        q, k, exclusion=exclusion, both=two_matrices, statistics=True, backend=backend
+    )
+    plain, none = kept_logsumexp(q, k, exclusion=exclusion, both=two_matrices, backend=backend)
+    assert none is None
+    torch.testing.assert_close(lse, plain)
+    parts = [statistics_oracle(q, k, mask, 1)]
+    if two_matrices:
+        parts.append(statistics_oracle(q, k, mask, 0))
+    for name, figures in zip(LogitStatistics._fields, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(getattr(actual, name), torch.cat(figures))
+
+
+@backends
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+def test_a_row_that_keeps_nothing(logit_size, backend):
+    """Ids leave row 0 without a column: logsumexp -inf, no gradient, and no trace in others."""
+    q = (torch.randn(20, 6) * logit_size).requires_grad_()
+    k = torch.randn(5, 6, requires_grad=True)
+    row_ids = torch.tensor([7, *range(10, 29)])
+    exclusion = Exclusion(0, row_ids, torch.full((5,), 7))
+    lse, stats = kept_logsumexp(q, k, exclusion=exclusion, statistics=True, backend=backend)
+    assert lse[0] == -torch.inf
+    assert stats.kept[0] == stats.expected[0] == stats.total[0] == 0
+    assert stats.maximum[0] == -torch.inf
+    dq, dk = torch.autograd.grad(lse.masked_fill(lse == -torch.inf, 0).sum(), [q, k])
+    assert torch.equal(dq[0], torch.zeros(6))
+    rest = Exclusion(0, row_ids[1:], torch.full((5,), 7))
+    expected, grads = oracle(q[1:], k, rest.mask(19, 5, q.device), False, torch.ones(19))
+    assert_within(lse[1:], expected, 1e-6)
+    assert_within(dq[1:], grads[0], gradient_budget(torch.float32, 1e-2))
+    assert_within(dk, grads[1], gradient_budget(torch.float32, 1e-2))
+
+
+@backends
+def test_a_single_row(backend):
+    q = torch.randn(1, 4, requires_grad=True)
+    lse, _ = kept_logsumexp(q, exclusion=Exclusion(1), backend=backend)
+    assert lse.tolist() == [-torch.inf]
+    assert torch.autograd.grad(lse, q, torch.zeros(1))[0].tolist() == [[0.0] * 4]
+    lse, _ = kept_logsumexp(q, q.detach(), backend=backend)
+    torch.testing.assert_close(lse, q.square().sum(1))
+
+
+@backends
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_finite_reaches_the_result(bad, backend):
+    q = torch.randn(40, 4)
+    q[17, 2] = bad
+    lse, _ = kept_logsumexp(q, exclusion=Exclusion(20), backend=backend)
+    assert not lse[17].isfinite()
+    assert not lse.isfinite().all()
+
+
+@backends
+def test_each_input_alone_gets_its_gradient(backend):
+    q, k = torch.randn(33, 5), torch.randn(50, 5)
+    weights = torch.randn(83)
+    both = run(q, k, Exclusion(), True, weights, backend)[1]
+    for wanted in (0, 1):
+        inputs = [q.clone(), k.clone()]
+        inputs[wanted].requires_grad_()
+        lse, _ = kept_logsumexp(*inputs, both=True, backend=backend)
+        (grad,) = torch.autograd.grad(lse, [inputs[wanted]], weights)
+        torch.testing.assert_close(grad, both[wanted])
+
+
+@backends
+def test_gradcheck(backend):
+    q, k = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 20))
+
+    def symmetric(q):
+        return kept_logsumexp(
+            q.repeat(6, 1) * torch.arange(42.0)[:, None] / 9,
+            exclusion=Exclusion(7),
+            backend=backend,
+        )[0]
+
+    def directed(q, k):
+        return kept_logsumexp(q, k, exclusion=Exclusion(20), both=True, backend=backend)[0]
+
+    assert torch.autograd.gradcheck(symmetric, (q,))
+    assert torch.autograd.gradcheck(directed, (q, k))
+
+
+def test_backward_runs_twice_and_a_second_derivative_raises():
+    q = torch.randn(20, 3, requires_grad=True)
+    lse, _ = kept_logsumexp(q, exclusion=Exclusion(10), backend="tiled")
+    grad = torch.linspace(-1, 2, 20)
+    first = torch.autograd.grad(lse, q, grad, retain_graph=True)[0]
+    second = torch.autograd.grad(lse, q, grad, retain_graph=True)[0]
+    assert torch.equal(first, second)
+    (differentiable,) = torch.autograd.grad(lse, q, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        differentiable.sum().backward()
+
+
+@backends
+def test_inputs_are_not_written_to_and_any_stride_will_do(backend):
+    base = torch.randn(9, 2 * 30)
+    q = base.T[::2]
+    assert not q.is_contiguous()
+    before = base.clone()
+    expected = run(q.contiguous(), None, Exclusion(15), False, torch.ones(30), backend)
+    actual = run(q, None, Exclusion(15), False, torch.ones(30), backend)
+    torch.testing.assert_close(actual, expected)
+    assert torch.equal(base, before)
+
+
+def test_runs_are_identical_bit_for_bit():
+    q = torch.randn(300, 17)
+    runs = [run(q, None, Exclusion(150), False, torch.ones(300), "tiled") for _ in range(3)]
+    for lse, (grad,) in runs[1:]:
+        assert torch.equal(lse, runs[0][0])
+        assert torch.equal(grad, runs[0][1][0])
+
+
+def test_a_known_bound_changes_the_path_not_the_result():
+    q = torch.randn(40, 5)
+    known, _ = kept_logsumexp(q, exclusion=Exclusion(20), bound=60.0)
+    measured, _ = kept_logsumexp(q, exclusion=Exclusion(20))
+    assert torch.equal(known, measured)
+
+
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+@pytest.mark.parametrize("two_matrices", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_opcheck(statistics, layout, two_matrices, logit_size):
+    def rows(n):
+        x = torch.randn(n, 6) * logit_size
+        return x if layout == "contiguous" else x.T.contiguous().T
+
+    q, k = rows(40), rows(23) if two_matrices else None
+    ids = torch.arange(40) // 2
+    shared = (q, k, ids, ids[:23] if two_matrices else ids, 0, two_matrices, torch.inf)
+    torch.library.opcheck(logsumexp_forward, (*shared, statistics, "tiled"))
+    lse, saved, _ = logsumexp_forward(*shared, statistics, "tiled")
+    grad = torch.randn_like(lse)
+    torch.library.opcheck(logsumexp_backward, (grad, lse, saved, *shared, True, False, "tiled"))
+    torch.library.opcheck(logsumexp_backward, (grad, lse, saved, *shared, True, True, "tiled"))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_are_computed_in_float32(dtype, backend):
+    q = torch.randn(30, 8).to(dtype)
+    lse, (grad,) = run(q, None, Exclusion(15), False, torch.ones(30), backend)
+    assert lse.dtype == torch.float32
+    assert grad.dtype == dtype
+    mask = Exclusion(15).mask(30, 30, q.device)
+    expected, (expected_grad,) = oracle(q, None, mask, False, torch.ones(30))
+    assert_within(lse, expected, 1e-6)
+    assert_within(grad, expected_grad, gradient_budget(dtype, 1.0))
+
+
+@backends
+def test_autocast_does_not_reach_the_logits(backend):
+    q = torch.randn(60, 33, requires_grad=True)
+    outside = kept_logsumexp(q, exclusion=Exclusion(30), backend=backend)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = kept_logsumexp(q, exclusion=Exclusion(30), backend=backend)[0]
+        if backend != "reference":  # whose backward is autograd's own, and follows autocast
+            (grad,) = torch.autograd.grad(inside.sum(), q)
+            assert torch.equal(grad, torch.autograd.grad(outside.sum(), q)[0])
+    assert torch.equal(inside, outside)
+
+
+def test_fake_tensors_on_cuda_have_the_right_shapes_without_a_gpu():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = torch.empty(6, 3, device="cuda"), torch.empty(9, 3, device="cuda")
+        lse, stats = kept_logsumexp(q, k, both=True, statistics=True)
+    assert lse.shape == (15,)
+    assert lse.device.type == "cuda"
+    assert stats.maximum.shape == (15,)
+
+
+class TestDispatch:
+    def refusing(self, monkeypatch):
+        only_double = _lse.Backend(
+            lambda q, k: None if q.dtype == torch.float64 else "it only computes float64",
+            BACKENDS["reference"].run,
+        )
+        monkeypatch.setattr(_lse, "BACKENDS", {"picky": only_double, **BACKENDS})
+
+    def test_auto_takes_the_first_that_does_not_refuse_and_says_why(self, monkeypatch):
+        self.refusing(monkeypatch)
+        assert which_backend(torch.ones(2, 2, dtype=torch.float64)) == ("picky", {})
+        choice = which_backend(torch.ones(2, 2))
+        assert choice == ("tiled", {"picky": "it only computes float64"})
+
+    def test_a_named_backend_that_refuses_raises_with_its_reason(self, monkeypatch):
+        self.refusing(monkeypatch)
+        with pytest.raises(ValueError, match="'picky' cannot run here: it only computes float64"):
+            kept_logsumexp(torch.ones(2, 2), backend="picky")
+
+    def test_an_unknown_backend_is_named_with_the_known_ones(self):
+        with pytest.raises(ValueError, match="'auto', 'tiled', 'reference', got 'cuda'"):
+            which_backend(torch.ones(2, 2), backend="cuda")
+
+    def test_nothing_falls_back_after_a_failure(self, monkeypatch):
+        def broken(*args):
+            raise RuntimeError("launch failed")
+
+        failing = _lse.Backend(lambda q, k: None, broken)
+        monkeypatch.setattr(_lse, "BACKENDS", {"failing": failing, **BACKENDS})
+        with pytest.raises(RuntimeError, match="launch failed"):
+            kept_logsumexp(torch.ones(2, 2))

@@ -1,0 +1,51 @@
+"""The reference page against loops over scalars and against closed forms."""
+
+import algorithm1
+import numpy as np
+import pytest
+import torch
+
+from contrastive_kit import reference
+
+
+@pytest.mark.parametrize("n_views", [2, 3, 4])
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (3, 7), (9, 5)])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_nt_xent_is_algorithm_1(n_views, n, d, with_ids, decoupled):
+    views = torch.randn(n_views, n, d, dtype=torch.float64)
+    ids = torch.arange(n) // 2 if with_ids else None
+    formula = reference.decoupled_nt_xent if decoupled else reference.nt_xent
+    expected = algorithm1.nt_xent(views, 0.3, ids, decoupled)
+    np.testing.assert_allclose(formula(views, 0.3, ids), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_info_nce_is_its_loop(with_ids):
+    q, k = torch.randn(2, 7, 5, dtype=torch.float64)
+    ids = torch.arange(7) // 2 if with_ids else torch.arange(7)
+    expected = algorithm1.info_nce(q, k, 0.2, ids=ids)
+    np.testing.assert_allclose(reference.info_nce(q, k, 0.2, ids), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(11, 5), (7, 3, 5)])
+def test_info_nce_with_negatives_is_its_loop(shape):
+    q, k = torch.randn(2, 7, 5, dtype=torch.float64)
+    negatives = torch.randn(*shape, dtype=torch.float64)
+    expected = algorithm1.info_nce(q, k, 0.2, negatives)
+    actual = reference.info_nce_with_negatives(q, k, negatives, 0.2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_identical_rows_have_a_closed_form():
+    views = torch.ones(2, 10, 3, dtype=torch.float64)
+    expected = torch.full((2, 10), 19.0, dtype=torch.float64).log()
+    torch.testing.assert_close(reference.nt_xent(views, 0.1), expected)
+    torch.testing.assert_close(reference.decoupled_nt_xent(views, 0.1), (expected.exp() - 1).log())
+
+
+def test_the_loops_know_orthogonal_pairs():
+    """Two images on two axes: each anchor meets its twin at cosine 1 and both others at 0."""
+    views = np.stack([np.eye(2), np.eye(2)])
+    expected = np.log(np.exp(2.0) + 2.0) - 2.0
+    np.testing.assert_allclose(algorithm1.nt_xent(views, 0.5), expected, rtol=1e-14)
