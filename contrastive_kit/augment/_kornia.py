@@ -14,6 +14,8 @@ from kornia.augmentation import GeometricAugmentationBase2D, IntensityAugmentati
 from kornia.augmentation.random_generator import RandomGeneratorBase
 from torch import Tensor
 
+from contrastive_kit.augment.parameters import to_device
+
 Params = dict[str, Tensor]
 Range = tuple[float, float]
 
@@ -118,10 +120,8 @@ def uniform(numbers: Tensor, bounds: Range) -> Tensor:
 
 
 def beside(parameter: Tensor, images: Tensor) -> Tensor:
-    """The parameter on the device of the images; the copy does not make the CPU wait."""
-    if images.device.type == "cuda" and parameter.device.type == "cpu":
-        return parameter.pin_memory().to(images.device, non_blocking=True)
-    return parameter.to(images.device)
+    """The parameter on the device of the images."""
+    return to_device(parameter, images.device)
 
 
 def crop_matrix(box: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:

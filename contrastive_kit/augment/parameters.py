@@ -84,6 +84,13 @@ def unpack(table: Tensor) -> ViewParameters:
     return ViewParameters(box, flip, jitter, order, *table[..., 10:].unbind(-1))
 
 
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """The table on a device; the copy to CUDA does not make the CPU wait."""
+    if device.type == "cuda" and table.device.type == "cpu" and not torch.compiler.is_compiling():
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
+
+
 def _check_probability(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a probability between 0 and 1, got {value}")

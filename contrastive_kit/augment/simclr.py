@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from contrastive_kit.augment import _cpu, _view, functional
-from contrastive_kit.augment.parameters import N_COLUMNS, ViewDistribution, unpack
+from contrastive_kit.augment.parameters import N_COLUMNS, ViewDistribution, to_device, unpack
 
 IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -297,7 +297,7 @@ class SimCLRAugment(nn.Module):
         if self.check_values:
             _check_range(images)
         table = self.draw(images) if params is None else self._check_params(params, images)
-        batch = self._render(images, _to_device(table, first.device))
+        batch = self._render(images, to_device(table, first.device))
         views = batch if concat else batch.chunk(self.views)
         return (views, table) if return_params else views
 
@@ -447,13 +447,6 @@ def _cpu_refusal(images: Images) -> str:
     if torch.compiler.is_compiling():
         return "cannot be traced by torch.compile"
     return ""
-
-
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    """The table beside the images; the copy to CUDA does not make the CPU wait."""
-    if device.type == "cuda" and table.device.type == "cpu":
-        return table.pin_memory().to(device, non_blocking=True)
-    return table.to(device)
 
 
 def _rounded(bounds: tuple[float, float]) -> tuple[float, float]:

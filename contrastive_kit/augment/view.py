@@ -111,7 +111,8 @@ class SimCLRView(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Make the views."""
-        views: Tensor = self.recipe(input, params=params["table"][None], concat=True)
+        table = beside(params["table"], input)[None]
+        views: Tensor = self.recipe(input, params=table, concat=True)
         return views
 
     def apply_transform_mask(
