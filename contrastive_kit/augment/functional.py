@@ -314,6 +314,10 @@ def color_jitter(
         torch.Size([2, 3, 8, 8])
     """
     check_images(images, channels=3)
+    if contrast_mean not in ("gray", "channel"):
+        raise ValueError(f"contrast_mean must be 'gray' or 'channel', got {contrast_mean!r}")
+    if saturation_mode not in ("gray", "hsv"):
+        raise ValueError(f"saturation_mode must be 'gray' or 'hsv', got {saturation_mode!r}")
     if order.shape != (images.shape[0], 4):
         raise ValueError(f"order must be ({images.shape[0]}, 4), got {tuple(order.shape)}")
     working = _to_working(images)
@@ -322,24 +326,44 @@ def color_jitter(
     saturation = _per_sample("saturation", saturation, images, 0.0)
     hue = _per_sample("hue", hue, images, -0.5, 0.5)
 
-    order = order.reshape(-1, 4, 1, 1, 1)
-    hue_place = (order == 3).to(torch.int8).argmax(dim=1)
-
-    def own(factor: Tensor, operation: int, slot: int, wanted: Tensor) -> Tensor:
-        return torch.where((order[:, slot] == operation) & wanted, factor, 1.0)
-
-    def step(x: Tensor, slot: int, wanted: Tensor) -> Tensor:
-        x = (x * own(brightness, 0, slot, wanted)).clamp(0, 1)
-        x = _contrast(x, own(contrast, 1, slot, wanted), contrast_mean)
-        return _saturation(x, own(saturation, 2, slot, wanted), saturation_mode)
-
+    order = order.long()
+    hue_place = (order == 3).to(torch.int8).argmax(dim=1, keepdim=True)
+    neutral = torch.ones_like(hue)
+    factors = [
+        f.reshape(-1, 1).expand(len(images), 1) for f in (brightness, contrast, saturation, neutral)
+    ]
+    factor = torch.cat(factors, dim=1).gather(1, order)
+    slot = torch.arange(4, device=images.device)
     x = working
-    for slot in (0, 1, 2):
-        x = step(x, slot, hue_place > slot)
-    x = _hue(x, hue)
-    for slot in (1, 2, 3):
-        x = step(x, slot, hue_place < slot)
+    for slots, own in ((slice(0, 3), hue_place > slot), (slice(1, 4), hue_place < slot)):
+        chosen = torch.where(own, factor, 1.0)[:, slots, None, None, None].unbind(1)
+        kinds = order[:, slots, None, None, None].unbind(1)
+        for f, kind in zip(chosen, kinds, strict=True):
+            x = _step(x, f, kind, contrast_mean, saturation_mode)
+        if slots.start == 0:
+            x = _hue(x, hue)
     return _to_result(_gated(x, working, apply), images)
+
+
+def _step(
+    x: Tensor,
+    factor: Tensor,
+    kind: Tensor,
+    contrast_mean: Literal["gray", "channel"],
+    saturation_mode: Literal["gray", "hsv"],
+) -> Tensor:
+    """Brightness, contrast or saturation, whichever a sample's kind says, in the same operations.
+
+    All three are f · x + (1 − f) · target: black, the mean, or the gray image.
+    """
+    gray = _gray(x)
+    centre = (gray if contrast_mean == "gray" else x).mean(dim=(2, 3), keepdim=True)
+    target = (kind == 1) * centre
+    if saturation_mode == "gray":
+        return (factor * x + (1 - factor) * (target + (kind == 2) * gray)).clamp(0, 1)
+    linear = torch.where(kind == 2, 1.0, factor)
+    x = (linear * x + (1 - linear) * target).clamp(0, 1)
+    return _saturation(x, torch.where(kind == 2, factor, 1.0), "hsv")
 
 
 def _blur_matrix(size: int, sigma: Tensor, radius: int, padding: str) -> Tensor:

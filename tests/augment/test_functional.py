@@ -153,6 +153,17 @@ def test_crop_equals_torchvision(size, interpolation, antialias, route, make_ima
         close(result.double(), torch.stack(expected).double(), atol)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (37, 45), (64, 51), (1, 3)])
+def test_nearest_crop_copies_pixels(size, make_images):
+    flip = torch.tensor([0, 1, 0, 1, 1, 0])
+    for dtype in (torch.float32, torch.uint8):
+        images = make_images(len(BOXES), 37, 45, dtype)
+        result = ck.crop_resize(images, BOXES, size, flip=flip, interpolation="nearest")
+        for i, (image, box) in enumerate(zip(images, BOXES.tolist(), strict=True)):
+            crop = v2.resized_crop(image, *box, list(size), InterpolationMode.NEAREST_EXACT)
+            assert torch.equal(result[i], v1.hflip(crop) if flip[i] else crop)
+
+
 @pytest.mark.parametrize("target", [32, 96, 224])
 def test_crop_at_the_usual_sizes(target, make_images):
     images = make_images(3, 256, 256)
@@ -294,9 +305,9 @@ RGB = torch.rand(2, 3, 8, 8)
             "inside the image, .* for sample 1",
         ),
         (
-            lambda: ck.crop_resize(RGB, torch.ones(2, 4), 4, interpolation="nearest"),
+            lambda: ck.crop_resize(RGB, torch.ones(2, 4), 4, interpolation="lanczos"),
             ValueError,
-            "'bilinear' or 'bicubic', got 'nearest'",
+            "'bilinear', 'bicubic' or 'nearest', got 'lanczos'",
         ),
         (
             lambda: ck.crop_resize(RGB, torch.ones(2, 4), 4, flip=torch.ones(1)),
