@@ -42,7 +42,7 @@ def info_nce_with_negatives(
     """InfoNCE against explicit negatives, (K, D) shared or (N, K, D) per query: (N,)."""
     query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
     positive_logit = (query * key).sum(1) / temperature
-    negative_logits = torch.einsum("nd,...kd->nk", query, negatives) / temperature
+    negative_logits = (query[:, None] * negatives).sum(2) / temperature
     return _cross_entropy(positive_logit, negative_logits)
 
 

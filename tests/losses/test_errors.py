@@ -1,0 +1,86 @@
+"""A wrong call says what to change: the argument, what was expected, what came."""
+
+import pytest
+import torch
+
+from contrastive_kit import InfoNCE, NTXent
+from contrastive_kit.functional import info_nce, nt_xent
+
+Z = torch.randn(4, 3)
+META = torch.empty(4, 3, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((Z, [1.0]), {}, TypeError, r"z2 must be a tensor of shape \(N, D\), got list"),
+        ((Z.long(), Z), {}, TypeError, "z1 must hold floating point embeddings, got torch.int64"),
+        ((Z, (Z > 0)), {}, TypeError, "z2 must hold floating point embeddings, got torch.bool"),
+        ((Z[0], Z[0]), {}, ValueError, r"z1 must have shape \(N, D\), got \(3,\)"),
+        ((Z, Z[:3]), {}, ValueError, r"z2 must have the shape of z1, \(4, 3\), got \(3, 3\)"),
+        ((Z, Z, Z[:, :2]), {}, ValueError, r"more_views\[0\] must have the shape of z1"),
+        ((Z[:, :0], Z[:, :0]), {}, ValueError, r"z1 must have no empty dimension, got .*\(4, 0\)"),
+        ((Z[:1], Z[:1]), {}, ValueError, "z1 must have at least 2 rows.*got 1"),
+        ((Z, META), {}, ValueError, "z2 must be on the device of z1, cpu, got meta"),
+        ((Z, Z), {"temperature": 0}, ValueError, "temperature must be .* above 0, got 0"),
+        ((Z, Z), {"temperature": -1.0}, ValueError, "temperature must be .* above 0, got -1.0"),
+        ((Z, Z), {"temperature": float("nan")}, ValueError, "temperature must be .* got nan"),
+        ((Z, Z), {"temperature": float("inf")}, ValueError, "temperature must be .* got inf"),
+        ((Z, Z), {"temperature": "0.5"}, TypeError, "temperature must be a number .* got '0.5'"),
+        ((Z, Z), {"temperature": True}, TypeError, "temperature must be a number .* got True"),
+        ((Z, Z), {"temperature": torch.ones(2)}, ValueError, r"one value, got .*\(2,\)"),
+        ((Z, Z), {"reduction": "avg"}, ValueError, "reduction must be .*'none', got 'avg'"),
+        ((Z, Z), {"backend": "cuda"}, ValueError, "backend must be one of 'auto'.*got 'cuda'"),
+        ((Z, Z), {"ids": torch.ones(4)}, TypeError, "ids must hold integers, got torch.float32"),
+        ((Z, Z), {"ids": [1, 2, 3, 4]}, TypeError, "ids must be an integer tensor"),
+        ((Z, Z), {"ids": torch.arange(8)}, ValueError, r"ids must have shape \(4,\).*got \(8,\)"),
+        ((Z, Z), {"ids": META.long()[:, 0]}, ValueError, "ids must be on the device of z1"),
+    ],
+)
+def test_nt_xent(args, options, error, message):
+    with pytest.raises(error, match=message):
+        nt_xent(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((Z, Z[:2]), {}, ValueError, "key must have the shape of query"),
+        ((Z.int(), Z), {}, TypeError, "query must hold floating point"),
+        ((Z[:1], Z[:1]), {}, ValueError, "query must have at least 2 rows where no negatives"),
+        ((Z, Z, Z[:, :2]), {}, ValueError, r"negatives must have shape \(K, 3\).*got \(4, 2\)"),
+        ((Z, Z, Z[:0]), {}, ValueError, "negatives must have no empty dimension"),
+        ((Z, Z, Z[0]), {}, ValueError, r"negatives must have shape \(N, D\), got \(3,\)"),
+        ((Z, Z, Z.expand(2, 4, 3)), {}, ValueError, r"negatives must have shape \(4, K, 3\)"),
+        ((Z, Z, META), {}, ValueError, "negatives must be on the device of query"),
+        ((Z, Z, Z), {"symmetric": True}, ValueError, "symmetric=True takes no negatives"),
+        ((Z, Z, Z), {"ids": torch.arange(4)}, ValueError, "with negatives given, omit ids"),
+        ((Z, Z), {"ids": torch.arange(3)}, ValueError, r"ids must have shape \(4,\)"),
+        ((Z, Z), {"temperature": 0.0}, ValueError, "temperature must be"),
+    ],
+)
+def test_info_nce(args, options, error, message):
+    with pytest.raises(error, match=message):
+        info_nce(*args, **options)
+
+
+@pytest.mark.parametrize("module", [NTXent, InfoNCE])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": -0.1}, ValueError, "temperature must be"),
+        ({"temperature": torch.tensor(0.1)}, TypeError, "see learnable_temperature"),
+        ({"temperature": 0.005, "learnable_temperature": True}, ValueError, "at least 0.01"),
+        ({"reduction": None}, ValueError, "reduction must be one of"),
+        ({"backend": "triton!"}, ValueError, "backend must be one of"),
+        ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
+    ],
+)
+def test_modules_check_when_they_are_made(module, options, error, message):
+    with pytest.raises(error, match=message):
+        module(**options)
+
+
+def test_a_temperature_tensor_that_is_not_positive_gives_nan():
+    for bad in (0.0, -0.1, float("nan")):
+        assert not nt_xent(Z, Z, temperature=torch.tensor(bad)).isfinite()

@@ -1,0 +1,138 @@
+"""The losses inside torch: compile, autocast, functional transforms, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from contrastive_kit import InfoNCE, NTXent
+from contrastive_kit.functional import info_nce, nt_xent
+
+LOSSES = {
+    "nt_xent": lambda a, b, t: nt_xent(a, b, temperature=t),
+    "three views": lambda a, b, t: nt_xent(a, b, a + b, temperature=t),
+    "ids": lambda a, b, t: nt_xent(a, b, temperature=t, ids=torch.arange(len(a)) // 2),
+    "stats": lambda a, b, t: (
+        sum(nt_xent(a, b, temperature=t, return_stats=True)[1], 0)
+        + nt_xent(a, b, temperature=t, return_stats=True)[0]
+    ),
+    "clip": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True),
+    "queue": lambda a, b, t: info_nce(a, b, b.detach().flip(0), temperature=t),
+    "per query": lambda a, b, t: info_nce(a, b, torch.stack([b, -b], 1), temperature=t),
+    "reference": lambda a, b, t: nt_xent(a, b, temperature=t, backend="reference"),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_compiles_to_one_graph_at_every_size(name):
+    torch.compiler.reset()
+    loss_fn = LOSSES[name]
+    compiled = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 8, 33, 6):
+        a, b = torch.randn(2, n, 7, requires_grad=True).unbind(0)
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        temperature = torch.tensor(0.2, requires_grad=True)
+        inputs = (a, b, temperature)
+        expected = loss_fn(*inputs)
+        expected_grads = torch.autograd.grad(expected, inputs)
+        actual = compiled(*inputs)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(torch.autograd.grad(actual, inputs), expected_grads)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        NTXent(learnable_temperature=True),
+        InfoNCE(0.02, symmetric=True, learnable_temperature=True),
+    ],
+    ids=["NTXent", "InfoNCE"],
+)
+def test_a_learnable_module_trains_compiled_as_it_does_eagerly(module):
+    torch.compiler.reset()
+    a, b = torch.randn(2, 9, 6).unbind(0)
+    results = []
+    for compiled in (False, True):
+        loss_fn = copy.deepcopy(module)
+        call = torch.compile(loss_fn, fullgraph=True, backend="aot_eager") if compiled else loss_fn
+        optimiser = torch.optim.SGD(loss_fn.parameters(), lr=0.05)
+        for _ in range(6):
+            optimiser.zero_grad()
+            call(a, b).backward()
+            optimiser.step()
+        results.append((call(a, b).detach(), loss_fn.log_scale.detach()))
+    torch.testing.assert_close(results[1], results[0])
+    assert not torch.equal(results[0][1], module.log_scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nt_xent", "clip"])
+def test_compiles_with_inductor(name):
+    torch.compiler.reset()
+    a, b = (torch.randn(33, 7, requires_grad=True) for _ in range(2))
+    temperature = torch.tensor(0.2, requires_grad=True)
+    loss_fn = LOSSES[name]
+    actual = torch.compile(loss_fn, fullgraph=True)(a, b, temperature)
+    expected = loss_fn(a, b, temperature)
+    torch.testing.assert_close(actual, expected)
+    inputs = (a, b, temperature)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs)
+    )
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype, name):
+    a, b = torch.randn(2, 33, 17).unbind(0)
+    a.requires_grad_()
+    temperature = torch.tensor(0.05)
+    expected = LOSSES[name](a, b, temperature)
+    (expected_grad,) = torch.autograd.grad(expected, a)
+    with torch.autocast("cpu", dtype):
+        actual = LOSSES[name](a, b, temperature)
+    assert torch.equal(actual, expected)
+    assert torch.equal(torch.autograd.grad(actual, a)[0], expected_grad)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "queue"])
+def test_functional_gradient(name):
+    a, b = torch.randn(2, 9, 5).unbind(0)
+    temperature = torch.tensor(0.3)
+    wanting = a.clone().requires_grad_()
+    expected = torch.autograd.grad(LOSSES[name](wanting, b, temperature), wanting)[0]
+    actual = torch.func.grad(LOSSES[name])(a, b, temperature)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_batches_of_batches():
+    batches = torch.randn(3, 2, 9, 5)
+    expected = torch.stack([nt_xent(*views) for views in batches])
+    actual = torch.func.vmap(lambda views: nt_xent(views[0], views[1]))(batches)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_modules_copy_and_pickle():
+    a, b = torch.randn(2, 9, 5).unbind(0)
+    for module in (NTXent(0.3, decoupled=True), InfoNCE(learnable_temperature=True)):
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(twin(a, b), module(a, b))
+            assert repr(twin) == repr(module)
+
+
+def test_second_order_training_is_refused_not_ignored():
+    """A gradient penalty over the loss must not silently lose its curvature."""
+    a = torch.randn(9, 5, requires_grad=True)
+    b = torch.randn(9, 5)
+    loss = nt_xent(a, b, decoupled=True)
+    (grad,) = torch.autograd.grad(loss, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        (loss + grad.square().sum()).backward()
+
+
+def test_float32_matmul_precision_is_followed_and_left_alone():
+    before = torch.get_float32_matmul_precision()
+    nt_xent(torch.randn(4, 3), torch.randn(4, 3))
+    assert torch.get_float32_matmul_precision() == before
