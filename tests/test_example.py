@@ -1,0 +1,494 @@
+"""The reference training loop: its data, its files, its resume, and what it says to bad input."""
+
+import importlib.util
+import json
+import math
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "simclr.py"
+CPU = torch.device("cpu")
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("examples_simclr", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+simclr = load_script()
+
+
+def make_image_folder(root, classes=("blue", "green", "red"), train=14, test=5, side=8):
+    """Noise around a colour of each class."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for i, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for j in range(count):
+                pixels = rng.integers(0, 120, (side, side, 3))
+                pixels[..., i % 3] += 6
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{j}.png")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_image_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def pictures():
+    """A test that asks for this draws its pictures; the others save the seconds."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "pictures" not in request.fixturenames:
+        for name in ("plot_pairs", "plot_curve"):
+            monkeypatch.setattr(simclr, name, lambda *_args: None)
+
+
+def options(root, **changes):
+    given = {
+        "data": "imagefolder", "root": root, "size": 8, "encoder": "convnet", "epochs": 4,
+        "batch_size": 8, "eval_every": 1, "knn_k": 5, "workers": 0, "device": "cpu", **changes,
+    }  # fmt: skip
+    return [
+        text
+        for name, value in given.items()
+        for text in ([simclr.flag(name)] if value is True else [simclr.flag(name), str(value)])
+    ]
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("changes", [{}, {"stream": True, "optimizer": "sgd"}, {"amp": True}])
+def test_two_and_two_epochs_are_four_bit_for_bit(root, tmp_path, changes):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = {"eval_every": 2, **changes}
+    expected = simclr.main(options(root, out=whole, **changes))
+    assert simclr.main(options(root, out=parts, stop_after=2, **changes)) is None
+    assert len(checkpoint(parts)["history"]) == 2
+    torch.manual_seed(1234)
+    scores = simclr.main(["--resume", str(parts), "--device", "cpu", "--workers", "0"])
+    assert scores == expected
+    assert_same(checkpoint(parts), checkpoint(whole))
+    weights = torch.load(parts / "encoder.pt", weights_only=True)
+    assert_same(weights, checkpoint(parts)["encoder"])
+
+
+def test_other_seeds_give_other_runs(root, tmp_path):
+    for seed in (0, 1):
+        simclr.main(options(root, out=tmp_path / str(seed), epochs=1, seed=seed))
+    with pytest.raises(AssertionError):
+        assert_same(*(checkpoint(tmp_path / str(seed))["encoder"] for seed in (0, 1)))
+
+
+@pytest.mark.usefixtures("pictures")
+def test_run_folder(root, tmp_path, capsys):
+    run = tmp_path / "run"
+    scores = simclr.main(options(root, out=run, epochs=2))
+    names = ["checkpoint.pt", "config.json", "curve.png", "encoder.pt", "pairs.png", "results.json"]
+    assert sorted(path.name for path in run.iterdir()) == names
+    for name in ("pairs.png", "curve.png"):
+        assert np.asarray(Image.open(run / name)).std() > 10
+    config = json.loads((run / "config.json").read_text())
+    assert (config["seed"], config["size"], config["load_size"]) == (0, 8, 8)
+    assert config["about"]["torch"] == torch.__version__
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == ["raw pixels", "random encoder", "SimCLR"]
+    assert results["SimCLR"] == {"knn": scores["SimCLR"].knn, "linear": scores["SimCLR"].linear}
+    history = checkpoint(run)["history"]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert all(0 < row["loss"] < math.log(15) + 10 for row in history)
+    assert all(0 <= row["contrastive_accuracy"] <= 1 for row in history)
+    assert history[-1]["knn"] == scores["SimCLR"].knn
+    assert "random encoder" in capsys.readouterr().out
+
+
+def test_both_views_go_through_the_encoder_in_one_forward(root, monkeypatch):
+    """T26, and T49: training mode in training, evaluation mode in evaluation."""
+    config = simclr.make_config(
+        {"data": "imagefolder", "root": str(root), "size": 8, "encoder": "convnet",
+         "batch_size": 8, "knn_k": 5}
+    )  # fmt: skip
+    data = simclr.load_data(config, CPU, 0)
+    run = simclr.Run(config, CPU, steps=5)
+    calls = []
+    run.encoder.register_forward_hook(lambda m, x, _: calls.append((m.training, len(x[0]))))
+    run.train_epoch(data.train)
+    assert calls == [(True, 16)] * 5
+    calls.clear()
+    before = {key: value.clone() for key, value in run.encoder.state_dict().items()}
+    scores = simclr.evaluate(run.encoder, data, config, linear=True)
+    assert calls == [(False, 42), (False, 15)]
+    assert_same(dict(run.encoder.state_dict()), before)
+    mean, std = (torch.tensor(v)[:, None, None] for v in simclr.IMAGENET_NORMALIZATION)
+    run.encoder.eval()
+    with torch.no_grad():
+        h = [run.encoder((p.images / 255 - mean) / std) for p in (data.train, data.test)]
+    near = torch.nn.functional.normalize(h[1]) @ torch.nn.functional.normalize(h[0]).T
+    top = near.topk(5)
+    votes = torch.zeros(15, 3)
+    for i in range(15):
+        for j in range(5):
+            votes[i, data.train.labels[top.indices[i, j]]] += (top.values[i, j] / 0.1).exp()
+    assert 0.3 < scores.knn < 1
+    assert scores.knn == pytest.approx((votes.argmax(1) == data.test.labels).float().mean().item())
+
+
+def test_streamed_images_are_those_in_memory(root):
+    given = {"data": "imagefolder", "root": str(root), "size": 12, "load_size": 14,
+             "encoder": "convnet", "batch_size": 8, "knn_k": 5}  # fmt: skip
+    kept = simclr.load_data(simclr.make_config(given), CPU, 2)
+    streamed = simclr.load_data(simclr.make_config({**given, "stream": True}), CPU, 0)
+    assert isinstance(streamed.train, simclr.Streamed)
+    assert kept.classes == ["blue", "green", "red"]
+    order = torch.randperm(42)
+    for a, b in zip(kept.train.batches(order, 9), streamed.train.batches(order, 9), strict=True):
+        assert_same(list(a), list(b))
+    images, _ = next(kept.train.batches(order, 9))
+    assert (images.shape, images.dtype) == ((9, 3, 14, 14), torch.uint8)
+
+
+def test_images_of_any_size_and_mode_become_squares(root):
+    folder = root / "train" / "red"
+    Image.fromarray(np.full((40, 90), 200, np.uint8)).save(folder / "gray.png")
+    Image.new("RGBA", (30, 70), (0, 100, 200, 255)).save(folder / "alpha.png")
+    files = simclr.ImageFiles([(str(folder / "gray.png"), 0), (str(folder / "alpha.png"), 1)], 24)
+    gray, _ = files[0]
+    alpha, _ = files[1]
+    assert gray.shape == alpha.shape == (3, 24, 24)
+    assert (gray == 200).all()
+    assert alpha[:, 12, 12].tolist() == [0, 100, 200]
+
+
+def test_photos_are_deterministic_and_need_no_network(monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("the network is not needed")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    config = simclr.make_config({})
+    first, again = simclr.photo_patches(config), simclr.photo_patches(config)
+    assert_same(first, again)
+    train, train_labels, test, test_labels, classes = first
+    assert len(classes) == len(set(classes)) == 16
+    assert (train.shape, train.dtype) == ((16 * 256, 3, 32, 32), torch.uint8)
+    assert test.shape == (16 * 100, 3, 32, 32)
+    assert train_labels.bincount().tolist() == [256] * 16
+    assert test_labels.bincount().tolist() == [100] * 16
+    photos = simclr.load_photographs()
+    corner = torch.from_numpy(photos[classes[3]][:32, :32]).permute(2, 0, 1)
+    assert torch.equal(train[3 * 256], corner)
+    corner = torch.from_numpy(photos[classes[3]][-32:, -32:]).permute(2, 0, 1)
+    assert torch.equal(test[3 * 100 + 99], corner)
+
+
+@pytest.mark.parametrize("size", [32, 21])
+def test_training_and_test_patches_share_no_pixel(monkeypatch, size):
+    def photo(height, width):
+        """A photograph whose pixels say where they are: column // 256, column % 256, row // 2."""
+        rows, columns = np.mgrid[:height, :width]
+        return np.stack([columns // 256, columns % 256, rows // 2], axis=2).astype(np.uint8)
+
+    photos = {"even": photo(300, 452), "odd": photo(303, 385)}
+    monkeypatch.setattr(simclr, "load_photographs", lambda: photos)
+    train, train_labels, test, test_labels, _ = simclr.photo_patches(
+        simclr.make_config({"size": size})
+    )
+    for i, name in enumerate(photos):
+        columns = [
+            images[labels == i][:, 0].int() * 256 + images[labels == i][:, 1]
+            for images, labels in ((train, train_labels), (test, test_labels))
+        ]
+        width = photos[name].shape[1]
+        assert (columns[0].min(), columns[1].max()) == (0, width - 1)
+        assert columns[0].max() < width // 2 <= columns[1].min()
+
+
+def test_cifar10_comes_from_torchvision(monkeypatch, tmp_path):
+    class FakeCIFAR10:
+        classes = ("cat", "dog")
+
+        def __init__(self, root, train, download):
+            assert (root, download) == (str(tmp_path), True)
+            count = 30 if train else 10
+            self.data = np.full((count, 32, 32, 3), (7, 8, 9), np.uint8)
+            self.targets = [0, 1] * (count // 2)
+
+    monkeypatch.setattr(simclr.torchvision.datasets, "CIFAR10", FakeCIFAR10)
+    given = {"data": "cifar10", "root": str(tmp_path), "batch_size": 8, "knn_k": 5}
+    config = simclr.make_config({**given, "train_images": 20})
+    assert (config.encoder, config.stem, config.epochs) == ("resnet18", "cifar", 100)
+    data = simclr.load_data(config, CPU, 0)
+    assert (len(data.train), len(data.test), data.classes) == (20, 10, ["cat", "dog"])
+    images, labels = next(data.train.batches(torch.arange(20), 20))
+    assert images[3, :, 5, 6].tolist() == [7, 8, 9]
+    assert set(labels.tolist()) == {0, 1}
+
+    def fail(*_args, **_options):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(simclr.torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(simclr.UserError, match=r"cannot get CIFAR-10 .*no route"):
+        simclr.load_data(config, CPU, 0)
+
+
+def test_learning_rate_schedule():
+    factors = [simclr.warmup_cosine(step, 10, 110) for step in range(110)]
+    assert factors[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[-1] < 0.001
+
+
+def test_normalisation_and_biases_are_not_decayed():
+    config = simclr.make_config({"batch_size": 512})
+    encoder, head = simclr.build_model(config)
+    decayed, free = simclr.build_optimizer(config, [encoder, head]).param_groups
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in free["params"])
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
+    assert decayed["lr"] == pytest.approx(2 * config.lr)
+    count = sum(1 for module in (encoder, head) for _ in module.parameters())
+    assert len(decayed["params"]) + len(free["params"]) == count
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"root": "x"}, "--root has no meaning with --data photos"),
+        ({"stream": True}, "--stream has no meaning with --data photos"),
+        ({"data": "imagefolder"}, "--data imagefolder needs --root"),
+        ({"data": "cifar10", "size": 64}, "--size must be 32"),
+        ({"stem": "cifar"}, "--stem has no meaning with --encoder convnet"),
+        ({"temperature": 0.0}, "--temperature must be above 0, got 0.0"),
+        ({"lr": math.nan}, "--lr must be above 0, got nan"),
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
+        ({"epochs": 3, "warmup_epochs": 3.0}, r"--warmup-epochs must be below --epochs \(3\)"),
+        ({"data": "imagefolder", "root": "x", "load_size": 100}, "--load-size must be at least"),
+    ],
+)
+def test_wrong_settings(given, message):
+    with pytest.raises(simclr.UserError, match=message):
+        simclr.make_config(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"size": 200}, "--size must be at most 192 with --data photos, got 200"),
+        ({"train_images": 5000}, "--train-images must be at most 4096, got 5000"),
+        ({"train_images": 100}, r"--batch-size must be at most .*\(100\), got 256"),
+        ({"knn_k": 5000}, r"--knn-k must be at most .*\(4096\), got 5000"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data(given, message):
+    with pytest.raises(simclr.UserError, match=message):
+        simclr.load_data(simclr.make_config(given), CPU, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"encoder": "alexnet"}, "name must be one of .*; got 'alexnet'"),
+        ({"head_layers": 0, "head_dim": 3}, "out_dim must equal in_dim"),
+    ],
+)
+def test_wrong_models(given, message):
+    with pytest.raises(simclr.UserError, match=message):
+        simclr.build_model(simclr.make_config(given))
+
+
+def remove_all(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: remove_all(root / "train" / "red"), "train: .*red"),
+        (lambda root: (root / "test").rename(root / "validation"), "test is missing"),
+        (lambda root: (root / "test" / "red").rename(root / "test" / "rot"), "red, rot"),
+        (
+            lambda root: (root / "train" / "red" / "3.png").write_text("no image"),
+            "cannot read .*3.png.*repair or remove it",
+        ),
+        (
+            lambda root: (root / "test" / "red" / "2.png").write_bytes(
+                (root / "test" / "red" / "1.png").read_bytes()[:200]
+            ),
+            "cannot read .*2.png",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_damaged_image_folders(root, tmp_path, damage, message, stream):
+    damage(root)
+    changes = {"stream": True} if stream else {}
+    with pytest.raises(simclr.UserError, match=message):
+        simclr.main(options(root, out=tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    root = make_image_folder(folder / "images")
+    simclr.main(options(root, out=folder / "run", epochs=2, stop_after=1))
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
+
+
+def test_checkpoints_that_cannot_be_resumed(stopped, tmp_path):
+    path = stopped / "checkpoint.pt"
+    whole = path.read_bytes()
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"model": torch.ones(3)}, foreign)
+    unsafe = tmp_path / "unsafe.pt"
+    torch.save({"model": SimpleNamespace()}, unsafe)
+    for content, message in [
+        (whole[: len(whole) // 2], "is damaged or not a checkpoint"),
+        (b"", "is damaged or not a checkpoint"),
+        (b"some text", "is damaged or not a checkpoint"),
+        (unsafe.read_bytes(), "is damaged or not a checkpoint"),
+        (foreign.read_bytes(), "is not a checkpoint of this script"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(simclr.UserError, match=message):
+            simclr.main(["--resume", str(stopped)])
+        assert path.read_bytes() == content
+    path.unlink()
+    with pytest.raises(simclr.UserError, match="nothing to resume"):
+        simclr.main(["--resume", str(stopped)])
+    path.write_bytes(whole)
+    assert simclr.main(["--resume", str(stopped), "--device", "cpu"]) is not None
+
+
+def test_resume_takes_no_new_settings(stopped):
+    with pytest.raises(simclr.UserError, match="omit --out, --lr"):
+        simclr.main(["--resume", str(stopped), "--out", "x", "--lr", "1"])
+
+
+def test_resume_takes_no_other_data(root, tmp_path):
+    run = tmp_path / "run"
+    simclr.main(options(root, out=run, epochs=2, stop_after=1))
+    (root / "train" / "red" / "0.png").unlink()
+    with pytest.raises(simclr.UserError, match="the data are not those that the run began with"):
+        simclr.main(["--resume", str(run), "--device", "cpu"])
+
+
+def test_a_run_is_not_overwritten(stopped, root):
+    before = (stopped / "checkpoint.pt").read_bytes()
+    with pytest.raises(simclr.UserError, match="holds a run"):
+        simclr.main(options(root, out=stopped))
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(stopped, monkeypatch):
+    before = (stopped / "checkpoint.pt").read_bytes()
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(simclr.os, "fsync", full)
+    with pytest.raises(simclr.UserError, match=r"cannot write .*No space left.*unchanged"):
+        simclr.main(["--resume", str(stopped), "--device", "cpu"])
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+    assert list(stopped.glob("*.tmp")) == []
+
+
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(stopped, monkeypatch):
+    before = (stopped / "checkpoint.pt").read_bytes()
+
+    class NaNLoss(simclr.NTXent):
+        def forward(self, *views, **options):
+            loss, stats = super().forward(*views, **options)
+            return loss * math.nan, stats
+
+    monkeypatch.setattr(simclr, "NTXent", NaNLoss)
+    with pytest.raises(simclr.UserError, match="the loss is nan in epoch 2; the checkpoint"):
+        simclr.main(["--resume", str(stopped), "--device", "cpu"])
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+
+
+def test_interruption_names_the_way_back(stopped, monkeypatch):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simclr.Run, "train_epoch", interrupt)
+    with pytest.raises(simclr.UserError, match=r"interrupted; .*--resume"):
+        simclr.main(["--resume", str(stopped), "--device", "cpu"])
+
+
+def test_wrong_session():
+    for arguments, message in [
+        (["--device", "nonesuch"], "--device nonesuch cannot be used"),
+        (["--stop-after", "0"], "--stop-after must be at least 1"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+    ]:
+        with pytest.raises(simclr.UserError, match=message):
+            simclr.main(arguments)
+
+
+def run_script(*arguments, cwd):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_command_line_on_the_default_data(tmp_path):
+    small = ("--size", 16, "--train-images", 256, "--batch-size", 64, "--epochs", 1)
+    done = run_script(*small, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "SimCLR" in done.stdout.splitlines()[-2]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("photos-")
+    assert (run / "results.json").exists()
+
+
+def test_command_line_shows_one_line_for_an_error_in_a_worker(root, tmp_path):
+    (root / "test" / "red" / "2.png").write_bytes(b"")
+    arguments = options(root, out=tmp_path / "run", stream=True, workers=1)
+    done = run_script(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: cannot read")
+    assert "2.png" in line
