@@ -4,6 +4,7 @@ The ops are functional and opaque to ``torch.compile``, which sees their fakes. 
 with autocast off: it would round the logits to half precision.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +21,7 @@ _SHARED_ARGUMENTS = (
 )
 
 
-@torch.library.custom_op(
-    "contrastive_kit::kept_logsumexp",
-    mutates_args=(),
-    schema=f"({_SHARED_ARGUMENTS}, bool statistics, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def logsumexp_forward(
+def _forward(
     q: Tensor,
     k: Tensor | None,
     row_ids: Tensor | None,
@@ -48,8 +44,7 @@ def logsumexp_forward(
     return result
 
 
-@logsumexp_forward.register_fake
-def _(
+def _fake_forward(
     q: Tensor,
     k: Tensor | None,
     row_ids: Tensor | None,
@@ -65,15 +60,7 @@ def _(
     return q.new_empty(length), q.new_empty(length), stats
 
 
-@torch.library.custom_op(
-    "contrastive_kit::kept_logsumexp_backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad, Tensor lse, Tensor saved, {_SHARED_ARGUMENTS}, bool needs_q, bool needs_k, "
-        "str backend) -> (Tensor, Tensor)"
-    ),
-)
-def logsumexp_backward(
+def _backward(
     grad: Tensor,
     lse: Tensor,
     saved: Tensor,
@@ -97,8 +84,7 @@ def logsumexp_backward(
     return result
 
 
-@logsumexp_backward.register_fake
-def _(
+def _fake_backward(
     grad: Tensor,
     lse: Tensor,
     saved: Tensor,
@@ -115,6 +101,30 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     dq = q.new_empty(q.shape if needs_q else 0)
     return dq, q.new_empty(k.shape if k is not None and needs_k else 0)
+
+
+def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register an op. Unlike ``torch.library.custom_op`` this does not import Dynamo."""
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "CompositeExplicitAutograd", kernel)
+    torch.library.register_fake(name, fake)
+    namespace, op = name.split("::")
+    return getattr(getattr(torch.ops, namespace), op).default
+
+
+logsumexp_forward = _register(
+    "contrastive_kit::kept_logsumexp",
+    f"({_SHARED_ARGUMENTS}, bool statistics, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+logsumexp_backward = _register(
+    "contrastive_kit::kept_logsumexp_backward",
+    f"(Tensor grad, Tensor lse, Tensor saved, {_SHARED_ARGUMENTS}, bool needs_q, bool needs_k, "
+    "str backend) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
 
 
 class KeptLogSumExp(torch.autograd.Function):

@@ -1,0 +1,45 @@
+"""Public names, their parameters and defaults: changing one is a decision, not an accident.
+
+After a deliberate change run ``python tests/test_api_surface.py`` and list it in CHANGELOG.md.
+"""
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+SURFACE = Path(__file__).with_name("api_surface.json")
+MODULES = [
+    "contrastive_kit",
+    "contrastive_kit.functional",
+    "contrastive_kit.losses",
+    "contrastive_kit.ops",
+    "contrastive_kit.augment",
+    "contrastive_kit.augment.functional",
+    "contrastive_kit.evaluation",
+]
+
+
+def _signature(thing):
+    if inspect.isclass(thing) or inspect.isfunction(thing):
+        parameters = inspect.signature(thing).parameters.values()
+        # Reprs of defaults without addresses, annotations left to the type checker.
+        return [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]
+    return type(thing).__name__
+
+
+def current_surface():
+    surface = {}
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        names = [n for n in module.__all__ if n != "__version__"]
+        surface[module_name] = {n: _signature(getattr(module, n)) for n in sorted(names)}
+    return surface
+
+
+def test_public_names_and_parameters_are_as_recorded():
+    assert current_surface() == json.loads(SURFACE.read_text())
+
+
+if __name__ == "__main__":
+    SURFACE.write_text(json.dumps(current_surface(), indent=2) + "\n")
