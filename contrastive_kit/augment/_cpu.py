@@ -14,44 +14,69 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kit.augment._view import ViewSettings
-from contrastive_kit.augment.functional import GRAY_WEIGHTS
-from contrastive_kit.augment.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from contrastive_kit.augment.functional import GRAY_WEIGHTS, resize_matrix
+from contrastive_kit.augment.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION, unpack
 
-_CHUNK_BYTES = 900_000
+_CHUNK_BYTES = 1_800_000
+# Up to so many pixels a crop is two products of small dense matrices for the whole chunk ...
+_CROP_TOGETHER = 48 * 48
+# ... and the colour operations of several samples share a call.
+_JITTER_TOGETHER = 64 * 64
+# Beyond this many pixels a sample is a chunk, made in its place in the result.
+_ALONE = 128 * 128
 _TINY = 1e-30
 # The taps beyond 4.5 sigma weigh 7e-6 together: below the rounding that is promised.
 _BLUR_REACH = 4.5
+# Up to this radius shifted sums are faster than products of tiles.
+_BLUR_SHIFTS = 3
+_BLUR_TILE = 16
 
 
 class _Row:
     """One sample of one view: its row of the parameter table, as Python numbers."""
 
-    __slots__ = (
-        "blur",
-        "box",
-        "factors",
-        "flip",
-        "gray",
-        "hue_place",
-        "jitter",
-        "number",
-        "order",
-        "sigma",
-        "solarize",
-    )
+    __slots__ = ("hue_place", "number", "values")
 
     def __init__(self, number: int, values: list[float]) -> None:
         self.number = number
-        self.box = [int(value) for value in values[:4]]
-        self.flip = values[4] != 0
-        self.jitter = values[5] != 0
-        self.order = [int(value) for value in values[6:10]]
-        self.factors = values[10:14]
-        self.gray = values[14] != 0
-        self.blur = values[15] != 0
-        self.sigma = values[16]
-        self.solarize = values[17] != 0
-        self.hue_place = self.order.index(HUE) if self.jitter else 4
+        self.values = values
+        self.hue_place = values.index(HUE, 6, 10) - 6 if values[5] else 4
+
+    @property
+    def box(self) -> list[int]:
+        return [int(value) for value in self.values[:4]]
+
+    @property
+    def flip(self) -> bool:
+        return self.values[4] != 0
+
+    @property
+    def jitter(self) -> bool:
+        return self.values[5] != 0
+
+    @property
+    def order(self) -> list[int]:
+        return [int(value) for value in self.values[6:10]]
+
+    @property
+    def factors(self) -> list[float]:
+        return self.values[10:14]
+
+    @property
+    def gray(self) -> bool:
+        return self.values[14] != 0
+
+    @property
+    def blur(self) -> bool:
+        return self.values[15] != 0
+
+    @property
+    def sigma(self) -> float:
+        return self.values[16]
+
+    @property
+    def solarize(self) -> bool:
+        return self.values[17] != 0
 
 
 class _Workspace:
@@ -60,8 +85,11 @@ class _Workspace:
     def __init__(self, chunk: int, settings: ViewSettings) -> None:
         height, width = settings.size
         self.x = torch.empty(chunk, 3, height, width)
-        self.planes = torch.empty(4, chunk, height, width)
-        self.blurred = torch.empty(3, height, width)
+        self.planes = torch.empty(3, chunk, height, width)
+        self.pixels = torch.empty(0, dtype=torch.int32)
+        padding = settings.kernel_size // 2 * 2
+        self.blurred = torch.empty(3 * (height + padding) * width)
+        self.product = torch.empty(3 * height * width)
 
 
 def render(
@@ -75,49 +103,138 @@ def render(
         settings: What the samples share.
         out: ``(V · B, 3, *size)``, floating; overwritten.
     """
-    rows = [_Row(number, values) for number, values in enumerate(table.flatten(0, 1).tolist())]
+    with torch.autocast("cpu", enabled=False):
+        _render(images, table.flatten(0, 1), settings, out)
+
+
+def _render(
+    images: Tensor | Sequence[Tensor], table: Tensor, settings: ViewSettings, out: Tensor
+) -> None:
+    rows = [_Row(number, values) for number, values in enumerate(table.tolist())]
     rows.sort(key=lambda row: row.hue_place)
-    height, width = settings.size
-    chunk = max(1, min(len(rows), _CHUNK_BYTES // (12 * height * width)))
+    pixels = math.prod(settings.size)
+    batch = None
+    if isinstance(images, Tensor) and max(pixels, images.shape[2:].numel()) <= _CROP_TOGETHER:
+        batch = images
+    jitter_together = (
+        pixels <= _JITTER_TOGETHER
+        and settings.contrast_mean == "gray"
+        and settings.saturation_mode == "gray"
+    )
+    chunk = max(1, min(len(rows), _CHUNK_BYTES // (12 * pixels)))
+    if pixels > _ALONE:
+        chunk = 1
+    in_place = chunk == 1 and out.dtype == torch.float32 and out.is_contiguous()
     work = _Workspace(chunk, settings)
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
-        x = work.x[: len(part)]
-        for row, target in zip(part, x, strict=True):
-            target.copy_(_crop(images[row.number % len(images)], row, settings))
+        numbers = [row.number for row in part]
+        x = out[numbers[0] : numbers[0] + 1] if in_place else work.x[: len(part)]
+        if batch is not None:
+            _crop_together(batch[[n % len(batch) for n in numbers]], table[numbers], x, settings)
+        else:
+            for row, target in zip(part, x, strict=True):
+                _crop(images[row.number % len(images)], row, target, work, settings)
         if images[0].dtype == torch.uint8:
             x.mul_(1 / 255)
-        elif settings.interpolation == "bicubic":
+        if settings.interpolation == "bicubic":
             x.clamp_(0, 1)
-        _jitter(x, part, work, settings)
+        jittered = sum(row.jitter for row in part)
+        if jittered and jitter_together:
+            _jitter_together(x[:jittered], part[:jittered], table[numbers[:jittered]], work)
+        elif jittered:
+            _jitter_each(x[:jittered], part[:jittered], work, settings)
         for row, sample in zip(part, x, strict=True):
             _finish(sample, row, work, settings, out[row.number])
 
 
-def _crop(image: Tensor, row: _Row, settings: ViewSettings) -> Tensor:
+def _crop(
+    image: Tensor, row: _Row, target: Tensor, work: _Workspace, settings: ViewSettings
+) -> None:
+    """Crop one image into its place; uint8 keeps its range."""
     top, left, height, width = row.box
     region = image[:, top : top + height, left : left + width]
     if image.dtype == torch.uint8 and region.stride(0) != 1:
-        # Interleaved channels take ATen's vectorised uint8 path, which is worth the copy.
-        region = torch.stack(region.unbind(0), dim=-1).permute(2, 0, 1)
+        _crop_packed(region, row, target, work, settings)
+        return
     crop = F.interpolate(
         region[None], settings.size, mode=settings.interpolation, antialias=settings.antialias
     )
-    return (crop.flip(-1) if row.flip else crop)[0]
+    target.copy_((crop.flip(-1) if row.flip else crop)[0])
 
 
-def _jitter(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:
-    jittered = sum(row.jitter for row in rows)
-    if not jittered:
-        return
-    for row, sample in zip(rows[:jittered], x, strict=False):
+def _crop_packed(
+    region: Tensor, row: _Row, target: Tensor, work: _Workspace, settings: ViewSettings
+) -> None:
+    """Crop uint8 planes by way of 32-bit pixels, for which ATen's resize has its fastest loop."""
+    height, width = region.shape[1:]
+    if work.pixels.numel() < height * width:
+        work.pixels = torch.empty(height * width, dtype=torch.int32)
+    packed = work.pixels[: height * width].view(height, width)
+    packed.copy_(region[0]).add_(region[1], alpha=1 << 8).add_(region[2], alpha=1 << 16)
+    pixels = packed.view(torch.uint8).view(1, height, width, 4).permute(0, 3, 1, 2)
+    crop = F.interpolate(
+        pixels, settings.size, mode=settings.interpolation, antialias=settings.antialias
+    )
+    crop = crop.permute(0, 2, 3, 1).contiguous().view(torch.int32)
+    if row.flip:
+        crop = crop.flip(2)
+    target.copy_(crop.view(torch.uint8)[0, ..., :3].permute(2, 0, 1))
+
+
+def _crop_together(sources: Tensor, table: Tensor, x: Tensor, settings: ViewSettings) -> None:
+    """Crop small images by two products with their matrices of weights; uint8 keeps its range."""
+    p = unpack(table)
+    count, _, height, width = sources.shape
+    options = (settings.interpolation, settings.antialias)
+    rows = resize_matrix(p.box[:, 0], p.box[:, 2], height, settings.size[0], None, *options)
+    columns = resize_matrix(p.box[:, 1], p.box[:, 3], width, settings.size[1], p.flip, *options)
+    lines = torch.empty(count, height, 3, width).copy_(sources.transpose(1, 2))
+    crops = torch.bmm(lines.view(count, height * 3, width), columns.mT)
+    crops = torch.bmm(rows, crops.view(count, height, -1))
+    x.copy_(crops.view(count, settings.size[0], 3, settings.size[1]).transpose(1, 2))
+
+
+def _jitter_each(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:
+    for row, sample in zip(rows, x, strict=True):
         for operation in row.order[: row.hue_place]:
             _adjust(sample, operation, row.factors[operation], work, settings)
-    shifts = [row.factors[HUE] for row in rows[:jittered]]
-    _hue(x[:jittered], shifts, work.planes[:, :jittered])
-    for row, sample in zip(rows[:jittered], x, strict=False):
+    _hue(x, rows, work)
+    for row, sample in zip(rows, x, strict=True):
         for operation in row.order[row.hue_place + 1 :]:
             _adjust(sample, operation, row.factors[operation], work, settings)
+
+
+def _jitter_together(x: Tensor, rows: list[_Row], table: Tensor, work: _Workspace) -> None:
+    """The linear operations of `functional.color_jitter`, slot by slot, in place.
+
+    The samples are sorted by the place of their hue: those with an operation of their own in a slot
+    before it are the last ones, those with one in a slot after it the first ones.
+    """
+    p = unpack(table)
+    order = p.order.long()
+    factor = table[:, 10:14].gather(1, order)
+    rest = 1 - factor
+    centre, gray = rest * (order == CONTRAST), rest * (order == SATURATION)
+
+    def step(first: int, last: int, slot: int) -> None:
+        if first == last:
+            return
+        part, shade = x[first:last], work.planes[0, first:last]
+        red, green, blue = part.unbind(1)
+        torch.mul(red, GRAY_WEIGHTS[0], out=shade)
+        shade.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
+        mean = shade.mean(dim=(1, 2)).mul_(centre[first:last, slot])
+        shade.mul_(gray[first:last, slot, None, None]).add_(mean[:, None, None])
+        part.mul_(factor[first:last, slot, None, None, None])
+        part.add_(shade[:, None]).clamp_(0, 1)
+
+    places = [row.hue_place for row in rows]
+    for slot in range(3):
+        step(sum(place <= slot for place in places), len(rows), slot)
+    _hue(x, rows, work)
+    for slot in range(1, 4):
+        step(0, sum(place < slot for place in places), slot)
 
 
 def _adjust(
@@ -150,29 +267,35 @@ def _gray(sample: Tensor, out: Tensor) -> Tensor:
     return out.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
 
 
-def _hue(x: Tensor, shifts: list[float], planes: Tensor) -> None:
-    """`functional.adjust_hue` of ``(n, 3, H, W)`` in place, by way of four ``(n, H, W)`` buffers.
+def _hue(x: Tensor, rows: list[_Row], work: _Workspace) -> None:
+    """`functional.adjust_hue` of ``(n, 3, H, W)`` in place.
 
-    With base = mn − d the channels are base + d · clamp(||t| − 3|, 1, 2).
+    With base = mn − d the channels are base + d · clamp(||t| − 3|, 1, 2). A channel that has been
+    read serves as a buffer.
     """
     red, green, blue = x.unbind(1)
-    base, spread, hue, scratch = planes
-    torch.minimum(red, green, out=base)
-    torch.minimum(base, blue, out=base)
-    torch.maximum(red, green, out=spread)
-    torch.maximum(spread, blue, out=spread).sub_(base).clamp_(min=_TINY)
-    torch.add(green, blue, out=hue).sub_(red).sub_(base).div_(spread).add_(1)
-    hue.copysign_(torch.sub(green, blue, out=scratch))
+    base, spread, hue = work.planes[:, : len(rows)]
+    torch.minimum(green, blue, out=base)
+    torch.maximum(green, blue, out=spread)
+    torch.add(green, blue, out=hue).sub_(red)
+    sign = torch.sub(green, blue, out=green)
+    torch.minimum(base, red, out=base)
+    torch.maximum(spread, red, out=spread).sub_(base).clamp_(min=_TINY)
+    hue.sub_(base).div_(spread).add_(1).copysign_(sign)
+    shifts = [row.factors[HUE] for row in rows]
     if len(shifts) == 1:
         hue.add_(6 * shifts[0])
     else:
         hue.add_(torch.tensor(shifts).mul_(6)[:, None, None])
     if max(map(abs, shifts)) > 1 / 3:
-        hue.sub_(torch.mul(hue, 1 / 6, out=scratch).round_(), alpha=6)
+        hue.sub_(torch.mul(hue, 1 / 6, out=red).round_(), alpha=6)
     base.sub_(spread)
-    for channel, phase in ((red, 0), (green, -2), (blue, 2)):
-        torch.add(hue, phase, out=scratch).abs_().sub_(3).abs_().clamp_(1, 2)
-        torch.addcmul(base, spread, scratch, out=channel)
+    torch.abs(hue, out=red).sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(base, spread, red, out=red)
+    torch.sub(hue, 2, out=green).abs_().sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(base, spread, green, out=green)
+    hue.add_(2).abs_().sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(base, spread, hue, out=blue)
 
 
 def _finish(
@@ -186,32 +309,88 @@ def _finish(
     threshold = settings.solarize_threshold
     if row.solarize and threshold is not None:
         sample = torch.where(sample >= threshold, 1 - sample, sample)
-    if settings.mean is None or settings.std is None:
+    if settings.mean is not None and settings.std is not None:
+        for number, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
+            plane = sample[number % len(sample)]
+            out[number].copy_(torch.sub(plane, mean, out=work.planes[1, 0]).div_(std))
+    elif sample.data_ptr() != out.data_ptr():
         out.copy_(sample)
-        return
-    for number, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
-        plane = sample[number % len(sample)]
-        out[number].copy_(torch.sub(plane, mean, out=work.planes[1, 0]).div_(std))
 
 
 def _blur(sample: Tensor, sigma: float, work: _Workspace, settings: ViewSettings) -> Tensor:
-    """Separable blur by shifted sums; the taps that cannot be seen are left out."""
-    channels, height, width = sample.shape
+    """Separable blur of ``(c, H, W)``; the taps that cannot be seen are left out."""
+    height, width = settings.size
     radius = settings.kernel_size // 2
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     weights = [weight / total for weight in weights]
-    radius = min(radius, math.ceil(_BLUR_REACH * sigma))
-    out = work.blurred[:channels]
+    reach = min(radius, math.ceil(_BLUR_REACH * sigma))
     mode = "reflect" if settings.blur_padding == "reflect" else "constant"
-    padded = F.pad(sample[None], (radius, radius, 0, 0), mode=mode)[0]
-    torch.mul(padded[:, :, radius : radius + width], weights[0], out=out)
-    for offset in range(1, radius + 1):
-        for side in (radius - offset, radius + offset):
-            out.add_(padded[:, :, side : side + width], alpha=weights[offset])
-    padded = F.pad(out[None], (0, 0, radius, radius), mode=mode)[0]
-    torch.mul(padded[:, radius : radius + height], weights[0], out=out)
-    for offset in range(1, radius + 1):
-        for side in (radius - offset, radius + offset):
-            out.add_(padded[:, side : side + height], alpha=weights[offset])
-    return out
+    padded = F.pad(sample[None], (reach, reach, 0, 0), mode=mode)[0]
+    tiled = reach > _BLUR_SHIFTS and height % _BLUR_TILE == 0 and width % _BLUR_TILE == 0
+    blur = _blur_by_tiles if tiled else _blur_by_shifts
+    return blur(padded, weights[: reach + 1], work, settings)
+
+
+def _blur_by_shifts(
+    padded: Tensor, weights: list[float], work: _Workspace, settings: ViewSettings
+) -> Tensor:
+    """Weighted sums of the shifted image."""
+    (height, width), channels, reach = settings.size, len(padded), len(weights) - 1
+    line = channels * width
+    rows = work.blurred[: (height + 2 * reach) * line].view(-1, channels, width)
+    inner = rows[reach : reach + height].transpose(0, 1)
+    torch.mul(padded[:, :, reach : reach + width], weights[0], out=inner)
+    for offset in range(1, reach + 1):
+        for side in (reach - offset, reach + offset):
+            inner.add_(padded[:, :, side : side + width], alpha=weights[offset])
+    _pad_rows(rows, reach, settings)
+    result = work.product[: height * line].view(height, channels, width)
+    torch.mul(rows[reach : reach + height], weights[0], out=result)
+    for offset in range(1, reach + 1):
+        for side in (reach - offset, reach + offset):
+            result.add_(rows[side : side + height], alpha=weights[offset])
+    return result.transpose(0, 1)
+
+
+def _blur_by_tiles(
+    padded: Tensor, weights: list[float], work: _Workspace, settings: ViewSettings
+) -> Tensor:
+    """Products with the banded matrix of the blur, of which only the band is multiplied.
+
+    A tile of results needs the pixels of the tile and those within reach of it: the windows
+    overlap, and are strided views of the padded image.
+    """
+    (height, width), channels, reach = settings.size, len(padded), len(weights) - 1
+    down, across, line = height // _BLUR_TILE, width // _BLUR_TILE, channels * width
+    window = _BLUR_TILE + 2 * reach
+    band = torch.zeros(_BLUR_TILE, window)
+    diagonals = band.as_strided((_BLUR_TILE, 2 * reach + 1), (window + 1, 1))
+    diagonals.copy_(torch.tensor(weights[:0:-1] + weights))
+
+    tiles = padded.as_strided(
+        (across, channels * height, window), (_BLUR_TILE, width + 2 * reach, 1)
+    )
+    product = work.product[: height * line].view(across, channels * height, _BLUR_TILE)
+    torch.bmm(tiles, band.t().expand(across, -1, -1), out=product)
+    rows = work.blurred[: (height + 2 * reach) * line].view(-1, line)
+    rows[reach : reach + height].view(height, channels, across, _BLUR_TILE).copy_(
+        product.view(across, channels, height, _BLUR_TILE).permute(2, 1, 0, 3)
+    )
+    _pad_rows(rows, reach, settings)
+    tiles = rows.as_strided((down, window, line), (_BLUR_TILE * line, line, 1))
+    product = product.view(down, _BLUR_TILE, line)
+    torch.bmm(band.expand(down, -1, -1), tiles, out=product)
+    return product.view(height, channels, width).transpose(0, 1)
+
+
+def _pad_rows(rows: Tensor, reach: int, settings: ViewSettings) -> None:
+    """Fill the `reach` rows above and below the image."""
+    above, below = rows[:reach], rows[len(rows) - reach :]
+    if settings.blur_padding == "reflect":
+        last = len(rows) - reach - 1
+        above.copy_(rows[reach + 1 : 2 * reach + 1].flip(0))
+        below.copy_(rows[last - reach : last].flip(0))
+    else:
+        above.zero_()
+        below.zero_()

@@ -582,8 +582,8 @@ def _crop_matmul(
 ) -> Tensor:
     source = images if images.dtype == torch.float64 else images.float()
     top, left, height, width = box.to(source.dtype).unbind(-1)
-    rows = _resize_matrix(top, height, images.shape[-2], size[0], None, interpolation, antialias)
-    columns = _resize_matrix(left, width, images.shape[-1], size[1], flip, interpolation, antialias)
+    rows = resize_matrix(top, height, images.shape[-2], size[0], None, interpolation, antialias)
+    columns = resize_matrix(left, width, images.shape[-1], size[1], flip, interpolation, antialias)
     with torch.autocast(images.device.type, enabled=False):
         result = rows[:, None] @ (source @ columns[:, None].mT)
     if images.dtype == torch.uint8:
@@ -591,7 +591,7 @@ def _crop_matmul(
     return result.to(images.dtype)
 
 
-def _resize_matrix(
+def resize_matrix(
     start: Tensor,
     extent: Tensor,
     source: int,
@@ -612,8 +612,8 @@ def _resize_matrix(
     pixel = torch.arange(source, device=start.device, dtype=start.dtype) - start
     if antialias:
         stretch = scale.clamp(min=1)[..., None]
-        distance = (pixel[:, None, :] + 0.5 - centre[:, :, None]) / stretch
-        inside = (pixel >= 0) & (pixel < extent)
+        distance = ((pixel + 0.5)[:, None, :] - centre[:, :, None]) / stretch
+        inside = ((pixel >= 0) & (pixel < extent)).to(pixel.dtype)
         weight = _kernel(distance.abs(), interpolation, -0.5) * inside[:, None, :]
         return weight / weight.sum(dim=-1, keepdim=True)
     position = centre - 0.5

@@ -17,6 +17,10 @@ def expected_views(augment, images, params, oracle):
     return torch.stack(views)
 
 
+def result_pixels(views):
+    return views[0].shape[-2] * views[0].shape[-1]
+
+
 CASES = {
     "32 from 32": (32, (40, 32, 32), {"blur": True}),
     "33x20 from 50x41": ((33, 20), (12, 50, 41), {"blur": True, "kernel_size": 5}),
@@ -42,7 +46,10 @@ def test_equals_torchvision(case, dtype, backend, make_images, torchvision_view,
     before = images.clone()
     views, params = augment(images, return_params=True)
     assert torch.equal(images, before)
-    expected = expected_views(augment, images, params, torchvision_view)
+    # On the CPU uint8 is cropped in uint8, but for small images, which are cropped in floats.
+    in_floats = backend == "cpu" and max(shape[1] * shape[2], result_pixels(views)) <= 48 * 48
+    source = images.float() / 255 if in_floats and dtype == torch.uint8 else images
+    expected = expected_views(augment, source, params, torchvision_view)
     result = torch.cat(views)
     if backend == "torch" and dtype == torch.uint8:
         # The crop agrees to one grey level, and the colours may amplify it 1.8^3 times.
@@ -161,7 +168,8 @@ def test_source_memory_formats_and_narrow_floats(make_images):
     half = make_images(4, 40, 50).half()
     wide = augment(half.float(), params=params, concat=True)
     assert torch.equal(augment(half, params=params, concat=True), wide)
-    assert torch.equal(augment(list(half), params=params, concat=True), wide)
+    alone = augment(list(half), params=params, concat=True)
+    torch.testing.assert_close(alone, wide, atol=1e-6, rtol=0)
 
 
 def test_gradient_reaches_the_images(make_images):
