@@ -1,0 +1,1 @@
+"""What the library costs, against its peers, in one process: see ``README.md``."""

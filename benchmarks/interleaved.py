@@ -1,0 +1,75 @@
+"""Timing several arms against each other in one process, one sample of each per round.
+
+Whatever disturbs the machine for longer than a round then disturbs every arm alike, and ratios
+are taken within rounds. The order within a round is random, so that no arm always runs in the
+cache that another left.
+"""
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+def spread(values: list[float]) -> Spread:
+    """Median and quartiles of at least two values."""
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, q1, q3)
+
+
+def time_interleaved(
+    arms: Mapping[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    sample_s: float = 0.02,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
+) -> dict[str, list[float]]:
+    """Seconds per call of each arm, one number a round.
+
+    Args:
+        arms: name to what is timed; each is called twice before the first round.
+        budget_s: no round starts after this many seconds, once there are ``min_rounds``.
+        sample_s: an arm is called as often within a round as fills this many seconds, so that
+            the clock and the loop cost nothing against short calls.
+        min_rounds: rounds in any case.
+        max_rounds: rounds at most.
+    """
+    calls = {}
+    for name, arm in arms.items():
+        arm()
+        calls[name] = max(1, math.ceil(sample_s / _seconds(arm, 1)))
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    order = list(arms)
+    shuffle = random.Random(0).shuffle
+    end = time.perf_counter() + budget_s
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(max_rounds):
+            if done >= min_rounds and time.perf_counter() > end:
+                break
+            shuffle(order)
+            for name in order:
+                samples[name].append(_seconds(arms[name], calls[name]))
+    finally:
+        gc.enable()
+    return samples
+
+
+def _seconds(arm: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        arm()
+    return (time.perf_counter() - start) / calls

@@ -1,0 +1,132 @@
+"""The losses against the published implementations of others, value and gradient.
+
+Conventions, as found in lightly 1.6, pytorch-metric-learning 2.9 and open_clip 3.3. All of them
+average over anchors as we do, so the factor is 1 wherever none is noted:
+
+* lightly ``NTXentLoss`` normalises; with a memory bank it is InfoNCE with shared negatives, which
+  get no gradient.
+* pytorch-metric-learning ``NTXentLoss`` normalises, and averages over positive pairs. With more
+  than two views the denominator of a pair leaves the other positives out, unlike L_out.
+* open_clip ``ClipLoss`` takes normalised embeddings and 1 / temperature.
+* lightly ``DCLLoss`` normalises; one logsumexp over the negatives of both views, as equation 6.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from contrastive_kit.functional import info_nce, nt_xent
+
+SIZES = [(2, 3), (3, 1), (63, 60), (252, 130)]
+TEMPERATURES = [1.0, 0.1, 0.05]
+
+
+def lightly_losses():
+    return pytest.importorskip("lightly.loss", reason="lightly is not installed")
+
+
+def metric_losses():
+    return pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed"
+    )
+
+
+def open_clip_losses():
+    return pytest.importorskip("open_clip.loss", reason="open_clip_torch is not installed")
+
+
+def views(n, d, count=2):
+    return [torch.randn(n, d, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+
+
+def assert_same(ours, theirs, inputs, *, factor=1.0, rtol=1e-10, atol=1e-13):
+    """``theirs`` is ``factor`` times ``ours``, and so are the gradients of ``inputs``."""
+    torch.testing.assert_close(theirs, factor * ours, rtol=rtol, atol=atol)
+    for g_ours, g_theirs in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True
+    ):
+        torch.testing.assert_close(g_theirs, factor * g_ours, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_nt_xent_is_that_of_lightly(n, d, temperature):
+    theirs = lightly_losses().NTXentLoss(temperature)
+    z1, z2 = views(n, d)
+    assert_same(nt_xent(z1, z2, temperature=temperature), theirs(z1, z2), (z1, z2))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), SIZES[:-1])
+def test_nt_xent_is_that_of_pytorch_metric_learning(n, d, temperature):
+    theirs = metric_losses().NTXentLoss(temperature)
+    z1, z2 = views(n, d)
+    labels = torch.arange(n).repeat(2)
+    assert_same(
+        nt_xent(z1, z2, temperature=temperature),
+        theirs(torch.cat([z1, z2]), labels),
+        (z1, z2),
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), SIZES[:-1])
+def test_info_nce_is_the_one_sided_loss_of_pytorch_metric_learning(n, d, temperature):
+    losses = metric_losses()
+    theirs = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature), symmetric=False)
+    query, key = views(n, d)
+    assert_same(info_nce(query, key, temperature=temperature), theirs(query, key), (query, key))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_symmetric_info_nce_is_the_loss_of_open_clip(n, d, temperature):
+    theirs = open_clip_losses().ClipLoss()
+    image, text = views(n, d)
+    assert_same(
+        info_nce(image, text, temperature=temperature, symmetric=True),
+        theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), 1 / temperature),
+        (image, text),
+    )
+
+
+def test_a_learnable_temperature_gets_the_gradient_it_gets_from_open_clip():
+    theirs = open_clip_losses().ClipLoss()
+    image, text = views(63, 60)
+    log_scale = torch.tensor(math.log(1 / 0.07), dtype=torch.float64, requires_grad=True)
+    assert_same(
+        info_nce(image, text, temperature=(-log_scale).exp(), symmetric=True),
+        theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), log_scale.exp()),
+        (image, text, log_scale),
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_info_nce_with_a_queue_is_lightly_with_a_memory_bank(temperature):
+    theirs = lightly_losses().NTXentLoss(temperature, memory_bank_size=(50, 19))
+    query, key = views(7, 19)
+    queue = F.normalize(torch.randn(50, 19, dtype=torch.float64), dim=1)
+    # A copy: the bank takes in the keys after each call that trains.
+    theirs.memory_bank.bank = queue.clone()
+    assert_same(
+        info_nce(query, key, queue, temperature=temperature), theirs(query, key), (query, key)
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_decoupled_nt_xent_is_the_dcl_of_lightly(n, d, temperature):
+    theirs = lightly_losses().DCLLoss(temperature)
+    z1, z2 = views(n, d)
+    assert_same(nt_xent(z1, z2, temperature=temperature, decoupled=True), theirs(z1, z2), (z1, z2))
+
+
+@pytest.mark.parametrize("subject", ["value", "gradient"])
+def test_the_comparison_can_fail(subject):
+    z1, z2 = views(5, 4)
+    ours, copy = (nt_xent(z1, z2, temperature=0.5) for _ in range(2))
+    wrong = copy + 1e-6 if subject == "value" else copy + 1e-6 * (copy - copy.detach())
+    with pytest.raises(AssertionError):
+        assert_same(ours, wrong, (z1, z2))
