@@ -65,7 +65,7 @@ def check_temperature(temperature: float | Tensor) -> None:
                 f"{temperature.dtype} of shape {tuple(temperature.shape)}"
             )
         return
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")

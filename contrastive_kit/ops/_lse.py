@@ -142,7 +142,10 @@ def _run_registered(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
         bound: float,
         statistics: bool,
     ) -> tuple[Tensor, Tensor]:
-        lse, _, stats = KeptLogSumExp.apply(q, k, exclusion, both, bound, statistics, name)
+        period, row_ids, column_ids = exclusion
+        lse, _, stats = KeptLogSumExp.apply(
+            q, k, row_ids, column_ids, period, both, bound, statistics, name
+        )
         return lse, stats
 
     return run

@@ -128,7 +128,11 @@ logsumexp_backward = _register(
 
 
 class KeptLogSumExp(torch.autograd.Function):
-    """Differentiable form of the two ops; only the inputs and the logsumexp are kept."""
+    """Differentiable form of the two ops; takes what the forward op takes.
+
+    Only the inputs and the logsumexp are kept. The rule of exclusion comes as its parts: inside a
+    tuple, torch 2.6 would compile the period of the first batch into the graph.
+    """
 
     generate_vmap_rule = True
 
@@ -136,14 +140,15 @@ class KeptLogSumExp(torch.autograd.Function):
     def forward(
         q: Tensor,
         k: Tensor | None,
-        exclusion: Exclusion,
+        row_ids: Tensor | None,
+        column_ids: Tensor | None,
+        period: int,
         both: bool,
         bound: float,
         statistics: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the forward op."""
-        period, row_ids, column_ids = exclusion
         result: tuple[Tensor, Tensor, Tensor] = logsumexp_forward(
             q, k, row_ids, column_ids, period, both, bound, statistics, backend
         )
@@ -152,11 +157,10 @@ class KeptLogSumExp(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward op needs."""
-        q, k, exclusion, ctx.both, ctx.bound, _, ctx.backend = inputs
+        q, k, row_ids, column_ids, ctx.period, ctx.both, ctx.bound, _, ctx.backend = inputs
         lse, saved, stats = output
         ctx.mark_non_differentiable(saved, stats)
-        ctx.period = exclusion.period
-        ctx.save_for_backward(lse, saved, q, k, exclusion.row_ids, exclusion.column_ids)
+        ctx.save_for_backward(lse, saved, q, k, row_ids, column_ids)
 
     @staticmethod
     @differentiable_once
@@ -166,4 +170,4 @@ class KeptLogSumExp(torch.autograd.Function):
         dq, dk = logsumexp_backward(
             grad, *ctx.saved_tensors, ctx.period, ctx.both, ctx.bound, needs_q, needs_k, ctx.backend
         )
-        return dq if needs_q else None, dk if needs_k else None, None, None, None, None, None
+        return dq if needs_q else None, dk if needs_k else None, *[None] * 7

@@ -54,7 +54,7 @@ class _ScaledUnitRows(torch.autograd.Function):
         z = torch.stack([view.to(dtype) for view in views])
         # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
         peak = torch.linalg.vector_norm(z, torch.inf, dim=-1, keepdim=True)
-        power = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent - 1)
+        power = peak / (2 * torch.frexp(peak).mantissa)
         power = torch.where(peak < torch.finfo(dtype).tiny, torch.inf, power)
         z = z / power
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
