@@ -192,7 +192,8 @@ def linear_probe(
     again on the whole training set. The test set is used once, for the returned accuracy.
 
     λ relates to scikit-learn's ``LogisticRegression`` as ``C = 1 / (λ N)``. The result depends
-    on nothing but the arguments: no global random state is read or written.
+    on nothing but the arguments: no global random state is read or written. Memory is twice that
+    of the training features (once with a single λ), time one pass over them per iteration.
 
     Args:
         train_features: (N, D), any float dtype; half precision is computed in float32.

@@ -47,6 +47,7 @@ from contrastive_kit.augment.simclr import IMAGENET_NORMALIZATION
 from contrastive_kit.evaluation import extract_features, knn_accuracy, linear_probe
 
 IN_MEMORY_BYTES = 4 << 30
+KNN_TEMPERATURE = 0.1
 CHECKPOINT_FORMAT = "contrastive-kit examples/simclr.py, version 1"
 
 
@@ -81,7 +82,7 @@ class Config:
     head_dim: int | None = option(None, "size of z [128; of h without a head]", least=1)
     temperature: float = option(0.2, "temperature of NT-Xent", above=0)
     strength: float = option(0.5, "strength of the colour jitter", least=0)
-    epochs: int = option(12, "length of the schedule", least=1)
+    epochs: int = option(10, "length of the schedule", least=1)
     batch_size: int = option(256, "images per step; each gives two views", least=2)
     optimizer: str = option("adamw", "optimiser", choices=["adamw", "sgd"])
     lr: float = option(2e-3, "peak learning rate at batch size 256; linear in it", above=0)
@@ -409,10 +410,11 @@ def warmup_cosine(step: int, warmup: float, total: int) -> float:
 
 
 class Scores(NamedTuple):
-    """Accuracies on the test set."""
+    """Accuracies on the test set, and the penalty that the linear probe chose."""
 
     knn: float
-    linear: float | None
+    linear: float | None = None
+    l2: float | None = None
 
 
 def evaluate(encoder: nn.Module, data: Data, config: Config, *, linear: bool) -> Scores:
@@ -422,8 +424,11 @@ def evaluate(encoder: nn.Module, data: Data, config: Config, *, linear: bool) ->
     features: list[Tensor] = []
     for part in (data.train, data.test):
         features += extract_features(frozen, part.batches(torch.arange(len(part)), 512))
-    knn = knn_accuracy(*features, k=config.knn_k).accuracy
-    return Scores(knn, linear_probe(*features).accuracy if linear else None)
+    knn = knn_accuracy(*features, k=config.knn_k, temperature=KNN_TEMPERATURE).accuracy
+    if not linear:
+        return Scores(knn)
+    probe = linear_probe(*features)
+    return Scores(knn, probe.accuracy, probe.l2)
 
 
 def raw_pixels(config: Config) -> nn.Module:
@@ -457,7 +462,7 @@ def plot_pairs(data: Data, config: Config, path: Path) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_atomically(path, partial(figure.savefig, format="png", dpi=120))
     plt.close(figure)
 
 
@@ -487,7 +492,7 @@ def plot_curve(
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_atomically(path, partial(figure.savefig, format="png", dpi=120))
     plt.close(figure)
 
 
@@ -527,6 +532,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 class Run:
     """Everything that changes in the course of training, and can be saved and restored."""
+
+    MODULES = ("encoder", "head", "optimizer", "schedule")
 
     def __init__(self, config: Config, device: torch.device, steps: int) -> None:
         self.config, self.device, self.steps = config, device, steps
@@ -603,8 +610,6 @@ class Run:
         self.history = state["history"]
         self.baselines = {name: Scores(*scores) for name, scores in state["baselines"].items()}
 
-    MODULES = ("encoder", "head", "optimizer", "schedule")
-
 
 def train(
     config: Config,
@@ -664,7 +669,9 @@ def train(
         return None
     scores = {**run.baselines, "SimCLR": evaluate(run.encoder, data, config, linear=True)}
     write_atomically(folder / "encoder.pt", partial(torch.save, run.encoder.state_dict()))
-    write_json(folder / "results.json", {name: s._asdict() for name, s in scores.items()})
+    results: dict[str, Any] = {name: accuracies._asdict() for name, accuracies in scores.items()}
+    results["kNN settings"] = {"k": config.knn_k, "temperature": KNN_TEMPERATURE}
+    write_json(folder / "results.json", results)
     print(table(scores, config))
     return scores
 

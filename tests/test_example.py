@@ -127,8 +127,9 @@ def test_run_folder(root, tmp_path, capsys):
     assert (config["seed"], config["size"], config["load_size"]) == (0, 8, 8)
     assert config["about"]["torch"] == torch.__version__
     results = json.loads((run / "results.json").read_text())
+    assert results.pop("kNN settings") == {"k": 5, "temperature": 0.1}
     assert list(results) == ["raw pixels", "random encoder", "SimCLR"]
-    assert results["SimCLR"] == {"knn": scores["SimCLR"].knn, "linear": scores["SimCLR"].linear}
+    assert results["SimCLR"] == scores["SimCLR"]._asdict()
     history = checkpoint(run)["history"]
     assert [row["epoch"] for row in history] == [1, 2]
     assert all(0 < row["loss"] < math.log(15) + 10 for row in history)
