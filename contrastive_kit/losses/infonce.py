@@ -100,7 +100,7 @@ def info_nce(
             negative_lse, statistics = kept_logsumexp(
                 queries,
                 keys,
-                exclusion=Exclusion(n, ids, ids),
+                exclusion=Exclusion(n, ids),
                 both=symmetric,
                 bound=bound,
                 statistics=return_stats,

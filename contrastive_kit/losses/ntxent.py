@@ -95,10 +95,9 @@ def nt_xent(
     with torch.autocast(z1.device.type, enabled=False):
         rows = scaled_unit_rows(views, temperature)
         positive_logits = _positive_logits(rows)
-        repeated_ids = None if ids is None else ids.repeat(len(views))
         negative_lse, statistics = kept_logsumexp(
             rows.flatten(0, 1),
-            exclusion=Exclusion(n, repeated_ids, repeated_ids),
+            exclusion=Exclusion(n, None if ids is None else ids.repeat(len(views))),
             bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
             statistics=return_stats,
             backend=backend,

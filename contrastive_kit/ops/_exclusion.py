@@ -12,9 +12,9 @@ class Exclusion(NamedTuple):
     Attributes:
         period: if positive, pairs with ``j ≡ i (mod period)``: a sample itself and its other views
             where views are stacked one after the other.
-        row_ids: integers (R,) or None. With ``column_ids``, pairs of equal ids are excluded, and
-            ``period`` is not looked at.
-        column_ids: integers (C,) or None.
+        row_ids: integers (R,) or None. If given, pairs of equal ids are excluded, and ``period`` is
+            not looked at.
+        column_ids: integers (C,), or None if columns have the ids of rows.
     """
 
     period: int = 0
@@ -23,8 +23,9 @@ class Exclusion(NamedTuple):
 
     def mask(self, n_rows: int, n_columns: int, device: torch.device) -> Tensor:
         """The rule written out as a boolean (R, C) mask, True where excluded."""
-        if self.row_ids is not None and self.column_ids is not None:
-            return self.row_ids[:, None] == self.column_ids[None, :]
+        ids = self._ids()
+        if ids is not None:
+            return ids[0][:, None] == ids[1][None, :]
         if self.period == 0:
             return torch.zeros(n_rows, n_columns, dtype=torch.bool, device=device)
         row = torch.arange(n_rows, device=device)[:, None]
@@ -34,11 +35,17 @@ class Exclusion(NamedTuple):
     def fill_(self, tile: Tensor, value: float, top: int, left: int) -> None:
         """Write ``value`` where ``tile``, whose corner is (``top``, ``left``), is excluded."""
         height, width = tile.shape
-        if self.row_ids is not None and self.column_ids is not None:
-            row_ids = self.row_ids[top : top + height, None]
-            tile.masked_fill_(row_ids == self.column_ids[None, left : left + width], value)
+        ids = self._ids()
+        if ids is not None:
+            row_ids, column_ids = ids[0][top : top + height], ids[1][left : left + width]
+            tile.masked_fill_(row_ids[:, None] == column_ids[None, :], value)
         elif self.period:
             offset = (top - left) % self.period
             lowest = offset - self.period * ((offset + height - 1) // self.period)
             for diagonal in range(lowest, width, self.period):
                 tile.diagonal(diagonal).fill_(value)
+
+    def _ids(self) -> tuple[Tensor, Tensor] | None:
+        if self.row_ids is None:
+            return None
+        return self.row_ids, self.row_ids if self.column_ids is None else self.column_ids

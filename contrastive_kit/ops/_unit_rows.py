@@ -38,7 +38,8 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
         root_scale: float | Tensor = temperature.reshape(()).to(dtype).rsqrt()
     else:
         root_scale = temperature**-0.5
-    rows: Tensor = _ScaledUnitRows.apply(root_scale, dtype, *views)[0]
+    stacked = torch.stack([view.to(dtype) for view in views])
+    rows: Tensor = _ScaledUnitRows.apply(stacked, root_scale)[0]
     return rows
 
 
@@ -48,25 +49,21 @@ class _ScaledUnitRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        root_scale: float | Tensor, dtype: torch.dtype, *views: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        z = torch.stack([view.to(dtype) for view in views])
+    def forward(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
         peak = torch.linalg.vector_norm(z, torch.inf, dim=-1, keepdim=True)
         power = peak / (2 * torch.frexp(peak).mantissa)
-        power = torch.where(peak < torch.finfo(dtype).tiny, torch.inf, power)
+        power = torch.where(peak < torch.finfo(z.dtype).tiny, torch.inf, power)
         z = z / power
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
-        factor = (root_scale / torch.where(norm > 0, norm, 1)).to(dtype)
+        factor = (root_scale / torch.where(norm > 0, norm, 1)).to(z.dtype)
         return z.mul_(factor), power, factor
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+        ctx: Any, inputs: tuple[Tensor, float | Tensor], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        ctx.root_scale, _, *views = inputs
-        ctx.dtypes = [view.dtype for view in views]
+        ctx.root_scale = inputs[1]
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output)
 
@@ -80,13 +77,7 @@ class _ScaledUnitRows(torch.autograd.Function):
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=along.dtype)
         projection = (along / torch.where(length > 0, length, 1).square()).to(rows.dtype)
         dz = (grad - rows * projection).mul_(factor).div_(power)
-        d_views = [
-            d.to(dtype) if needs_grad else None
-            for d, dtype, needs_grad in zip(
-                dz.unbind(0), ctx.dtypes, ctx.needs_input_grad[2:], strict=True
-            )
-        ]
         d_root_scale = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             d_root_scale = (along.sum() / ctx.root_scale).to(ctx.root_scale.dtype)
-        return d_root_scale, None, *d_views
+        return dz, d_root_scale

@@ -17,6 +17,7 @@ LOSSES = {
         sum(nt_xent(a, b, temperature=t, return_stats=True)[1], 0)
         + nt_xent(a, b, temperature=t, return_stats=True)[0]
     ),
+    "one tensor for both views": lambda a, b, t: nt_xent(a, a, temperature=t) + b.sum(),
     "clip": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True),
     "queue": lambda a, b, t: info_nce(a, b, b.detach().flip(0), temperature=t),
     "per query": lambda a, b, t: info_nce(a, b, torch.stack([b, -b], 1), temperature=t),
