@@ -14,7 +14,7 @@ from benchmarks.loss_arms import OURS, SUBJECTS, Arm, Loss, embeddings, forward,
 from benchmarks.parity import Disagreement, check, oracle
 
 _DIRECTIONS = {"forward": forward, "forward+backward": forward_backward}
-_SQUARE = 2048
+_SQUARE = 1024
 GEMM_OF_LOGITS = "GEMM, M × D × M"
 GEMM_SQUARE = f"GEMM, {_SQUARE}³"
 
