@@ -95,7 +95,7 @@ class _Workspace:
 def render(
     images: Tensor | Sequence[Tensor], table: Tensor, settings: ViewSettings, out: Tensor
 ) -> None:
-    """Make views of uint8 or float32 images on the CPU.
+    """Make views of uint8, float32 or half-precision images on the CPU.
 
     Args:
         images: ``(B, 3, H, W)`` or B images ``(3, H_i, W_i)``.
@@ -103,6 +103,8 @@ def render(
         settings: What the samples share.
         out: ``(V · B, 3, *size)``, floating; overwritten.
     """
+    if len(images) and images[0].dtype in (torch.float16, torch.bfloat16):
+        images = images.float() if isinstance(images, Tensor) else [i.float() for i in images]
     with torch.autocast("cpu", enabled=False):
         _render(images, table.flatten(0, 1), settings, out)
 

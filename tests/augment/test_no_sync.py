@@ -4,6 +4,8 @@ Fake CUDA tensors carry shapes and devices and no data, so anything that reads a
 `tolist`, `bool`, a copy to the host, a data-dependent shape) raises or is recorded here.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -62,23 +64,46 @@ def run(monkeypatch, module, batch, size=64, dtype=torch.uint8):
 
 
 RECIPES = {
-    "simclr": lambda: SimCLRAugment(64),
-    "normalised half": lambda: SimCLRAugment(
-        64, normalize=((0.5,) * 3, (0.2,) * 3), dtype=torch.float16
+    "simclr": lambda **o: SimCLRAugment(64, **o),
+    "normalised half": lambda **o: SimCLRAugment(
+        64, normalize=((0.5,) * 3, (0.2,) * 3), dtype=torch.float16, **o
     ),
-    "google": lambda: SimCLRAugment.google_research(64),
-    "byol": lambda: SimCLRAugment.byol(64),
+    "google": lambda **o: SimCLRAugment.google_research(64, **o),
+    "byol": lambda **o: SimCLRAugment.byol(64, **o),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_views_are_made_without_waiting(name, dtype, monkeypatch):
-    record = run(monkeypatch, RECIPES[name](), 8, dtype=dtype)
+    record = run(monkeypatch, RECIPES[name](backend="torch"), 8, dtype=dtype)
     assert record.blocking == []
     assert record.to_device == 1, "the parameters are one copy"
-    more = run(monkeypatch, RECIPES[name](), 64, dtype=dtype)
+    more = run(monkeypatch, RECIPES[name](backend="torch"), 64, dtype=dtype)
     assert more.launches == record.launches, "what is launched depends on the batch"
+
+
+@pytest.mark.parametrize("name", ["simclr", "normalised half", "byol"])
+def test_kernels_are_few_and_do_not_wait(name, monkeypatch):
+    kernels = pytest.importorskip("contrastive_kit.augment._triton_kernels")
+    launched = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append((self.name, grid))
+
+    for kernel in ("gray_sums", "views", "blur"):
+        monkeypatch.setattr(kernels, kernel, Kernel(kernel))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    record = run(monkeypatch, RECIPES[name](), 8)
+    assert record.blocking == []
+    assert record.to_device == 1
+    assert [kernel for kernel, _ in launched] == ["gray_sums", "views", "blur", "blur"]
+    assert launched[0][1] == (16, 64 * 64 // 256)
+    assert len(launched) + len(record.launches) <= 6
 
 
 MODULES = {
@@ -88,7 +113,7 @@ MODULES = {
     "grayscale": RandomGrayscale,
     "blur": lambda: GaussianBlur(7),
     "solarize": RandomSolarize,
-    "view": lambda: SimCLRView(SimCLRAugment(64, views=1)),
+    "view": lambda: SimCLRView(SimCLRAugment(64, views=1, backend="torch")),
 }
 
 
