@@ -38,7 +38,8 @@ def softmax_loss(positive_logits: Tensor, negative_lse: Tensor, decoupled: bool)
         loss = negative_lse - mean_positive
     elif len(positive_logits) == 1:
         # Unlike a difference of logsumexps this keeps its relative precision when the loss is tiny.
-        loss = F.softplus(negative_lse - mean_positive)
+        # By default softplus is linear above 20, which float64 would notice.
+        loss = F.softplus(negative_lse - mean_positive, threshold=50)
     else:
         loss = torch.logaddexp(negative_lse, positive_logits.logsumexp(0)) - mean_positive
     return torch.where(negative_lse == -torch.inf, 0, loss)

@@ -92,35 +92,34 @@ def info_nce(
     n = len(query)
     bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
 
-    with torch.autocast(query.device.type, enabled=False):
-        rows = scaled_unit_rows((query, key), temperature)
-        queries, keys = rows.unbind(0)
-        positive_logits = (queries * keys).sum(1)[None]
-        if negatives is None:
+    rows = scaled_unit_rows((query, key), temperature)
+    queries, keys = rows.unbind(0)
+    positive_logits = (queries * keys).sum(1)[None]
+    if negatives is None:
+        negative_lse, statistics = kept_logsumexp(
+            queries,
+            keys,
+            exclusion=Exclusion(n, ids),
+            both=symmetric,
+            bound=bound,
+            statistics=return_stats,
+            backend=backend,
+        )
+    else:
+        columns = scaled_unit_rows((negatives,), temperature)[0]
+        if negatives.ndim == 2:
             negative_lse, statistics = kept_logsumexp(
-                queries,
-                keys,
-                exclusion=Exclusion(n, ids),
-                both=symmetric,
-                bound=bound,
-                statistics=return_stats,
-                backend=backend,
+                queries, columns, bound=bound, statistics=return_stats, backend=backend
             )
         else:
-            columns = scaled_unit_rows((negatives,), temperature)[0]
-            if negatives.ndim == 2:
-                negative_lse, statistics = kept_logsumexp(
-                    queries, columns, bound=bound, statistics=return_stats, backend=backend
-                )
-            else:
-                negative_lse, statistics = _per_query_logsumexp(queries, columns, return_stats)
-        if symmetric:
-            positive_logits = positive_logits.repeat(1, 2)
-        per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
-        loss = reduce(per_anchor.view(2, n) if symmetric else per_anchor, reduction)
-        if statistics is None:
-            return loss
-        return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
+            negative_lse, statistics = _per_query_logsumexp(queries, columns, return_stats)
+    if symmetric:
+        positive_logits = positive_logits.repeat(1, 2)
+    per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
+    loss = reduce(per_anchor.view(2, n) if symmetric else per_anchor, reduction)
+    if statistics is None:
+        return loss
+    return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
 
 
 def _check_inputs(
@@ -163,7 +162,8 @@ def _per_query_logsumexp(
     queries: Tensor, negatives: Tensor, return_stats: bool
 ) -> tuple[Tensor, LogitStatistics | None]:
     dtype = torch.promote_types(queries.dtype, negatives.dtype)
-    logits = torch.einsum("nd,nkd->nk", queries.to(dtype), negatives.to(dtype))
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = torch.einsum("nd,nkd->nk", queries.to(dtype), negatives.to(dtype))
     lse = logits.logsumexp(1)
     if not return_stats:
         return lse, None

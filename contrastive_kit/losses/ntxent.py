@@ -92,21 +92,20 @@ def nt_xent(
         check_ids("ids", ids, n, "z1", z1)
     check_options(temperature, reduction, backend)
 
-    with torch.autocast(z1.device.type, enabled=False):
-        rows = scaled_unit_rows(views, temperature)
-        positive_logits = _positive_logits(rows)
-        negative_lse, statistics = kept_logsumexp(
-            rows.flatten(0, 1),
-            exclusion=Exclusion(n, None if ids is None else ids.repeat(len(views))),
-            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
-            statistics=return_stats,
-            backend=backend,
-        )
-        per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
-        loss = reduce(per_anchor.view(len(views), n), reduction)
-        if statistics is None:
-            return loss
-        return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
+    rows = scaled_unit_rows(views, temperature)
+    positive_logits = _positive_logits(rows)
+    negative_lse, statistics = kept_logsumexp(
+        rows.flatten(0, 1),
+        exclusion=Exclusion(n, None if ids is None else ids.repeat(len(views))),
+        bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+        statistics=return_stats,
+        backend=backend,
+    )
+    per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
+    loss = reduce(per_anchor.view(len(views), n), reduction)
+    if statistics is None:
+        return loss
+    return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
 
 
 def _positive_logits(rows: Tensor) -> Tensor:

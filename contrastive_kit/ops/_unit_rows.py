@@ -51,7 +51,7 @@ class _ScaledUnitRows(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
-        peak = torch.linalg.vector_norm(z, torch.inf, dim=-1, keepdim=True)
+        peak = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
         power = peak / (2 * torch.frexp(peak).mantissa)
         power = torch.where(peak < torch.finfo(z.dtype).tiny, torch.inf, power)
         z = z / power

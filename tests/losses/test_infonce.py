@@ -143,12 +143,17 @@ def test_a_single_query_with_negatives_is_fine():
     assert loss > 0
 
 
-def test_a_half_precision_query_against_a_float32_queue():
-    q, k = random_pairs(9, 6, torch.bfloat16)
-    queue = torch.randn(20, 6)
+@pytest.mark.parametrize("wider", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_narrow_query_against_a_wider_queue(dtype, wider):
+    q, k = random_pairs(9, 6, dtype)
+    queue = torch.randn(20, 6, dtype=wider)
     for negatives in (queue, queue.expand(9, 20, 6)):
-        expected = info_nce(q.float(), k.float(), negatives)
-        torch.testing.assert_close(info_nce(q, k, negatives), expected)
+        loss = info_nce(q, k, negatives)
+        assert loss.dtype == wider
+        torch.testing.assert_close(
+            loss, info_nce(q.to(wider), k.to(wider), negatives), rtol=1e-6, atol=0
+        )
 
 
 @backends
