@@ -21,11 +21,11 @@ _CHUNK_BYTES = 1_800_000
 # Up to so many pixels a crop is two products of small dense matrices for the whole chunk ...
 _CROP_TOGETHER = 48 * 48
 # ... and the colour operations of several samples share a call.
-_JITTER_TOGETHER = 64 * 64
+_JITTER_TOGETHER = 96 * 96
 # Beyond this many pixels a sample is a chunk, made in its place in the result.
 _ALONE = 128 * 128
 _TINY = 1e-30
-# The taps beyond 4.5 sigma weigh 7e-6 together: below the rounding that is promised.
+# What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
 _BLUR_REACH = 4.5
 # Up to this radius shifted sums are faster than products of tiles.
 _BLUR_SHIFTS = 3
@@ -181,7 +181,13 @@ def _crop_packed(
     crop = crop.permute(0, 2, 3, 1).contiguous().view(torch.int32)
     if row.flip:
         crop = crop.flip(2)
-    target.copy_(crop.view(torch.uint8)[0, ..., :3].permute(2, 0, 1))
+    # The pixel as a number, red + 256 green + 65536 blue, is exact in float32: so are its digits.
+    red, green, blue = target
+    red.copy_(crop[0, ..., 0])
+    torch.mul(red, 1 / (1 << 16), out=blue).floor_()
+    red.sub_(blue, alpha=1 << 16)
+    torch.mul(red, 1 / (1 << 8), out=green).floor_()
+    red.sub_(green, alpha=1 << 8)
 
 
 def _crop_together(sources: Tensor, table: Tensor, x: Tensor, settings: ViewSettings) -> None:
@@ -248,7 +254,7 @@ def _adjust(
     elif operation == CONTRAST and settings.contrast_mean == "gray":
         means = sample.flatten(1).mean(dim=1).tolist()
         mean = sum(weight * value for weight, value in zip(GRAY_WEIGHTS, means, strict=True))
-        sample.mul_(factor).add_((1 - factor) * mean)
+        torch.add(torch.tensor((1 - factor) * mean), sample, alpha=factor, out=sample)
     elif operation == CONTRAST:
         sample.lerp_(sample.mean(dim=(1, 2), keepdim=True), 1 - factor)
     elif operation == SATURATION and settings.saturation_mode == "gray":
@@ -326,7 +332,7 @@ def _blur(sample: Tensor, sigma: float, work: _Workspace, settings: ViewSettings
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     weights = [weight / total for weight in weights]
-    reach = min(radius, math.ceil(_BLUR_REACH * sigma))
+    reach = min(radius, math.ceil(_BLUR_REACH * sigma - 0.5))
     mode = "reflect" if settings.blur_padding == "reflect" else "constant"
     padded = F.pad(sample[None], (reach, reach, 0, 0), mode=mode)[0]
     tiled = reach > _BLUR_SHIFTS and height % _BLUR_TILE == 0 and width % _BLUR_TILE == 0

@@ -223,8 +223,8 @@ def blur(
     tap = tl.arange(0, TAPS) - RADIUS
     weights = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
     total = tl.sum(tl.where(tap <= RADIUS, weights, 0.0))
-    # The taps beyond 4.5 sigma weigh 7e-6 together: below the rounding that is promised.
-    reach = tl.minimum(tl.ceil(4.5 * sigma).to(tl.int32), RADIUS)
+    # What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
+    reach = tl.minimum(tl.ceil(4.5 * sigma - 0.5).to(tl.int32), RADIUS)
 
     pixel = tile * BLOCK + tl.arange(0, BLOCK)
     plane = HEIGHT * WIDTH

@@ -301,7 +301,7 @@ class SimCLRAugment(nn.Module):
         if self.check_values:
             _check_range(images)
         table = self.draw(images) if params is None else self._check_params(params, images)
-        batch = self._render(images, to_device(table, first.device))
+        batch = self._render(images, to_device(table.float(), first.device))
         views = batch if concat else batch.chunk(self.views)
         return (views, table) if return_params else views
 
