@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1_800_000
 # Up to so many pixels a crop is two products of small dense matrices for the whole chunk ...
 _CROP_TOGETHER = 48 * 48
 # ... and the colour operations of several samples share a call.
-_JITTER_TOGETHER = 96 * 96
+_JITTER_TOGETHER = 64 * 64
 # Beyond this many pixels a sample is a chunk, made in its place in the result.
 _ALONE = 128 * 128
 _TINY = 1e-30
