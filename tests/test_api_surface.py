@@ -32,7 +32,9 @@ def current_surface():
     surface = {}
     for module_name in MODULES:
         module = importlib.import_module(module_name)
-        names = [n for n in module.__all__ if n != "__version__"]
+        own = [n for n, x in vars(module).items() if getattr(x, "__module__", "") == module_name]
+        exported = getattr(module, "__all__", [n for n in own if not n.startswith("_")])
+        names = [n for n in exported if n != "__version__"]
         surface[module_name] = {n: _signature(getattr(module, n)) for n in sorted(names)}
     return surface
 

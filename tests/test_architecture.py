@@ -67,5 +67,5 @@ def test_runtime_dependencies_are_the_declared_ones(path):
     outside = {m.split(".")[0] for m in imports(path)} - set(standard)
     allowed = {"contrastive_kit", "torch", "torchvision", "kornia", "einops", "triton"}
     if path.name == "preview.py":
-        allowed |= {"PIL"}  # a command line tool, which says so when it is missing
+        allowed |= {"PIL", "numpy"}  # a command line tool, which says so when they are missing
     assert outside <= allowed
