@@ -28,6 +28,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, get_args
 
+# Read when torch loads: threads that wait asleep. Where other programs use the same cores,
+# threads that wait busily make a step several times slower.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -625,8 +629,9 @@ def train(
     run = Run(config, device, steps=len(data.train) // config.batch_size)
     if checkpoint is None:
         plot_pairs(data, config, folder / "pairs.png")
-        run.baselines["raw pixels"] = evaluate(raw_pixels(config), data, config, linear=True)
-        run.baselines["random encoder"] = evaluate(run.encoder, data, config, linear=True)
+        for name, encoder in [("raw pixels", raw_pixels(config)), ("random encoder", run.encoder)]:
+            print(f"evaluating {name}", flush=True)
+            run.baselines[name] = evaluate(encoder, data, config, linear=True)
     else:
         if checkpoint["data"] != fingerprint:
             raise UserError("the data are not those that the run began with (classes or counts)")
@@ -667,6 +672,7 @@ def train(
     if last < config.epochs:
         print(f"stopped after epoch {last} of {config.epochs}; continue with --resume {folder}")
         return None
+    print("evaluating SimCLR", flush=True)
     scores = {**run.baselines, "SimCLR": evaluate(run.encoder, data, config, linear=True)}
     write_atomically(folder / "encoder.pt", partial(torch.save, run.encoder.state_dict()))
     results: dict[str, Any] = {name: accuracies._asdict() for name, accuracies in scores.items()}
