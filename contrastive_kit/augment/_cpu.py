@@ -135,8 +135,7 @@ def _render(
         if batch is not None:
             _crop_together(batch[[n % len(batch) for n in numbers]], table[numbers], x, settings)
         else:
-            for row, target in zip(part, x, strict=True):
-                _crop(images[row.number % len(images)], row, target, work, settings)
+            _crop(images, part, x, work, settings)
         if images[0].dtype == torch.uint8:
             x.mul_(1 / 255)
         if settings.interpolation == "bicubic":
@@ -146,44 +145,60 @@ def _render(
             _jitter_together(x[:jittered], part[:jittered], table[numbers[:jittered]], work)
         elif jittered:
             _jitter_each(x[:jittered], part[:jittered], work, settings)
-        for row, sample in zip(part, x, strict=True):
-            _finish(sample, row, work, settings, out[row.number])
+        _finish(x, part, work, settings)
+        if not in_place:
+            out.index_copy_(0, torch.tensor(numbers), x.to(out.dtype))
 
 
 def _crop(
-    image: Tensor, row: _Row, target: Tensor, work: _Workspace, settings: ViewSettings
+    images: Tensor | Sequence[Tensor],
+    rows: list[_Row],
+    x: Tensor,
+    work: _Workspace,
+    settings: ViewSettings,
 ) -> None:
-    """Crop one image into its place; uint8 keeps its range."""
-    top, left, height, width = row.box
-    region = image[:, top : top + height, left : left + width]
-    if image.dtype == torch.uint8 and region.stride(0) != 1:
-        _crop_packed(region, row, target, work, settings)
-        return
-    crop = F.interpolate(
-        region[None], settings.size, mode=settings.interpolation, antialias=settings.antialias
-    )
-    target.copy_((crop.flip(-1) if row.flip else crop)[0])
+    """Crop images one by one, each from its own box; uint8 keeps its range."""
+    sources = [images[row.number % len(images)] for row in rows]
+    pack = sources[0].dtype == torch.uint8 and all(image.stride(0) != 1 for image in sources)
+    packed: list[Tensor] = []
+    for row, image, target in zip(rows, sources, x, strict=True):
+        top, left, height, width = row.box
+        region = image[:, top : top + height, left : left + width]
+        crop = F.interpolate(
+            _pack(region, work) if pack else region[None],
+            settings.size,
+            mode=settings.interpolation,
+            antialias=settings.antialias,
+        )
+        if pack:
+            crop = crop.permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
+        if row.flip:
+            crop = crop.flip(-1)
+        if pack:
+            packed.append(crop)
+        else:
+            target.copy_(crop[0])
+    if pack:
+        _unpack(torch.cat(packed), x)
 
 
-def _crop_packed(
-    region: Tensor, row: _Row, target: Tensor, work: _Workspace, settings: ViewSettings
-) -> None:
-    """Crop uint8 planes by way of 32-bit pixels, for which ATen's resize has its fastest loop."""
+def _pack(region: Tensor, work: _Workspace) -> Tensor:
+    """Three uint8 planes as 32-bit pixels, for which ATen's resize has its fastest loop."""
     height, width = region.shape[1:]
     if work.pixels.numel() < height * width:
         work.pixels = torch.empty(height * width, dtype=torch.int32)
-    packed = work.pixels[: height * width].view(height, width)
-    packed.copy_(region[0]).add_(region[1], alpha=1 << 8).add_(region[2], alpha=1 << 16)
-    pixels = packed.view(torch.uint8).view(1, height, width, 4).permute(0, 3, 1, 2)
-    crop = F.interpolate(
-        pixels, settings.size, mode=settings.interpolation, antialias=settings.antialias
-    )
-    crop = crop.permute(0, 2, 3, 1).contiguous().view(torch.int32)
-    if row.flip:
-        crop = crop.flip(2)
-    # The pixel as a number, red + 256 green + 65536 blue, is exact in float32: so are its digits.
-    red, green, blue = target
-    red.copy_(crop[0, ..., 0])
+    pixels = work.pixels[: height * width].view(height, width)
+    pixels.copy_(region[0]).add_(region[1], alpha=1 << 8).add_(region[2], alpha=1 << 16)
+    return pixels.view(torch.uint8).view(1, height, width, 4).permute(0, 3, 1, 2)
+
+
+def _unpack(pixels: Tensor, x: Tensor) -> None:
+    """The planes of ``(n, H, W)`` 32-bit pixels, as floats from 0 to 255.
+
+    A pixel as a number, red + 256 green + 65536 blue, is exact in float32: so are its digits.
+    """
+    red, green, blue = x.unbind(1)
+    red.copy_(pixels)
     torch.mul(red, 1 / (1 << 16), out=blue).floor_()
     red.sub_(blue, alpha=1 << 16)
     torch.mul(red, 1 / (1 << 8), out=green).floor_()
@@ -306,23 +321,20 @@ def _hue(x: Tensor, rows: list[_Row], work: _Workspace) -> None:
     torch.addcmul(base, spread, hue, out=blue)
 
 
-def _finish(
-    sample: Tensor, row: _Row, work: _Workspace, settings: ViewSettings, out: Tensor
-) -> None:
-    """Grayscale, blur, solarize and normalise one image into its place."""
-    if row.gray:
-        sample = _gray(sample, work.planes[0, 0])[None]
-    if row.blur and settings.kernel_size:
-        sample = _blur(sample, row.sigma, work, settings)
+def _finish(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:
+    """Grayscale, blur, solarize and normalise, in place."""
     threshold = settings.solarize_threshold
-    if row.solarize and threshold is not None:
-        sample = torch.where(sample >= threshold, 1 - sample, sample)
+    for row, sample in zip(rows, x, strict=True):
+        result = _gray(sample, work.planes[0, 0])[None] if row.gray else sample
+        if row.blur and settings.kernel_size:
+            result = _blur(result, row.sigma, work, settings)
+        if row.solarize and threshold is not None:
+            result = torch.where(result >= threshold, 1 - result, result)
+        if result is not sample:
+            sample.copy_(result)
     if settings.mean is not None and settings.std is not None:
-        for number, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
-            plane = sample[number % len(sample)]
-            out[number].copy_(torch.sub(plane, mean, out=work.planes[1, 0]).div_(std))
-    elif sample.data_ptr() != out.data_ptr():
-        out.copy_(sample)
+        for channel, mean, std in zip(x.unbind(1), settings.mean, settings.std, strict=True):
+            channel.sub_(mean).div_(std)
 
 
 def _blur(sample: Tensor, sigma: float, work: _Workspace, settings: ViewSettings) -> Tensor:

@@ -157,7 +157,7 @@ def test_dtype_and_memory_format_of_the_views(dtype, memory_format, backend, mak
 
 
 def test_source_memory_formats_and_narrow_floats(make_images):
-    images = make_images(4, 40, 50, torch.uint8)
+    images = make_images(4, 50, 60, torch.uint8)
     augment = SimCLRAugment(32)
     params = augment.draw(images)
     expected = augment(images, params=params, concat=True)
@@ -165,7 +165,9 @@ def test_source_memory_formats_and_narrow_floats(make_images):
     assert torch.equal(augment(last, params=params, concat=True), expected)
     cut = torch.nn.functional.pad(images, (3, 2, 1, 4))[:, :, 1:-4, 3:-2]
     assert torch.equal(augment(cut, params=params, concat=True), expected)
-    half = make_images(4, 40, 50).half()
+    mixed = [images[0], last[1], images[2], last[3]]
+    assert torch.equal(augment(mixed, params=params, concat=True), expected)
+    half = make_images(4, 50, 60).half()
     wide = augment(half.float(), params=params, concat=True)
     assert torch.equal(augment(half, params=params, concat=True), wide)
     alone = augment(list(half), params=params, concat=True)
