@@ -1,97 +1,165 @@
-"""Views on a CUDA device by Triton kernels: two launches, and two more if there is a blur."""
+"""The views of a batch on CUDA, made by Triton kernels: the host's part.
 
-from collections.abc import Sequence
-from importlib.util import find_spec
+Three launches: the crop with the sums that the contrast needs, the total of those sums, the
+colours; two more where views are blurred. None of it depends on the batch or waits for the GPU.
+
+Beside the result this takes 3 bytes a pixel of the views for uint8 images and 12 for floats; where
+views may be blurred 12 more for uint8 images, and 12 more for a result in half precision.
+"""
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from contrastive_kit.augment._view import ViewSettings
 
-_BLOCK = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Pixels of a program: two for each thread of four warps, so that they fit into 64 registers.
+BLOCK = 256
+_LARGEST_OFFSET = 2**31 - 1
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def refusal(images: Tensor | Sequence[Tensor], settings: ViewSettings, dtype: torch.dtype) -> str:
-    """Why these views cannot be made here; empty if they can."""
+    """Why these views cannot be made here; empty if they can.
+
+    Args:
+        images: What is augmented.
+        settings: What the samples share.
+        dtype: Of the views.
+    """
     if not isinstance(images, Tensor):
-        return "takes a batch of images of one size, got a list"
+        return "takes one batch tensor, got a list of images"
+    height, width = settings.size
+    largest = max(
+        sum(n * stride for n, stride in zip(images.shape[1:], images.stride()[1:], strict=True)),
+        3 * height * width,
+        2 * height * images.shape[2],
+        2 * width * images.shape[3],
+    )
     reasons = {
-        f"takes images on a CUDA device, got them on {images.device}": images.device.type != "cuda",
-        f"makes float32 and half precision, got {images.dtype} images and {dtype} views": (
-            images.dtype == torch.float64 or dtype not in _DTYPES
+        f"takes images on CUDA, got {images.device}": images.device.type != "cuda",
+        "needs the package triton, which is not installed": not _HAS_TRITON,
+        "computes in float32, got float64": torch.float64 in (images.dtype, dtype),
+        "is not differentiable, got images that require grad": (
+            images.requires_grad and torch.is_grad_enabled()
         ),
-        "is not differentiable, got images that require a gradient": (
-            torch.is_grad_enabled() and images.requires_grad
-        ),
-        "is not traced by torch.compile": torch.compiler.is_compiling(),
-        f"makes torchvision's colours, got contrast_mean={settings.contrast_mean!r} and "
-        f"saturation_mode={settings.saturation_mode!r}": (
-            settings.contrast_mean != "gray" or settings.saturation_mode != "gray"
-        ),
-        "needs antialias for 'bicubic'": (
-            settings.interpolation == "bicubic" and not settings.antialias
-        ),
-        "needs triton, which is not installed": find_spec("triton") is None,
+        "takes images and makes views of less than 2³¹ elements each": largest > _LARGEST_OFFSET,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def render(images: Tensor, table: Tensor, settings: ViewSettings, out: Tensor) -> None:
-    """Make views of uint8 or floating images.
+    """Make views as `_view.render` does, in at most five launches.
 
     Args:
-        images: ``(B, 3, H, W)``, in any memory format.
-        table: ``(V, B, 18)`` float32 on the device of the images.
+        images: ``(B, 3, H, W)``, uint8, float32, float16 or bfloat16, with any strides.
+        table: ``(V, B, 18)`` on the device of the images. A box that is not inside its image is
+            moved into it.
         settings: What the samples share.
-        out: ``(V · B, 3, *size)``, floating, in any memory format; overwritten.
+        out: ``(V · B, 3, *size)``, float32, float16 or bfloat16, with any strides; overwritten.
     """
-    if not len(out):
-        return
-    if images.device.type != "cuda":
-        _launch(images, table.flatten(0, 1).contiguous(), settings, out)
-        return
-    with torch.cuda.device(images.device):
-        _launch(images, table.flatten(0, 1).contiguous(), settings, out)
+    _op(
+        images,
+        table,
+        out,
+        settings.interpolation == "bicubic",
+        settings.antialias,
+        settings.contrast_mean == "channel",
+        settings.saturation_mode == "hsv",
+        settings.kernel_size,
+        settings.blur_padding == "reflect",
+        math.inf if settings.solarize_threshold is None else settings.solarize_threshold,
+        list(settings.mean or (0.0,) * 3),
+        list(settings.std or (1.0,) * 3),
+    )
 
 
-def _launch(images: Tensor, table: Tensor, settings: ViewSettings, out: Tensor) -> None:
-    import triton
-
+def _launch(
+    images: Tensor,
+    table: Tensor,
+    out: Tensor,
+    bicubic: bool,
+    antialias: bool,
+    channel_mean: bool,
+    hsv: bool,
+    kernel_size: int,
+    reflect: bool,
+    solarize_threshold: float,
+    mean: list[float],
+    std: list[float],
+) -> None:
     from contrastive_kit.augment import _triton_kernels as kernels
 
-    height, width = settings.size
-    tiles = triton.cdiv(height * width, _BLOCK)
-    grid = (len(out), tiles)
-    blurs = settings.kernel_size > 0
-    sums = torch.empty(grid, dtype=torch.float32, device=out.device)
-    held = torch.empty((2 if blurs else 0, *out.shape), dtype=torch.float32, device=out.device)
-    constants = (*(settings.mean or (0.0,) * 3), *(settings.std or (1.0,) * 3))
-    crop = {
+    if out.numel() == 0:
+        return
+    views, batch = table.shape[:2]
+    rows, _, height, width = out.shape
+    table = table.to(torch.float32).contiguous()
+    tiles = -(-height * width // BLOCK)
+    # A crop of uint8 images is rounded to uint8, so it can be kept as such: a quarter of the bytes.
+    kept = torch.uint8 if images.dtype == torch.uint8 else torch.float32
+    crops = torch.empty(out.shape, dtype=kept, device=out.device)
+    sums = torch.empty((rows, 3, tiles), dtype=torch.float32, device=out.device)
+    sharp = across = out
+    if kernel_size:
+        # What is blurred is never rounded on its way; the result holds it if it is wide enough.
+        sharp = out if out.dtype == torch.float32 else _float32(out)
+        across = crops if kept == torch.float32 else _float32(out)
+
+    grid = (rows * tiles,)
+    place = (batch, views, tiles)
+    finish = (solarize_threshold, *mean, *(1 / value for value in std))
+    # Fused multiply-adds round once instead of twice; their default differs between releases.
+    shared: dict[str, Any] = {
         "HEIGHT": height,
         "WIDTH": width,
-        "SCALE": 255.0 if images.dtype == torch.uint8 else 1.0,
-        "BICUBIC": settings.interpolation == "bicubic",
-        "ANTIALIAS": settings.antialias,
-        "BLOCK": _BLOCK,
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
     }
-    last = {
-        "SOLARIZE": settings.solarize_threshold is not None,
-        "NORMALIZE": settings.mean is not None,
-    }
-    threshold = settings.solarize_threshold or 0.0
-    kernels.gray_sums[grid](images, table, sums, len(images), *images.stride(), tiles, **crop)
-    kernels.views[grid](
-        images, table, sums, out, held[0] if blurs else out, len(images), *images.stride(),
-        *out.stride(), tiles, threshold, *constants, BLUR=blurs,
-        TILES=triton.next_power_of_2(tiles), **last, **crop,
-    )  # fmt: skip
-    if not blurs:
-        return
-    for vertical in (False, True):
-        kernels.blur[grid](
-            held[int(vertical)], out if vertical else held[1], table, *out.stride(),
-            threshold, *constants, HEIGHT=height, WIDTH=width, RADIUS=settings.kernel_size // 2,
-            TAPS=triton.next_power_of_2(settings.kernel_size), VERTICAL=vertical,
-            MIRROR=settings.blur_padding == "reflect", BLOCK=_BLOCK, **last,
+    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+        kernels.crop_kernel[grid](
+            images, *images.stride(), *images.shape[2:], table, crops, sums, *place,
+            BICUBIC=bicubic, ANTIALIAS=antialias, HSV=hsv, **shared,
         )  # fmt: skip
+        kernels.color_kernel[grid](
+            crops, sums.sum(dim=2), table, *place,
+            sharp, *sharp.stride(), out, *out.stride(), *finish,
+            CHANNEL_MEAN=channel_mean, HSV=hsv, BLUR=kernel_size > 0, **shared,
+        )  # fmt: skip
+        passes = ((False, sharp, across), (True, across, out)) if kernel_size else ()
+        for vertical, source, target in passes:
+            kernels.blur_kernel[grid](
+                source, *source.stride(), table, *place, target, *target.stride(), *finish,
+                RADIUS=kernel_size // 2, REFLECT=reflect, VERTICAL=vertical, **shared,
+            )  # fmt: skip
+
+
+def _float32(out: Tensor) -> Tensor:
+    return torch.empty(out.shape, dtype=torch.float32, device=out.device)
+
+
+def _register(name: str, schema: str, kernel: Callable[..., None]) -> Any:
+    """Register an op that writes into an argument, so that ``torch.compile`` need not look inside.
+
+    Unlike ``torch.library.custom_op`` this does not import Dynamo.
+    """
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "CompositeExplicitAutograd", kernel)
+    torch.library.register_fake(name, lambda *arguments: None)
+    namespace, op = name.split("::")
+    return getattr(getattr(torch.ops, namespace), op).default
+
+
+_op = _register(
+    "contrastive_kit::render_views",
+    "(Tensor images, Tensor table, Tensor(a!) out, bool bicubic, bool antialias, "
+    "bool channel_mean, bool hsv, int kernel_size, bool reflect, float solarize_threshold, "
+    "float[] mean, float[] std) -> ()",
+    _launch,
+)

@@ -1,81 +1,32 @@
-"""The kernels that make views on a GPU; what they compute is in `functional`.
+"""The Triton kernels of the views: crop, colours, blur.
 
-A program makes one block of pixels of one view, so that everything drawn for the view (its crop,
-its order of operations, its gates) is the same for the whole program and costs no divergence.
+A program makes a block of pixels of one view of one image. Everything it branches on is the same
+for the whole program: the view's row of the parameter table. The columns of a row and the meaning
+of each operation are those of `parameters.ViewParameters` and `functional`.
 """
 
-# Triton decides an `if` on a constexpr when it compiles; an `and` or an early return it does not.
-# ruff: noqa: RET505, SIM102
+# Triton decides an `if` on a constexpr when it compiles; an `and` it does not.
+# ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _weight(distance, BICUBIC: tl.constexpr):
-    distance = tl.abs(distance)
-    if BICUBIC:
-        near = (1.5 * distance - 2.5) * distance * distance + 1.0
-        far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
-        return tl.where(distance < 1.0, near, tl.where(distance < 2.0, far, 0.0))
-    else:
-        return tl.maximum(1.0 - distance, 0.0)
+COLUMNS = tl.constexpr(18)
+BRIGHTNESS = tl.constexpr(0)
+CONTRAST = tl.constexpr(1)
+HUE = tl.constexpr(3)
+TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _crop(
-    source, box, stride_c, stride_h, stride_w, y, x, mask,
-    height: tl.constexpr, width: tl.constexpr, SCALE: tl.constexpr, BICUBIC: tl.constexpr,
-    ANTIALIAS: tl.constexpr,
-):  # fmt: skip
-    """Pixels (y, x) of the resized crop: ATen's weights, normalised by what lies in the crop."""
-    top = tl.load(box).to(tl.int32)
-    left = tl.load(box + 1).to(tl.int32)
-    tall = tl.load(box + 2)
-    wide = tl.load(box + 3)
-    mirrored = tl.load(box + 4) != 0.0
-    x = tl.where(mirrored, width - 1 - x, x)
-    scale_y = tall / height
-    scale_x = wide / width
-    stretch_y = tl.maximum(scale_y, 1.0) if ANTIALIAS else scale_y * 0.0 + 1.0
-    stretch_x = tl.maximum(scale_x, 1.0) if ANTIALIAS else scale_x * 0.0 + 1.0
-    support: tl.constexpr = 2.0 if BICUBIC else 1.0
-    centre_y = scale_y * (y.to(tl.float32) + 0.5)
-    centre_x = scale_x * (x.to(tl.float32) + 0.5)
-    first_y = tl.floor(centre_y - support * stretch_y + 0.5).to(tl.int32)
-    first_x = tl.floor(centre_x - support * stretch_x + 0.5).to(tl.int32)
-    taps_y = tl.ceil(2.0 * support * stretch_y).to(tl.int32)
-    taps_x = tl.ceil(2.0 * support * stretch_x).to(tl.int32)
-    red = tl.zeros_like(centre_y)
-    green = tl.zeros_like(centre_y)
-    blue = tl.zeros_like(centre_y)
-    total = tl.zeros_like(centre_y)
-    for tap_y in range(0, taps_y):
-        row = first_y + tap_y
-        in_y = mask & (row >= 0) & (row < tall)
-        weight_y = _weight((row.to(tl.float32) + 0.5 - centre_y) / stretch_y, BICUBIC)
-        line = source + (top + row) * stride_h
-        for tap_x in range(0, taps_x):
-            column = first_x + tap_x
-            inside = in_y & (column >= 0) & (column < wide)
-            weight = _weight((column.to(tl.float32) + 0.5 - centre_x) / stretch_x, BICUBIC)
-            weight = tl.where(inside, weight * weight_y, 0.0)
-            pixel = line + (left + column) * stride_w
-            red += weight * tl.load(pixel, inside, 0.0).to(tl.float32)
-            green += weight * tl.load(pixel + stride_c, inside, 0.0).to(tl.float32)
-            blue += weight * tl.load(pixel + 2 * stride_c, inside, 0.0).to(tl.float32)
-            total += weight
-    total = tl.where(mask, total, 1.0) * SCALE
-    red, green, blue = red / total, green / total, blue / total
-    if BICUBIC:
-        red, green, blue = _clamp(red), _clamp(green), _clamp(blue)
-    return red, green, blue
-
-
-@triton.jit
-def _clamp(x):
-    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+def _place(batch, views, tiles):
+    """Which image, row of the table and tile; all views of an image run while it is in the L2."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    image = program // tiles // views
+    view = program // tiles % views
+    return image, view * batch + image, tile
 
 
 @triton.jit
@@ -84,180 +35,297 @@ def _gray(red, green, blue):
 
 
 @triton.jit
-def _hue_channel(lowest, spread, hue):
-    return lowest + spread * _clamp(tl.abs(tl.abs(hue) - 3.0) - 1.0)
+def _unit(x):
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
-def _adjust(red, green, blue, operation, factors, mean):
-    """One of the four colour operations; the mean is that of the gray image."""
-    if operation == 3:
-        shift = tl.load(factors + 3)
-        lowest = tl.minimum(tl.minimum(red, green), blue)
-        spread = tl.maximum(tl.maximum(red, green), blue) - lowest
-        hue = 1.0 + (green + blue - red - lowest) / tl.maximum(spread, 1e-30)
-        hue = tl.where(green - blue < 0.0, -hue, hue) + 6.0 * shift
-        hue = hue - 6.0 * tl.floor(hue / 6.0 + 0.5)
-        red = _hue_channel(lowest, spread, hue)
-        green = _hue_channel(lowest, spread, hue - 2.0)
-        blue = _hue_channel(lowest, spread, hue + 2.0)
+def _level(x):
+    """The nearest whole number from 0 to 255, ties to even: floats near 1.5 · 2²³ are whole."""
+    return (tl.minimum(tl.maximum(x, 0.0), 255.0) + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _axis(
+    start, extent, source, index,
+    TARGET: tl.constexpr, SUPPORT: tl.constexpr, ANTIALIAS: tl.constexpr,
+):  # fmt: skip
+    """The taps of each result pixel along one axis: first pixel, distance from it, scale, number.
+
+    A box that is not inside the image is moved into it, so that no address can be outside. The
+    centre of a result pixel, extent · (index + 1/2) / TARGET, is split exactly into a whole number
+    and a rest: as one float it would be off by 1e-5 pixels at the far end of a photograph.
+    """
+    extent = tl.minimum(tl.maximum(extent, 1.0), source.to(tl.float32))
+    start = tl.minimum(tl.maximum(start, 0.0), source - extent).to(tl.int32)
+    stretch = tl.maximum(extent / TARGET, 1.0) if ANTIALIAS else 1.0
+    extent = extent.to(tl.int32)
+    centre = extent * (2 * index + 1)
+    whole = centre // (2 * TARGET)
+    rest = (centre % (2 * TARGET)).to(tl.float32) / (2 * TARGET) - 0.5
+    first = tl.floor(rest - SUPPORT * stretch) + 1
+    taps = tl.ceil(2 * SUPPORT * stretch).to(tl.int32)
+    return start, extent, whole + first.to(tl.int32), rest - first, 1.0 / stretch, taps
+
+
+@triton.jit
+def _tap(first, number, away, extent, shrink, BICUBIC: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """A tap's pixel, relative to the box, its weight, and whether it is inside the box."""
+    pixel = first + number
+    distance = tl.abs(number - away) * shrink
+    if BICUBIC:
+        a: tl.constexpr = -0.5 if ANTIALIAS else -0.75
+        near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        weight = tl.where(distance < 1, near, tl.where(distance < 2, far, 0.0))
+        if not ANTIALIAS:
+            pixel = tl.minimum(tl.maximum(pixel, 0), extent - 1)
     else:
-        factor = tl.load(factors + operation)
-        target = tl.where(operation == 2, _gray(red, green, blue), 0.0)
-        target = (1.0 - factor) * tl.where(operation == 1, mean, target)
-        red = _clamp(factor * red + target)
-        green = _clamp(factor * green + target)
-        blue = _clamp(factor * blue + target)
+        weight = tl.maximum(1 - distance, 0.0)
+    inside = (pixel >= 0) & (pixel < extent)
+    return pixel, tl.where(inside, weight, 0.0), inside
+
+
+@triton.jit
+def _hue(red, green, blue, shift):
+    lowest = tl.minimum(tl.minimum(red, green), blue)
+    spread = tl.maximum(tl.maximum(red, green), blue) - lowest
+    sextant = 1 + (green + blue - red - lowest) / tl.maximum(spread, TINY)
+    hue = tl.where(green >= blue, sextant, -sextant) + 6 * shift
+    hue -= 6 * tl.floor(hue / 6 + 0.5)
+    red = lowest + spread * _unit(tl.abs(tl.abs(hue) - 3) - 1)
+    green = lowest + spread * _unit(tl.abs(tl.abs(hue - 2) - 3) - 1)
+    blue = lowest + spread * _unit(tl.abs(tl.abs(hue + 2) - 3) - 1)
     return red, green, blue
 
 
 @triton.jit
-def gray_sums(
-    source, table, sums, images, stride_b, stride_c, stride_h, stride_w, tiles,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BICUBIC: tl.constexpr,
-    ANTIALIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum of the gray image that the contrast will see, over one block; (views, tiles) floats.
-
-    Partial sums rather than atomics: the same bits in every run.
-    """
-    view, tile = tl.program_id(0), tl.program_id(1)
-    row = table + view * 18
-    if tl.load(row + 5) == 0.0:
-        return
-    pixel = tile * BLOCK + tl.arange(0, BLOCK)
-    mask = pixel < HEIGHT * WIDTH
-    image = source + (view % images).to(tl.int64) * stride_b
-    red, green, blue = _crop(
-        image, row, stride_c, stride_h, stride_w, pixel // WIDTH, pixel % WIDTH, mask,
-        HEIGHT, WIDTH, SCALE, BICUBIC, ANTIALIAS,
-    )  # fmt: skip
-    before = 1
-    for slot in range(0, 4):
-        operation = tl.load(row + 6 + slot).to(tl.int32)
-        before = tl.where(operation == 1, 0, before)
-        if before == 1:
-            red, green, blue = _adjust(red, green, blue, operation, row + 10, 0.0)
-    gray = tl.where(mask, _gray(red, green, blue), 0.0)
-    tl.store(sums + view * tiles + tile, tl.sum(gray))
+def _adjust(
+    operation, red, green, blue, params, mean_red, mean_green, mean_blue, HSV: tl.constexpr
+):
+    """One operation of the colour jitter; the means are what the contrast moves away from."""
+    factor = tl.load(params + 10 + operation)
+    if operation == HUE:
+        red, green, blue = _hue(red, green, blue, factor)
+    else:
+        if operation == BRIGHTNESS:
+            red, green, blue = red * factor, green * factor, blue * factor
+        elif operation == CONTRAST:
+            red = factor * red + (1 - factor) * mean_red
+            green = factor * green + (1 - factor) * mean_green
+            blue = factor * blue + (1 - factor) * mean_blue
+        elif HSV:
+            brightest = tl.maximum(tl.maximum(red, green), blue)
+            spread = brightest - tl.minimum(tl.minimum(red, green), blue)
+            ratio = tl.minimum(factor, brightest / tl.maximum(spread, TINY))
+            red = brightest - (brightest - red) * ratio
+            green = brightest - (brightest - green) * ratio
+            blue = brightest - (brightest - blue) * ratio
+        else:
+            gray = (1 - factor) * _gray(red, green, blue)
+            red, green, blue = factor * red + gray, factor * green + gray, factor * blue + gray
+        red, green, blue = _unit(red), _unit(green), _unit(blue)
+    return red, green, blue
 
 
 @triton.jit
-def views(
-    source, table, sums, out, blurred, images, stride_b, stride_c, stride_h, stride_w,
-    out_n, out_c, out_h, out_w, tiles, threshold, mean_r, mean_g, mean_b, std_r, std_g, std_b,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BICUBIC: tl.constexpr,
-    ANTIALIAS: tl.constexpr, BLUR: tl.constexpr, SOLARIZE: tl.constexpr,
-    NORMALIZE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Crop, mirror, colours and grayscale; then to `blurred` if a blur follows, else finished."""
-    view, tile = tl.program_id(0), tl.program_id(1)
-    row = table + view * 18
-    pixel = tile * BLOCK + tl.arange(0, BLOCK)
-    mask = pixel < HEIGHT * WIDTH
-    y, x = pixel // WIDTH, pixel % WIDTH
-    image = source + (view % images).to(tl.int64) * stride_b
-    red, green, blue = _crop(
-        image, row, stride_c, stride_h, stride_w, y, x, mask,
-        HEIGHT, WIDTH, SCALE, BICUBIC, ANTIALIAS,
-    )  # fmt: skip
-    if tl.load(row + 5) != 0.0:
-        part = tl.arange(0, TILES)
-        mean = tl.sum(tl.load(sums + view * tiles + part, part < tiles, 0.0)) / (HEIGHT * WIDTH)
-        for slot in range(0, 4):
-            operation = tl.load(row + 6 + slot).to(tl.int32)
-            red, green, blue = _adjust(red, green, blue, operation, row + 10, mean)
-    if tl.load(row + 14) != 0.0:
-        gray = _gray(red, green, blue)
-        red, green, blue = gray, gray, gray
-    to_blur = tl.load(row + 15) != 0.0 if BLUR else False
-    if to_blur:
-        plane = HEIGHT * WIDTH
-        held = blurred + view.to(tl.int64) * 3 * plane + pixel
-        tl.store(held, red, mask)
-        tl.store(held + plane, green, mask)
-        tl.store(held + 2 * plane, blue, mask)
-    else:
-        finished = out + view.to(tl.int64) * out_n + y * out_h + x * out_w
-        _finish(
-            finished, out_c, red, green, blue, row, mask,
-            threshold, mean_r, mean_g, mean_b, std_r, std_g, std_b, SOLARIZE, NORMALIZE,
-        )  # fmt: skip
+def _store(red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x):
+    pointer = out + row.to(tl.int64) * stride_n + y * stride_y + x * stride_x
+    tl.store(pointer, red, mask=wanted)
+    tl.store(pointer + stride_c, green, mask=wanted)
+    tl.store(pointer + 2 * stride_c, blue, mask=wanted)
 
 
 @triton.jit
 def _finish(
-    target, stride_c, red, green, blue, row, mask,
-    threshold, mean_r, mean_g, mean_b, std_r, std_g, std_b,
-    SOLARIZE: tl.constexpr, NORMALIZE: tl.constexpr,
+    red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
+    solarize, threshold, mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
 ):  # fmt: skip
-    """Solarize, normalise, round once, store."""
-    if SOLARIZE:
-        if tl.load(row + 17) != 0.0:
-            red = tl.where(red >= threshold, 1.0 - red, red)
-            green = tl.where(green >= threshold, 1.0 - green, green)
-            blue = tl.where(blue >= threshold, 1.0 - blue, blue)
-    if NORMALIZE:
-        red = (red - mean_r) / std_r
-        green = (green - mean_g) / std_g
-        blue = (blue - mean_b) / std_b
-    tl.store(target, red, mask)
-    tl.store(target + stride_c, green, mask)
-    tl.store(target + 2 * stride_c, blue, mask)
+    """Solarize, normalise and store."""
+    if solarize != 0:
+        red = tl.where(red >= threshold, 1 - red, red)
+        green = tl.where(green >= threshold, 1 - green, green)
+        blue = tl.where(blue >= threshold, 1 - blue, blue)
+    red = (red - mean_red) * scale_red
+    green = (green - mean_green) * scale_green
+    blue = (blue - mean_blue) * scale_blue
+    _store(red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x)
 
 
-@triton.jit
-def blur(
-    source, target, table, out_n, out_c, out_h, out_w,
-    threshold, mean_r, mean_g, mean_b, std_r, std_g, std_b,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS: tl.constexpr, TAPS: tl.constexpr,
-    VERTICAL: tl.constexpr, MIRROR: tl.constexpr, SOLARIZE: tl.constexpr,
-    NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "source_height", "source_width"])
+def crop_kernel(
+    images, stride_n, stride_c, stride_y, stride_x, source_height, source_width,
+    table, crops, sums, batch, views, tiles,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    BICUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, HSV: tl.constexpr,
 ):  # fmt: skip
-    """Blur along one axis the views that are to be blurred; the vertical pass finishes them."""
-    view, tile = tl.program_id(0), tl.program_id(1)
-    row = table + view * 18
-    if tl.load(row + 15) == 0.0:
-        return
-    sigma = tl.load(row + 16)
-    tap = tl.arange(0, TAPS) - RADIUS
-    weights = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
-    total = tl.sum(tl.where(tap <= RADIUS, weights, 0.0))
-    # What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
-    reach = tl.minimum(tl.ceil(4.5 * sigma - 0.5).to(tl.int32), RADIUS)
+    """Crop, resize and mirror; sum each channel of what the contrast will see, tile by tile.
 
+    Writes ``crops`` (V · B, 3, HEIGHT · WIDTH), uint8 or float32, and ``sums`` (V · B, 3, tiles).
+    """
+    image, row, tile = _place(batch, views, tiles)
+    params = table + row * COLUMNS
     pixel = tile * BLOCK + tl.arange(0, BLOCK)
-    plane = HEIGHT * WIDTH
-    mask = pixel < plane
+    wanted = pixel < HEIGHT * WIDTH
+    # The last tile may reach beyond the view: there it repeats the last line.
+    line = tl.minimum(pixel // WIDTH, HEIGHT - 1)
+    column = pixel % WIDTH
+    column = tl.where(tl.load(params + 4) != 0, WIDTH - 1 - column, column)
+
+    SUPPORT: tl.constexpr = 2 if BICUBIC else 1
+    top, height, first_y, away_y, shrink_y, taps_y = _axis(
+        tl.load(params), tl.load(params + 2), source_height, line, HEIGHT, SUPPORT, ANTIALIAS
+    )
+    left, width, first_x, away_x, shrink_x, taps_x = _axis(
+        tl.load(params + 1), tl.load(params + 3), source_width, column, WIDTH, SUPPORT, ANTIALIAS
+    )
+    images += image.to(tl.int64) * stride_n + top * stride_y + left * stride_x
+    total = tl.zeros((BLOCK,), tl.float32)
+    red, green, blue = total, total, total
+    for number_y in range(taps_y):
+        tap_y, weight_y, inside_y = _tap(
+            first_y, number_y, away_y, height, shrink_y, BICUBIC, ANTIALIAS
+        )
+        for number_x in range(taps_x):
+            tap_x, weight_x, inside_x = _tap(
+                first_x, number_x, away_x, width, shrink_x, BICUBIC, ANTIALIAS
+            )
+            source = images + (tap_y * stride_y + tap_x * stride_x)
+            inside = inside_y & inside_x
+            weight = weight_y * weight_x
+            total += weight
+            red += weight * tl.load(source, mask=inside, other=0).to(tl.float32)
+            green += weight * tl.load(source + stride_c, mask=inside, other=0).to(tl.float32)
+            blue += weight * tl.load(source + 2 * stride_c, mask=inside, other=0).to(tl.float32)
+    red, green, blue = red / total, green / total, blue / total
+
+    WHOLE: tl.constexpr = crops.dtype.element_ty == tl.uint8
+    if WHOLE:
+        red, green, blue = _level(red), _level(green), _level(blue)
+    elif BICUBIC:
+        red, green, blue = _unit(red), _unit(green), _unit(blue)
+    crop = crops + row.to(tl.int64) * (3 * HEIGHT * WIDTH) + pixel
+    tl.store(crop, red.to(crops.dtype.element_ty), mask=wanted)
+    tl.store(crop + HEIGHT * WIDTH, green.to(crops.dtype.element_ty), mask=wanted)
+    tl.store(crop + 2 * HEIGHT * WIDTH, blue.to(crops.dtype.element_ty), mask=wanted)
+    if WHOLE:
+        red, green, blue = red / 255, green / 255, blue / 255
+
+    before_contrast = tl.load(params + 5) != 0
+    for slot in range(4):
+        operation = tl.load(params + 6 + slot).to(tl.int32)
+        before_contrast = before_contrast & (operation != CONTRAST)
+        if before_contrast:
+            red, green, blue = _adjust(operation, red, green, blue, params, 0.0, 0.0, 0.0, HSV)
+    target = sums + row * 3 * tiles + tile
+    tl.store(target, tl.sum(tl.where(wanted, red, 0.0)))
+    tl.store(target + tiles, tl.sum(tl.where(wanted, green, 0.0)))
+    tl.store(target + 2 * tiles, tl.sum(tl.where(wanted, blue, 0.0)))
+
+
+@triton.jit(do_not_specialize=["batch"])
+def color_kernel(
+    crops, totals, table, batch, views, tiles,
+    sharp, sharp_stride_n, sharp_stride_c, sharp_stride_y, sharp_stride_x,
+    out, stride_n, stride_c, stride_y, stride_x,
+    threshold, mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNEL_MEAN: tl.constexpr, HSV: tl.constexpr, BLUR: tl.constexpr,
+):  # fmt: skip
+    """Colour jitter and grayscale; then to ``sharp`` what will be blurred, the rest to ``out``."""
+    _, row, tile = _place(batch, views, tiles)
+    params = table + row * COLUMNS
+    pixel = tile * BLOCK + tl.arange(0, BLOCK)
+    wanted = pixel < HEIGHT * WIDTH
     y, x = pixel // WIDTH, pixel % WIDTH
-    image = source + view.to(tl.int64) * 3 * plane
-    along = y if VERTICAL else x
-    last: tl.constexpr = (HEIGHT if VERTICAL else WIDTH) - 1
-    step: tl.constexpr = WIDTH if VERTICAL else 1
-    fixed = x if VERTICAL else y * WIDTH
+    crop = crops + row.to(tl.int64) * (3 * HEIGHT * WIDTH) + pixel
+    red = tl.load(crop, mask=wanted, other=0).to(tl.float32)
+    green = tl.load(crop + HEIGHT * WIDTH, mask=wanted, other=0).to(tl.float32)
+    blue = tl.load(crop + 2 * HEIGHT * WIDTH, mask=wanted, other=0).to(tl.float32)
+    if crops.dtype.element_ty == tl.uint8:
+        red, green, blue = red / 255, green / 255, blue / 255
+
+    if tl.load(params + 5) != 0:
+        center_red = tl.load(totals + 3 * row) / (HEIGHT * WIDTH)
+        center_green = tl.load(totals + 3 * row + 1) / (HEIGHT * WIDTH)
+        center_blue = tl.load(totals + 3 * row + 2) / (HEIGHT * WIDTH)
+        if not CHANNEL_MEAN:
+            center_red = _gray(center_red, center_green, center_blue)
+            center_green = center_red
+            center_blue = center_red
+        for slot in range(4):
+            operation = tl.load(params + 6 + slot).to(tl.int32)
+            red, green, blue = _adjust(
+                operation, red, green, blue, params, center_red, center_green, center_blue, HSV
+            )
+    if tl.load(params + 14) != 0:
+        red = _gray(red, green, blue)
+        green = red
+        blue = red
+
+    if BLUR:
+        if tl.load(params + 15) != 0:
+            _store(
+                red, green, blue, sharp, row, y, x, wanted,
+                sharp_stride_n, sharp_stride_c, sharp_stride_y, sharp_stride_x,
+            )  # fmt: skip
+            return
+    _finish(
+        red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
+        tl.load(params + 17), threshold,
+        mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch"])
+def blur_kernel(
+    source, source_stride_n, source_stride_c, source_stride_y, source_stride_x,
+    table, batch, views, tiles,
+    out, stride_n, stride_c, stride_y, stride_x,
+    threshold, mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    RADIUS: tl.constexpr, REFLECT: tl.constexpr, VERTICAL: tl.constexpr,
+):  # fmt: skip
+    """Blur along one axis the views that are blurred; the vertical pass finishes them."""
+    _, row, tile = _place(batch, views, tiles)
+    params = table + row * COLUMNS
+    if tl.load(params + 15) == 0:
+        return
+    pixel = tile * BLOCK + tl.arange(0, BLOCK)
+    wanted = pixel < HEIGHT * WIDTH
+    y, x = pixel // WIDTH, pixel % WIDTH
+    image = source + row.to(tl.int64) * source_stride_n
+    LAST: tl.constexpr = (HEIGHT if VERTICAL else WIDTH) - 1
+    sigma = tl.load(params + 16)
+    # What lies beyond five standard deviations is 6e-7 of the whole.
+    radius = tl.minimum(tl.ceil(5 * sigma), RADIUS * 1.0).to(tl.int32)
+    total = 0.0
     red = tl.zeros((BLOCK,), tl.float32)
     green = tl.zeros((BLOCK,), tl.float32)
     blue = tl.zeros((BLOCK,), tl.float32)
-    for shift in range(-reach, reach + 1):
-        place = along + shift
-        inside = mask
-        if MIRROR:
-            place = last - tl.abs(last - tl.abs(place))
+    for tap in range(-radius, radius + 1):
+        offset = tap / sigma
+        weight = tl.exp(-0.5 * offset * offset)
+        total += weight
+        at = (y if VERTICAL else x) + tap
+        if REFLECT:
+            at = LAST - tl.abs(LAST - tl.abs(at))
+            inside = wanted
         else:
-            inside = mask & (place >= 0) & (place <= last)
-        weight = tl.exp(-0.5 * (shift / sigma) * (shift / sigma)) / total
-        at = image + fixed + place * step
-        red += weight * tl.load(at, inside, 0.0)
-        green += weight * tl.load(at + plane, inside, 0.0)
-        blue += weight * tl.load(at + 2 * plane, inside, 0.0)
+            inside = wanted & (at >= 0) & (at <= LAST)
+        if VERTICAL:
+            pointer = image + at * source_stride_y + x * source_stride_x
+        else:
+            pointer = image + y * source_stride_y + at * source_stride_x
+        red += weight * tl.load(pointer, mask=inside, other=0.0)
+        green += weight * tl.load(pointer + source_stride_c, mask=inside, other=0.0)
+        blue += weight * tl.load(pointer + 2 * source_stride_c, mask=inside, other=0.0)
+    red, green, blue = red / total, green / total, blue / total
     if VERTICAL:
-        finished = target + view.to(tl.int64) * out_n + y * out_h + x * out_w
         _finish(
-            finished, out_c, red, green, blue, row, mask,
-            threshold, mean_r, mean_g, mean_b, std_r, std_g, std_b, SOLARIZE, NORMALIZE,
+            red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
+            tl.load(params + 17), threshold,
+            mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
         )  # fmt: skip
     else:
-        passed = target + view.to(tl.int64) * 3 * plane + pixel
-        tl.store(passed, red, mask)
-        tl.store(passed + plane, green, mask)
-        tl.store(passed + 2 * plane, blue, mask)
+        _store(red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x)

@@ -34,8 +34,9 @@ class SimCLRAugment(nn.Module):
     All random numbers come from one ``torch.rand`` on the CPU (or on the generator's device), so
     the same seed gives the same views on every device. Nothing waits for the GPU.
 
-    Beside the result the CPU backend needs a few MB, the Triton backend twice the result in float32
-    if there is a blur and next to nothing otherwise, the torch backend about ten times the result.
+    Beside the result the CPU backend needs a few MB and the torch backend about ten times the
+    result. The Triton backend needs 3 bytes a pixel for uint8 images and 12 for floats; if there is
+    a blur, 12 more for uint8 images and 12 more for views in half precision.
 
     Args:
         size: Height and width of the views in pixels, or both as one number.

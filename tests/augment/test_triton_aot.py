@@ -1,0 +1,130 @@
+"""The kernels compiled for GPUs that are not here: registers, spills, shared memory.
+
+Triton's compiler and its interpreter cannot share a process, so the compiling is done by this file
+run as a script.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Bytes of shared memory a block may have.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
+REGISTER_LIMIT = 64
+
+INTEGERS = "batch views tiles source_height source_width"
+NUMBERS = "threshold mean_red mean_green mean_blue scale_red scale_green scale_blue"
+
+
+def variants():
+    """Kernel, dtype of source and result, channels last or not, compile-time constants."""
+    image = {"HEIGHT": 224, "WIDTH": 224}
+    odd = {"HEIGHT": 33, "WIDTH": 20}
+    plain = {"BICUBIC": False, "ANTIALIAS": True, "HSV": False}
+    google = {"BICUBIC": True, "ANTIALIAS": False, "HSV": True}
+    yield "crop_kernel", "u8", "fp32", False, {**image, **plain}
+    yield "crop_kernel", "u8", "fp32", True, {**image, **plain}
+    yield "crop_kernel", "bf16", "fp32", False, {**odd, **plain}
+    yield "crop_kernel", "u8", "fp32", True, {**image, **plain, "BICUBIC": True}
+    yield "crop_kernel", "fp32", "fp32", False, {**odd, **google}
+    plain = {"CHANNEL_MEAN": False, "HSV": False}
+    google = {"CHANNEL_MEAN": True, "HSV": True}
+    yield "color_kernel", "u8", "fp16", True, {**image, **plain, "BLUR": True}
+    yield "color_kernel", "u8", "fp32", False, {**odd, **plain, "BLUR": False}
+    yield "color_kernel", "fp32", "bf16", False, {**image, **google, "BLUR": True}
+    for vertical in (False, True):
+        for result, padding in (("fp32", True), ("fp16", False)):
+            flags = {"RADIUS": 11, "REFLECT": padding, "VERTICAL": vertical}
+            yield "blur_kernel", "fp32", result, not padding, {**image, **flags}
+
+
+def compile_all(target):
+    """Compile every variant for a target and print what each takes, as JSON."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from contrastive_kit.augment import _triton, _triton_kernels
+
+    capability = int(target.removeprefix("sm_"))
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    report = []
+    for name, source, result, last, flags in variants():
+        kernel = getattr(_triton_kernels, name)
+        constants = {**flags, "BLOCK": _triton.BLOCK}
+        first = "source" if name == "blur_kernel" else "images"
+        pointers = {
+            "images": source, "source": source, "crops": "u8" if source == "u8" else "fp32",
+            "table": "fp32", "sums": "fp32", "totals": "fp32", "sharp": "fp32", "out": result,
+        }  # fmt: skip
+        # As the launcher does, strides of one are constants.
+        strides = ["sharp_stride", "stride"] if name == "color_kernel" else ["stride"]
+        strides += [f"{first}_stride"]
+        for stride in strides:
+            constants[f"{stride}_{'c' if last else 'x'}"] = 1
+        names = kernel.arg_names
+        constants = {key: value for key, value in constants.items() if key in names}
+        signature = {}
+        for argument in names:
+            if argument in constants:
+                signature[argument] = "constexpr"
+            elif argument in pointers:
+                signature[argument] = f"*{pointers[argument]}"
+            else:
+                signature[argument] = "fp32" if argument in NUMBERS.split() else "i32"
+        aligned = {
+            (number,): [["tt.divisibility", 16]]
+            for number, argument in enumerate(names)
+            if argument in pointers
+        }
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": 4, "enable_fp_fusion": True},
+        )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [tools / "cuobjdump", "-res-usage", file.name],
+                check=True, capture_output=True, text=True,
+            ).stdout  # fmt: skip
+        report.append(
+            {
+                "kernel": f"{name} {source} to {result} last={last} {flags}",
+                "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+                "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+                "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+                "shared": compiled.metadata.shared,
+            }
+        )
+    print(json.dumps(report))
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_registers_and_shared_memory(target):
+    pytest.importorskip(
+        "triton", minversion="3.3", reason="compiles through Triton 3.3's interface"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__, target], check=False, capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report) == len(list(variants()))
+    for kernel in report:
+        assert 0 < kernel["registers"] <= REGISTER_LIMIT, kernel
+        assert kernel["stack"] == kernel["local"] == 0, kernel
+        assert kernel["shared"] <= SHARED_LIMIT[target], kernel
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1])
