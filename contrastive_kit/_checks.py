@@ -52,8 +52,10 @@ def check_ids(name: str, ids: Tensor, n: int, other_name: str, other: Tensor) ->
     check_device(name, ids, other_name, other)
 
 
-def check_temperature(temperature: float | Tensor) -> None:
+def check_temperature(temperature: float | Tensor, z: Tensor | None = None) -> None:
     """Raise unless ``temperature`` is a finite number above 0, or a floating tensor of one value.
+
+    A tensor must be where the embeddings ``z`` are, or a scalar on the CPU.
 
     The value of a tensor is not read: that would wait for the device. A temperature tensor that
     is not positive gives a NaN loss.
@@ -64,10 +66,12 @@ def check_temperature(temperature: float | Tensor) -> None:
                 "temperature must be a number or a floating point tensor of one value, got "
                 f"{temperature.dtype} of shape {tuple(temperature.shape)}"
             )
+        if z is not None and (temperature.device.type != "cpu" or temperature.ndim):
+            check_device("temperature", temperature, "the embeddings", z)
         return
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
 
 

@@ -5,12 +5,33 @@ encoder. Evaluate the encoder's output h, not the projection z (SimCLR, section 
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _without_ambient_modes(
+    function: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """Neither autocast nor inference mode around the call changes what it computes."""
+
+    @wraps(function)
+    def wrapper(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with (
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 class KNNResult(NamedTuple):
@@ -71,9 +92,10 @@ def extract_features(
         >>> features.shape
         torch.Size([10, 192])
     """
-    if device is None:
-        parameter = next(encoder.parameters(), None)
-        device = None if parameter is None else parameter.device
+    parameter = next(encoder.parameters(), None)
+    if device is None and parameter is not None:
+        device = parameter.device
+    dtype = torch.float32 if parameter is None else parameter.dtype
     training = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     features, labels = [], []
@@ -81,8 +103,9 @@ def extract_features(
         with torch.no_grad():
             for images, batch_labels in batches:
                 x = images.to(device, non_blocking=True)
-                h = encoder(x.float() / 255 if x.dtype == torch.uint8 else x)
-                features.append(h if h.dtype == torch.float64 else h.float())
+                h = encoder(x.to(dtype) / 255 if x.dtype == torch.uint8 else x)
+                # A copy: an encoder may return its input, and a loader may reuse that.
+                features.append(h.to(_compute_dtype(h), copy=True))
                 labels.append(batch_labels.to(h.device))
     finally:
         for module, mode in training:
@@ -94,6 +117,7 @@ def extract_features(
     return all_features, all_labels
 
 
+@_without_ambient_modes
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -148,18 +172,21 @@ def knn_accuracy(
         raise ValueError(
             f"k must be from 1 to the number of training samples ({len(train_features)}), got {k}"
         )
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    bank = F.normalize(_as_float(train_features), dim=1)
+    train_features, test_features = _prepared(train_features, test_features)
+    bank = _unit_rows(train_features)
     classes, targets = torch.unique(train_labels, return_inverse=True)
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
     for queries, labels in zip(
         torch.split(test_features, chunk_size), torch.split(test_labels, chunk_size), strict=True
     ):
-        similarity = F.normalize(_as_float(queries), dim=1) @ bank.T
+        similarity = _unit_rows(queries) @ bank.T
         nearest, index = similarity.topk(k, dim=1)
         # relative to the nearest neighbour, or a small temperature overflows
         weight = ((nearest - nearest[:, :1]) / temperature).exp()
@@ -169,6 +196,7 @@ def knn_accuracy(
     return KNNResult(correct.item() / len(test_labels), k, float(temperature))
 
 
+@_without_ambient_modes
 def linear_probe(
     train_features: Tensor,
     train_labels: Tensor,
@@ -225,27 +253,35 @@ def linear_probe(
         1.0
     """
     _check_sets(train_features, train_labels, test_features, test_labels)
-    path = sorted({float(l2)} if isinstance(l2, int | float) else map(float, set(l2)))[::-1]
+    values = [l2] if isinstance(l2, int | float) else l2
+    if isinstance(values, str | Tensor) or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    ):
+        raise TypeError(f"l2 must be a number or a sequence of numbers, got {l2!r}")
+    path = sorted({float(value) for value in values}, reverse=True)
     if not path or not all(value >= 0 and math.isfinite(value) for value in path):
         raise ValueError(f"l2 must be finite and not negative, got {l2!r}")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
+    for name, number in [("max_iter", max_iter), ("seed", seed)]:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an integer, got {number!r}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     classes, targets = torch.unique(train_labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError("train_labels must hold at least 2 classes, got 1")
 
-    train, test = _as_float(train_features), _as_float(test_features)
+    train, test = _prepared(train_features, test_features)
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
-    # a feature that never varies says nothing; dividing by 1 leaves it at 0
+    # a feature that varies by no more than its rounding says nothing; do not blow that up
     std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
     train, test = (train - mean) / std, (test - mean) / std
 
     validation_accuracy: dict[float, float] = {}
     if len(path) > 1:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(train), generator=generator).to(train.device)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        order = torch.randperm(len(train), generator=generator, device="cpu").to(train.device)
         held_out, fitted = order.tensor_split([max(1, round(validation_fraction * len(train)))])
         if len(fitted) == 0:
             raise ValueError(
@@ -309,9 +345,22 @@ def _fit(
     return _Softmax(weight.detach(), bias.detach())
 
 
-def _as_float(features: Tensor) -> Tensor:
-    features = features.detach()
-    return features if features.dtype == torch.float64 else features.float()
+def _prepared(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets detached, in float64 if one of them is and in float32 otherwise."""
+    dtype = _compute_dtype(train, test)
+    # an inference tensor cannot take part in the probe's training; its copy can
+    train, test = (x.clone() if x.is_inference() else x.detach() for x in (train, test))
+    return train.to(dtype), test.to(dtype)
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    """Rows of length 1 (zero rows stay zero), whatever their length was."""
+    peak = features.abs().amax(dim=1, keepdim=True)
+    return F.normalize(features / torch.where(peak > 0, peak, 1), dim=1)
 
 
 def _check(features: Tensor, labels: Tensor, features_name: str, labels_name: str) -> None:
@@ -330,6 +379,14 @@ def _check(features: Tensor, labels: Tensor, features_name: str, labels_name: st
 def _check_sets(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> None:
+    for name, tensor in [
+        ("train_features", train_features),
+        ("train_labels", train_labels),
+        ("test_features", test_features),
+        ("test_labels", test_labels),
+    ]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     devices = {t.device for t in (train_features, train_labels, test_features, test_labels)}
     if len(devices) > 1:
         raise ValueError(

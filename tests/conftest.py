@@ -7,6 +7,7 @@ import torch
 
 _EMPTY = torch.empty
 _EMPTY_LIKE = torch.empty_like
+_NEW_EMPTY = torch.Tensor.new_empty
 
 
 def _poison(tensor):
@@ -25,6 +26,7 @@ def poisoned_empty(monkeypatch):
     """Uninitialised floats are NaN, so that a result which reads them cannot look right."""
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_EMPTY(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_EMPTY_LIKE(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(_NEW_EMPTY(*a, **k)))
 
 
 def pytest_collection_modifyitems(items):

@@ -295,3 +295,62 @@ def test_gpu_gives_the_cpu_accuracies():
     expected, got = linear_probe(x, y, q, t), linear_probe(*on_gpu)
     assert got.l2 == expected.l2
     assert got.accuracy == pytest.approx(expected.accuracy, abs=0.011)
+
+
+@pytest.mark.parametrize("evaluate", [knn_accuracy, linear_probe])
+class TestAmbientState:
+    def data(self, dtype=torch.float32):
+        labels = torch.arange(120) % 3
+        features = torch.randn(120, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+        features[:, 0] += labels
+        return features[:80], labels[:80], features[80:], labels[80:]
+
+    def score(self, evaluate, data):
+        return evaluate(*data, **({"k": 5} if evaluate is knn_accuracy else {})).accuracy
+
+    def test_autocast_changes_nothing(self, evaluate):
+        expected = self.score(evaluate, self.data())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert self.score(evaluate, self.data()) == expected
+
+    def test_inference_mode_changes_nothing(self, evaluate):
+        expected = self.score(evaluate, self.data())
+        with torch.inference_mode():
+            assert self.score(evaluate, self.data()) == expected
+
+    def test_the_default_device_changes_nothing(self, evaluate):
+        data, expected = self.data(), self.score(evaluate, self.data())
+        with torch.device("meta"):
+            assert self.score(evaluate, data) == expected
+
+    def test_sets_of_different_precision_are_computed_in_the_wider(self, evaluate):
+        single, double = self.data(), self.data(torch.float64)
+        mixed = (*double[:2], *single[2:])
+        assert self.score(evaluate, mixed) == self.score(evaluate, double)
+
+
+def test_knn_does_not_depend_on_the_length_of_features():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 4
+    expected = knn_accuracy(features[:40], labels[:40], features[40:], labels[40:], k=5)
+    for length in (2.0**-60, 2.0**80):
+        scaled = features * length
+        assert expected == knn_accuracy(scaled[:40], labels[:40], scaled[40:], labels[40:], k=5)
+
+
+def test_extracted_features_outlive_the_buffer_of_the_loader():
+    buffer = torch.zeros(2, 3)
+
+    def batches():
+        for i in range(3):
+            yield buffer.fill_(i), torch.tensor([i, i])
+
+    features, _ = extract_features(torch.nn.Identity(), batches())
+    assert features[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_double_precision_encoder_takes_uint8_images():
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()
+    images = torch.randint(0, 256, (5, 3, 2, 2), dtype=torch.uint8)
+    features, _ = extract_features(encoder, [(images, torch.arange(5))])
+    assert features.dtype == torch.float64

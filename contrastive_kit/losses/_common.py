@@ -16,11 +16,14 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # The bound of CLIP: below this temperature training with a learnable one becomes unstable.
 _SMALLEST_LEARNABLE_TEMPERATURE = 0.01
+_LARGEST_LOG_SCALE = -math.log(_SMALLEST_LEARNABLE_TEMPERATURE)
 
 
-def check_options(temperature: float | Tensor, reduction: str, backend: str) -> None:
-    """Raise unless the options that every loss has are valid."""
-    check_temperature(temperature)
+def check_options(
+    temperature: float | Tensor, reduction: str, backend: str, z: Tensor | None = None
+) -> None:
+    """Raise unless the options that every loss has are valid for embeddings ``z``."""
+    check_temperature(temperature, z)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, ["auto", *BACKENDS])
 
@@ -42,7 +45,8 @@ def softmax_loss(positive_logits: Tensor, negative_lse: Tensor, decoupled: bool)
         loss = F.softplus(negative_lse - mean_positive, threshold=50)
     else:
         loss = torch.logaddexp(negative_lse, positive_logits.logsumexp(0)) - mean_positive
-    return torch.where(negative_lse == -torch.inf, 0, loss)
+    alone = (negative_lse == -torch.inf) & ~mean_positive.isnan()
+    return torch.where(alone, 0, loss)
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
@@ -83,9 +87,14 @@ class TemperatureLoss(nn.Module):
         """The temperature: a number, or a tensor that carries the gradient of ``log_scale``."""
         if self.log_scale is None:
             return self._fixed_temperature
-        with torch.no_grad():
-            self.log_scale.clamp_(max=-math.log(_SMALLEST_LEARNABLE_TEMPERATURE))
-        return (-self.log_scale.float()).exp()
+        dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
+        return (-self.log_scale.to(dtype).clamp(max=_LARGEST_LOG_SCALE)).exp()
+
+    def _limit_log_scale(self) -> None:
+        """Bring the parameter back to its bound, beyond which it would get no gradient."""
+        if self.log_scale is not None:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=_LARGEST_LOG_SCALE)
 
     def extra_repr(self) -> str:
         """The options, as the constructor takes them."""

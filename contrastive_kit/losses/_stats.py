@@ -35,6 +35,8 @@ def contrastive_stats(
 ) -> ContrastiveStats:
     """Statistics from positive logits (P, M) and per-anchor figures of the negatives (M,)."""
     with torch.no_grad():
+        if isinstance(temperature, Tensor):
+            temperature = temperature.reshape(()).to(positive_logits.dtype)
         log_total = torch.logaddexp(negative_lse, positive_logits.logsumexp(0))
         expected_logit = (negative_lse - log_total).exp() * negatives.expected
         expected_logit += ((positive_logits - log_total).exp() * positive_logits).sum(0)

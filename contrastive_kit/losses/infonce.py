@@ -88,12 +88,13 @@ def info_nce(
         tensor(0.3690)
     """
     _check_inputs(query, key, negatives, symmetric, ids)
-    check_options(temperature, reduction, backend)
+    check_options(temperature, reduction, backend, query)
     n = len(query)
     bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
 
-    rows = scaled_unit_rows((query, key), temperature)
-    queries, keys = rows.unbind(0)
+    # Normalised apart, so that a key or a queue without gradient costs none.
+    queries = scaled_unit_rows((query,), temperature)[0]
+    keys = scaled_unit_rows((key,), temperature)[0]
     positive_logits = (queries * keys).sum(1)[None]
     if negatives is None:
         negative_lse, statistics = kept_logsumexp(
@@ -215,6 +216,7 @@ class InfoNCE(TemperatureLoss):
         return_stats: bool = False,
     ) -> LossOutput:
         """The loss of queries and keys, (N, D) each: see ``info_nce``."""
+        self._limit_log_scale()
         return info_nce(
             query,
             key,

@@ -90,7 +90,7 @@ def nt_xent(
         raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
     if ids is not None:
         check_ids("ids", ids, n, "z1", z1)
-    check_options(temperature, reduction, backend)
+    check_options(temperature, reduction, backend, z1)
 
     rows = scaled_unit_rows(views, temperature)
     positive_logits = _positive_logits(rows)
@@ -170,6 +170,7 @@ class NTXent(TemperatureLoss):
         return_stats: bool = False,
     ) -> LossOutput:
         """The loss of two or more views, (N, D) each: see ``nt_xent``."""
+        self._limit_log_scale()
         return nt_xent(
             z1,
             z2,

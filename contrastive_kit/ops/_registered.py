@@ -16,8 +16,10 @@ from contrastive_kit.ops._exclusion import Exclusion
 
 _KERNELS = {"tiled": _tiled}
 
+# The period is the size of the batch: as a SymInt it does not recompile for each.
 _SHARED_ARGUMENTS = (
-    "Tensor q, Tensor? k, Tensor? row_ids, Tensor? column_ids, int period, bool both, float bound"
+    "Tensor q, Tensor? k, Tensor? row_ids, Tensor? column_ids, SymInt period, bool both, "
+    "float bound"
 )
 
 

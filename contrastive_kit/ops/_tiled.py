@@ -121,7 +121,9 @@ def backward(
     row_lse, column_lse = _split(lse, q, k, both)
     # exp(logit - lse - lost) · grad, with as much of the exponent as is safe taken out of the tile
     outside = -lost.to(accumulator_dtype(q))
-    scale = (grad * (outside if shifted else outside - lse).exp()).to(q.dtype)
+    # Relative to the largest, or a small incoming gradient would leave the range of float32.
+    unit = _power_of_two(grad.abs().amax())
+    scale = (grad / unit * (outside if shifted else outside - lse).exp()).to(q.dtype)
     row_scale, column_scale = _split(scale, q, k, both)
     scratch: Tensor | None = None
     for tile, logits in _logit_tiles(q, k):
@@ -146,7 +148,13 @@ def backward(
             dq[tile.rows].addmm_(weights, keys[tile.columns])
         if k is None or needs_grad[1]:
             mirrored_grad[tile.mirrored].addmm_(_mirrored(weights, tile).T, q[tile.rows])
-    return dq, dk
+    return dq.mul_(unit), dk.mul_(unit)
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The power of two just above ``x``, so that dividing and multiplying by it are exact."""
+    power = x / torch.frexp(x).mantissa
+    return torch.where((x > 0) & (x < torch.inf), power, 1)
 
 
 def _needs_shift(q: Tensor, k: Tensor | None, bound: float) -> bool:

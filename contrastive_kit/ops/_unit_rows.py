@@ -57,7 +57,7 @@ class _ScaledUnitRows(torch.autograd.Function):
         z = z / power
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
         factor = (root_scale / torch.where(norm > 0, norm, 1)).to(z.dtype)
-        return z.mul_(factor), power, factor
+        return z * factor, power, factor
 
     @staticmethod
     def setup_context(
@@ -76,7 +76,7 @@ class _ScaledUnitRows(torch.autograd.Function):
         along = (grad * rows).sum(-1, keepdim=True, dtype=accumulator_dtype(rows))
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=along.dtype)
         projection = (along / torch.where(length > 0, length, 1).square()).to(rows.dtype)
-        dz = (grad - rows * projection).mul_(factor).div_(power)
+        dz = (grad - rows * projection) * factor / power
         d_root_scale = None
         if ctx.needs_input_grad[1]:
             d_root_scale = (along.sum() / ctx.root_scale).to(ctx.root_scale.dtype)

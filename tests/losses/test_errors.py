@@ -29,6 +29,12 @@ META = torch.empty(4, 3, device="meta")
         ((Z, Z), {"temperature": "0.5"}, TypeError, "temperature must be a number .* got '0.5'"),
         ((Z, Z), {"temperature": True}, TypeError, "temperature must be a number .* got True"),
         ((Z, Z), {"temperature": torch.ones(2)}, ValueError, r"one value, got .*\(2,\)"),
+        (
+            (Z, Z),
+            {"temperature": torch.ones((), device="meta")},
+            ValueError,
+            "temperature must be on the device of the embeddings, cpu, got meta",
+        ),
         ((Z, Z), {"reduction": "avg"}, ValueError, "reduction must be .*'none', got 'avg'"),
         ((Z, Z), {"backend": "cuda"}, ValueError, "backend must be one of 'auto'.*got 'cuda'"),
         ((Z, Z), {"ids": torch.ones(4)}, TypeError, "ids must hold integers, got torch.float32"),

@@ -7,7 +7,7 @@ from budgets import VALUE, assert_within, gradient_budget
 
 from contrastive_kit import InfoNCE, reference
 from contrastive_kit.functional import info_nce, nt_xent
-from contrastive_kit.ops import BACKENDS
+from contrastive_kit.ops import BACKENDS, _tiled
 
 backends = pytest.mark.parametrize("backend", list(BACKENDS))
 
@@ -129,7 +129,25 @@ def test_shared_negatives_equal_the_same_negatives_per_query():
     torch.testing.assert_close(torch.stack(stats), torch.stack(stats_each))
 
 
-def test_a_detached_queue_gets_no_gradient_and_costs_none():
+@pytest.mark.parametrize("frozen", ["key", "queue"])
+def test_what_needs_no_gradient_costs_none(frozen, monkeypatch):
+    seen = []
+    backward = _tiled.backward
+
+    def spy(*args):
+        seen.append(args[-1])
+        return backward(*args)
+
+    monkeypatch.setattr(_tiled, "backward", spy)
+    q, k = wanting(*random_pairs(13, 6))
+    if frozen == "key":
+        info_nce(q, k.detach()).backward()
+    else:
+        info_nce(q, k, torch.randn(5, 6)).backward()
+    assert seen == [(True, False)]
+
+
+def test_a_detached_queue_gets_no_gradient():
     q, k = wanting(*random_pairs(13, 6))
     queue = torch.randn(50, 6, dtype=torch.float64)
     info_nce(q, k, queue).backward()

@@ -10,6 +10,7 @@ from contrastive_kit import InfoNCE, NTXent
 from contrastive_kit.functional import info_nce, nt_xent
 
 LOSSES = {
+    "number as temperature": lambda a, b, t: nt_xent(a, b, temperature=0.2) + 0 * t,
     "nt_xent": lambda a, b, t: nt_xent(a, b, temperature=t),
     "three views": lambda a, b, t: nt_xent(a, b, a + b, temperature=t),
     "ids": lambda a, b, t: nt_xent(a, b, temperature=t, ids=torch.arange(len(a)) // 2),
@@ -30,6 +31,7 @@ def test_compiles_to_one_graph_at_every_size(name):
     torch.compiler.reset()
     loss_fn = LOSSES[name]
     compiled = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
     for n in (5, 8, 33, 6):
         a, b = torch.randn(2, n, 7, requires_grad=True).unbind(0)
         a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
@@ -40,6 +42,7 @@ def test_compiles_to_one_graph_at_every_size(name):
         actual = compiled(*inputs)
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(torch.autograd.grad(actual, inputs), expected_grads)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,15 @@ def test_vmap_over_batches_of_batches():
     batches = torch.randn(3, 2, 9, 5)
     expected = torch.stack([nt_xent(*views) for views in batches])
     actual = torch.func.vmap(lambda views: nt_xent(views[0], views[1]))(batches)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_temperatures():
+    a, b = torch.randn(2, 9, 5).unbind(0)
+    temperatures = torch.tensor([0.1, 0.5])
+    expected = torch.stack([nt_xent(a, b, temperature=t) for t in temperatures])
+    actual = torch.func.vmap(lambda t: nt_xent(a, b, temperature=t))(temperatures)
     torch.testing.assert_close(actual, expected)
 
 

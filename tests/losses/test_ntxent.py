@@ -1,5 +1,7 @@
 """NT-Xent against loops, against the reference, and against what must hold whatever the oracle."""
 
+import math
+
 import algorithm1
 import pytest
 import torch
@@ -292,6 +294,34 @@ def test_statistics_leave_out_what_ids_leave_out():
     assert stats.entropy.abs() < 1e-12
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_statistics_are_scalars_of_one_dtype_for_any_temperature_tensor(dtype, shape):
+    views = random_views(2, 6, 4, torch.float32)
+    temperature = torch.full(shape, 0.5, dtype=dtype)
+    loss, stats = nt_xent(*views, temperature=temperature, return_stats=True)
+    expected = nt_xent(*views, temperature=0.5, return_stats=True)
+    torch.testing.assert_close(
+        torch.stack([loss, *stats]), torch.stack([expected[0], *expected[1]])
+    )
+
+
+def test_an_anchor_without_negatives_does_not_hide_nan():
+    views = random_views(2, 4, 3)
+    views[0, 1, 1] = torch.nan
+    assert nt_xent(*views, ids=torch.zeros(4, dtype=torch.int64)).isnan()
+
+
+@pytest.mark.parametrize("weight", [1e-12, 1e12])
+def test_the_weight_of_a_loss_only_scales_its_gradient(weight):
+    image = torch.randn(1, 60)
+    views = (image + 0.3 * torch.randn(2, 63, 60)).unbind(0)
+    options = {"temperature": 0.0146, "decoupled": True}
+    expected = loss_and_gradients(nt_xent, views, **options)[1]
+    actual = loss_and_gradients(lambda *v: weight * nt_xent(*v, **options), views)[1]
+    assert_within(actual.double() / weight, expected, 1e-6)
+
+
 class TestModule:
     def test_is_the_function_with_its_options(self):
         views = random_views(2, 9, 5)
@@ -326,14 +356,23 @@ class TestModule:
         restored.load_state_dict(loss_fn.state_dict())
         assert torch.equal(restored.temperature, loss_fn.temperature)
 
-    def test_a_learnable_temperature_stays_at_or_above_a_hundredth(self):
+    def test_reading_the_temperature_writes_nothing(self):
         loss_fn = NTXent(0.011, learnable_temperature=True)
         with torch.no_grad():
             loss_fn.log_scale += 5
+        before = loss_fn.log_scale.item()
+        repr(loss_fn)
         assert loss_fn.temperature.item() == pytest.approx(0.01)
-        with torch.no_grad():
-            loss_fn.log_scale -= 1
-        assert loss_fn.temperature.item() == pytest.approx(0.01 * torch.e)
+        assert loss_fn.log_scale.item() == before
+        loss_fn(*random_views(2, 4, 3))
+        assert loss_fn.log_scale.item() == pytest.approx(math.log(100))
+
+    def test_double_precision_modules_learn_in_double(self):
+        loss_fn = NTXent(0.3, learnable_temperature=True).double()
+        assert loss_fn.temperature.dtype == torch.float64
+        views = random_views(2, 4, 3)
+        expected = nt_xent(*views, temperature=loss_fn.log_scale.detach().neg().exp())
+        torch.testing.assert_close(loss_fn(*views).detach(), expected, rtol=1e-14, atol=0)
 
     def test_half_precision_modules_keep_their_temperature_in_float32(self):
         loss_fn = NTXent(0.3, learnable_temperature=True).half()
