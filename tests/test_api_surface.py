@@ -17,15 +17,23 @@ MODULES = [
     "contrastive_kit.augment",
     "contrastive_kit.augment.functional",
     "contrastive_kit.evaluation",
+    "contrastive_kit.reference",
 ]
 
 
 def _signature(thing):
     if inspect.isclass(thing) or inspect.isfunction(thing):
-        parameters = inspect.signature(thing).parameters.values()
-        # Reprs of defaults without addresses, annotations left to the type checker.
-        return [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]
+        surface = _parameters(thing)
+        if "forward" in vars(thing):
+            return {"__init__": surface, "forward": _parameters(thing.forward)[1:]}
+        return surface
     return type(thing).__name__
+
+
+def _parameters(function):
+    """Annotations are left to the type checker."""
+    parameters = inspect.signature(function).parameters.values()
+    return [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]
 
 
 def current_surface():

@@ -86,7 +86,7 @@ def kept_logsumexp(
 
     A row that keeps no entry has logsumexp -inf and a zero gradient. NaN and inf propagate.
     Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except with the
-    ``reference`` backend). Deterministic. Memory beyond the result: a few tiles of 4 MiB on a CPU
+    ``reference`` backend). Deterministic. Memory beyond the result: a few tiles of 2 MiB on a CPU
     (64 MiB on an accelerator), and R·C for the ``reference`` backend.
 
     Args:

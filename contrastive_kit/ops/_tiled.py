@@ -16,10 +16,10 @@ from contrastive_kit.ops._exclusion import Exclusion
 from contrastive_kit.ops._statistics import merge_statistics, row_statistics
 from contrastive_kit.ops._unit_rows import accumulator_dtype
 
-# Rows and columns of a tile. On a CPU a float32 tile is 4 MiB and stays in cache; on an
+# Rows and columns of a tile. On a CPU a float32 tile is 2 MiB and stays in cache; on an
 # accelerator tiles are large so that launches do not dominate. A tile is at least as wide as high,
 # so that the first tile of a row block holds its whole diagonal block.
-_CPU_TILE = (256, 4096)
+_CPU_TILE = (512, 1024)
 _ACCELERATOR_TILE = (2048, 8192)
 
 # While every |logit| is at most this, sums of exp neither overflow nor lose a row to underflow,

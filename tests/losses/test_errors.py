@@ -87,6 +87,6 @@ def test_modules_check_when_they_are_made(module, options, error, message):
         module(**options)
 
 
-def test_a_temperature_tensor_that_is_not_positive_gives_nan():
+def test_a_temperature_tensor_that_is_not_positive_shows_in_the_loss():
     for bad in (0.0, -0.1, float("nan")):
         assert not nt_xent(Z, Z, temperature=torch.tensor(bad)).isfinite()

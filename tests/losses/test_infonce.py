@@ -1,4 +1,7 @@
-"""InfoNCE in its four forms against loops and the reference; and where it meets NT-Xent."""
+"""InfoNCE in its four forms against loops and the reference; and where it meets NT-Xent.
+
+Equation numbers are those of docs/nt_xent.md.
+"""
 
 import algorithm1
 import pytest
@@ -28,6 +31,7 @@ def wanting(*tensors):
 @backends
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_in_batch_equals_its_loop(with_ids, backend):
+    """Equation (9)."""
     q, k = random_pairs(9, 5)
     ids = torch.arange(9) // 2 if with_ids else None
     actual = info_nce(q, k, temperature=0.2, ids=ids, reduction="none", backend=backend)
@@ -81,7 +85,7 @@ def test_gradients_with_negatives(shape, backend):
 
 
 def test_clip_is_the_mean_of_both_cross_entropies():
-    """The published pseudo-code of CLIP, with its labels."""
+    """Equation (10), as the published pseudo-code of CLIP computes it, with labels."""
     q, k = random_pairs(17, 6)
     logits = torch.nn.functional.normalize(q, dim=1) @ torch.nn.functional.normalize(k, dim=1).T
     labels = torch.arange(17)

@@ -1,4 +1,7 @@
-"""NT-Xent against loops, against the reference, and against what must hold whatever the oracle."""
+"""NT-Xent against loops, against the reference, and against what must hold whatever the oracle.
+
+Equation numbers are those of docs/nt_xent.md.
+"""
 
 import math
 
@@ -38,6 +41,7 @@ def oracle(*views, temperature, decoupled=False, ids=None):
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_equals_the_loops_of_algorithm_1(n_views, with_ids, decoupled, backend):
+    """Equations (1) and (11)."""
     views = random_views(n_views, 7, 5)
     ids = torch.tensor([3, 3, -1, 8, 5, 8, 8]) if with_ids else None
     expected = algorithm1.nt_xent(views, 0.2, ids, decoupled)
@@ -54,6 +58,7 @@ def test_equals_the_loops_of_algorithm_1(n_views, with_ids, decoupled, backend):
 )
 @pytest.mark.usefixtures("poisoned_empty")
 def test_value_and_gradient_at_odd_sizes(n, d, dtype, backend):
+    """Equations (4), (5) and (7) against autograd through (1)."""
     views = random_views(2, n, d, dtype)
     expected, expected_grad = loss_and_gradients(oracle, views.double(), temperature=0.1)
     loss, grad = loss_and_gradients(nt_xent, views, temperature=0.1, backend=backend)
@@ -135,6 +140,7 @@ class TestSymmetry:
     @given(seed=st.integers(0, 2**31), temperature=st.floats(0.01, 2.0))
     @settings(max_examples=30, deadline=None)
     def test_the_gradient_is_orthogonal_to_its_row(self, seed, temperature):
+        """The second half of equation (7)."""
         torch.manual_seed(seed)
         views = random_views(2, 9, 5)
         grad = loss_and_gradients(nt_xent, views, temperature=temperature)[1]
@@ -156,6 +162,7 @@ def test_gradcheck_with_a_learned_temperature():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tau", [0.5, 0.05])
 def test_the_gradient_of_the_temperature(tau, dtype, backend):
+    """Equation (6)."""
     views = random_views(2, 40, 17, dtype)
     temperature = torch.tensor(tau, requires_grad=True)
     (grad,) = torch.autograd.grad(

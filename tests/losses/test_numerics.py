@@ -73,22 +73,21 @@ def test_float32_gradients_stay_within_their_budget(kind, temperature):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_float32_gradients_are_no_worse_than_eager(temperature):
-    """In the mean square over draws: single draws differ by the luck of their roundings."""
+@pytest.mark.parametrize("kind", ["unrelated", "related", "close"])
+def test_float32_gradients_are_no_worse_than_eager(kind, temperature):
+    """In the mean square over draws, to the few percent by which their roundings differ by luck."""
     ours, theirs = [], []
     for seed in range(12):
-        for kind in ("unrelated", "related", "close"):
-            views = pairs(kind, seed)
-            exact = gradient(oracle, views, temperature, torch.float64)[1]
-            if exact.norm() < 1e-30:
-                continue
+        views = pairs(kind, seed)
+        exact = gradient(oracle, views, temperature, torch.float64)[1]
+        if exact.norm() >= 1e-30:  # what float32 can hold
             ours.append(
                 relative_error(gradient(nt_xent, views, temperature, torch.float32)[1], exact)
             )
             theirs.append(
                 relative_error(gradient(eager, views, temperature, torch.float32)[1], exact)
             )
-    assert math.hypot(*ours) <= math.hypot(*theirs)
+    assert math.hypot(*ours) <= 1.05 * math.hypot(*theirs)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.03, 0.02])
