@@ -94,7 +94,7 @@ def kept_logsumexp(
         k: columns (C, D), or None for ``k = q``, where symmetry halves the work.
         exclusion: the pairs left out.
         both: also return the logsumexp of each column; only with ``k``.
-        bound: a number that no |logit| exceeds, if the caller knows one. A small bound spares
+        bound: a number that no logit exceeds in magnitude, if one is known. A small bound spares
             the passes that guard against overflow.
         statistics: also return ``LogitStatistics``, detached.
         backend: "auto" or a name, see ``which_backend``.
