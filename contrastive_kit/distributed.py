@@ -1,0 +1,209 @@
+"""Rows of all processes in one tensor, so that every anchor meets the negatives of every process.
+
+A loss that compares its own rows with the gathered ones, and takes its mean over its own rows, has
+after the averaging of ``DistributedDataParallel`` or ``fully_shard`` exactly the gradient that one
+process has on the concatenated batch.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_size(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
+    """Rank of this process in a group, and the number of processes there.
+
+    Args:
+        group: the processes; None for all of them.
+
+    Raises:
+        RuntimeError: where torch.distributed is missing or has not been initialised.
+        TypeError: if ``group`` is no process group.
+        ValueError: if this process is not a member of ``group``.
+    """
+    if not dist.is_available():
+        raise RuntimeError(
+            "gathering over processes needs torch.distributed, which this build of torch lacks; "
+            "leave gather_distributed=False"
+        )
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "gathering over processes needs a process group: start with torchrun and call "
+            "torch.distributed.init_process_group() first, or leave gather_distributed=False"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group must contain this process, which is no member of it")
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup (of a DeviceMesh: "
+            f"mesh.get_group()) or None, got {type(group).__name__}"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("process_group must contain this process, which is no member of it")
+    return rank, dist.get_world_size(group)
+
+
+def row_counts(
+    x: Tensor, group: "dist.ProcessGroup | None" = None, *, settings: str = ""
+) -> tuple[int, ...]:
+    """Number of rows that each process brings, after a check that they otherwise agree.
+
+    Processes that disagree would wait for each other forever, or mix up their numbers. All of them
+    raise the same error instead. The exchange is one collective of two integers a process. It takes
+    place on the CPU if the group has a backend for it (``init_process_group`` without a backend
+    gives both gloo and NCCL), while a GPU still works on the batch; with NCCL alone it waits for
+    the GPU. Under ``torch.compile`` it breaks the graph.
+
+    Args:
+        x: tensor (n, ...); n may differ between processes, the rest of the shape, the dtype, the
+            kind of device and whether a gradient is needed may not.
+        group: the processes; None for all of them.
+        settings: whatever else must be the same text on every process.
+
+    Returns:
+        The n of every process, in order of rank.
+
+    Raises:
+        ValueError: on every process, if they disagree; the message tells who has what.
+    """
+    rank, size = rank_and_size(group)
+    if size == 1:
+        return (len(x),)
+    # Dynamo would compile fragments of the exchange; disabling it only where it runs spares others
+    # the import of it.
+    if torch.compiler.is_compiling():
+        exchange: Callable[..., tuple[int, ...]] = torch.compiler.disable(_exchange)  # type: ignore[no-untyped-call]
+        return exchange(x, group, settings, rank, size)
+    return _exchange(x, group, settings, rank, size)
+
+
+def _exchange(
+    x: Tensor, group: "dist.ProcessGroup | None", settings: str, rank: int, size: int
+) -> tuple[int, ...]:
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    description = (
+        f"(n{''.join(f', {length}' for length in x.shape[1:])}) {x.dtype} on {x.device.type} "
+        f"{'with' if needs_gradient else 'without'} gradient{settings and f', {settings}'}"
+    )
+    device = "cpu" if "cpu:" in dist.get_backend_config(group) else x.device
+    mine = torch.tensor([len(x), zlib.crc32(description.encode())], device=device)
+    table = torch.empty(2 * size, dtype=mine.dtype, device=device)
+    dist.all_gather_into_tensor(table, mine, group)
+    counts, checks = table.view(size, 2).T.tolist()
+    if len(set(checks)) > 1:
+        descriptions: list[Any] = [None] * size
+        dist.all_gather_object(descriptions, description, group)
+        listed = "; ".join(f"rank {i}: {text}" for i, text in enumerate(descriptions))
+        raise ValueError(
+            f"processes must bring rows alike in all but their number, got {listed} "
+            f"(this is rank {rank})"
+        )
+    return tuple(counts)
+
+
+def gather_rows(
+    x: Tensor,
+    group: "dist.ProcessGroup | None" = None,
+    counts: Sequence[int] | None = None,
+) -> Tensor:
+    """The rows of all processes, in order of rank; differentiable.
+
+    One collective in each direction: an all-gather, and in the backward a reduce-scatter, which
+    brings each process the sum over processes of the gradients of its own rows. Works with gloo and
+    NCCL, and with batches of different sizes, which are padded on the way. To send several views,
+    put them beside each other: (n, V, D). A process whose peer dies gets the error of the backend,
+    at the latest after the time-out of the process group.
+
+    Args:
+        x: tensor (n, ...) of any dtype. Gradients are summed in this dtype.
+        group: the processes; None for all of them.
+        counts: what ``row_counts`` returned for ``x``, or for a tensor with as many rows; None to
+            call it here. With ``counts`` ``torch.compile`` sees no graph break.
+
+    Returns:
+        (N, ...), where N is the sum of the counts; ``x`` itself where there is one process.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as ``rank_and_size`` and ``row_counts``.
+
+    Memory:
+        N rows, and as much again while batches of different sizes are packed.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from contrastive_kit.distributed import gather_rows
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> gather_rows(torch.eye(2))  # of the one process there is
+        tensor([[1., 0.],
+                [0., 1.]])
+        >>> dist.destroy_process_group()
+    """
+    rank, size = rank_and_size(group)
+    if counts is None:
+        counts = row_counts(x, group)
+    if len(counts) != size or counts[rank] != len(x):
+        raise ValueError(
+            f"counts must hold {size} numbers, that of rank {rank} being {len(x)}, got {counts}"
+        )
+    if size == 1:
+        return x
+    gathered: Tensor = _GatherRows.apply(x, group, tuple(counts), rank)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, group: "dist.ProcessGroup | None", counts: tuple[int, ...], rank: int
+    ) -> Tensor:
+        longest = max(counts)
+        mine = _pad(x, longest)
+        everyone = mine.new_empty(len(counts) * longest, *x.shape[1:])
+        dist.all_gather_into_tensor(everyone, mine, group)
+        if min(counts) == longest:
+            return everyone
+        blocks = zip(torch.split(everyone, longest), counts, strict=True)
+        return torch.cat([block[:count] for block, count in blocks])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.ranks = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _SumToOwners.apply(grad, *ctx.ranks), None, None, None
+
+
+class _SumToOwners(torch.autograd.Function):
+    """The adjoint of ``_GatherRows``, which is the adjoint of this one."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, group: "dist.ProcessGroup | None", counts: tuple[int, ...], rank: int
+    ) -> Tensor:
+        longest = max(counts)
+        if min(counts) != longest:
+            grad = torch.cat([_pad(block, longest) for block in torch.split(grad, list(counts))])
+        mine = grad.new_empty(longest, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=group)
+        return mine[: counts[rank]]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.ranks = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _GatherRows.apply(grad, *ctx.ranks), None, None, None
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    if len(x) == length:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
