@@ -28,6 +28,14 @@ def spread(values: list[float]) -> Spread:
     return Spread(median, q1, q3)
 
 
+def wall_seconds(arm: Callable[[], object], calls: int) -> float:
+    """Seconds per call by the clock on the wall."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        arm()
+    return (time.perf_counter() - start) / calls
+
+
 def time_interleaved(
     arms: Mapping[str, Callable[[], object]],
     *,
@@ -35,6 +43,7 @@ def time_interleaved(
     sample_s: float = 0.02,
     min_rounds: int = 5,
     max_rounds: int = 100,
+    seconds: Callable[[Callable[[], object], int], float] = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds per call of each arm, one number a round.
 
@@ -45,11 +54,13 @@ def time_interleaved(
             the clock and the loop cost nothing against short calls.
         min_rounds: rounds in any case.
         max_rounds: rounds at most.
+        seconds: the clock: takes what is timed and a number of calls, and gives seconds per call.
+            What runs on a device needs its own.
     """
     calls = {}
     for name, arm in arms.items():
         arm()
-        calls[name] = max(1, math.ceil(sample_s / _seconds(arm, 1)))
+        calls[name] = max(1, math.ceil(sample_s / seconds(arm, 1)))
     samples: dict[str, list[float]] = {name: [] for name in arms}
     order = list(arms)
     shuffle = random.Random(0).shuffle
@@ -62,14 +73,7 @@ def time_interleaved(
                 break
             shuffle(order)
             for name in order:
-                samples[name].append(_seconds(arms[name], calls[name]))
+                samples[name].append(seconds(arms[name], calls[name]))
     finally:
         gc.enable()
     return samples
-
-
-def _seconds(arm: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        arm()
-    return (time.perf_counter() - start) / calls

@@ -25,15 +25,16 @@ class Disagreement(AssertionError):
 def oracle(subject: str, z1: Tensor, z2: Tensor, temperature: float) -> Oracle:
     """NT-Xent or the loss of CLIP, for a block of anchors at a time.
 
-    The loss of an anchor is log(1 + Σ exp(negative logit) / exp(positive logit)), in the form
-    that stays exact when it is tiny.
+    "nt_xent_with_self" counts the anchor itself among its negatives, as losses do that have no
+    mask for it. The loss of an anchor is log(1 + Σ exp(negative logit) / exp(positive logit)), in
+    the form that stays exact when it is tiny.
     """
     z = torch.stack([z1, z2]).detach().double().requires_grad_()
     u = F.normalize(z, dim=2)
     leaf = u.detach().flatten(0, 1).requires_grad_()
     n, m = len(z1), 2 * len(z1)
-    candidate = torch.arange(m)
-    total = torch.zeros((), dtype=torch.float64)
+    candidate = torch.arange(m, device=z.device)
+    total = torch.zeros((), dtype=torch.float64, device=z.device)
     for start in range(0, m, _BLOCK):
         anchor = candidate[start : start + _BLOCK, None]
         logits = leaf[anchor[:, 0]] @ leaf.T / temperature
@@ -41,6 +42,8 @@ def oracle(subject: str, z1: Tensor, z2: Tensor, temperature: float) -> Oracle:
         no_negative = (candidate - anchor) % n == 0
         if subject == "clip":
             no_negative |= (candidate < n) == (anchor < n)
+        if subject == "nt_xent_with_self":
+            no_negative &= candidate != anchor
         negatives = logits.masked_fill(no_negative, -torch.inf).logsumexp(1)
         loss = F.softplus(negatives - positive, threshold=50).sum() / m
         loss.backward()

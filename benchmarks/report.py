@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.accuracy import gradient_budget
 from benchmarks.loss_arms import OURS
+from benchmarks.markdown import interval, percent, table, times
 from benchmarks.timings import GEMM_OF_LOGITS, GEMM_SQUARE
 
 _ENVIRONMENTS = {
@@ -60,7 +61,7 @@ def _targets(results: dict[str, Any]) -> str:
         (what, target, measured or "not measured", {True: "yes", False: "**no**", None: ""}[met])
         for what, target, measured, met in _target_rows(results)
     ]
-    return "## Targets\n\n" + _table(["what", "target", "measured", "met"], rows)
+    return "## Targets\n\n" + table(["what", "target", "measured", "met"], rows)
 
 
 def _target_rows(
@@ -81,14 +82,14 @@ def _target_rows(
         yield (
             f"{where}, against {peer}",
             f"≥ {target}×",
-            _ratio(ratio) if ratio else None,
+            times(ratio) if ratio else None,
             ratio["median"] >= target if ratio else None,
         )
     fraction = case and case["fraction_of_gemm"].get(GEMM_OF_LOGITS)
     yield (
         f"{where}, rate on 4·(2N)²·D flops over that of {GEMM_OF_LOGITS}",
         "≥ 80 %",
-        _percent(fraction) if fraction else None,
+        percent(fraction) if fraction else None,
         fraction["median"] >= 0.8 if fraction else None,
     )
     extra = {m["n"]: m["extra_mib"] for m in results["memory"] if m["arm"] == OURS}
@@ -144,13 +145,13 @@ def _times(cases: list[dict[str, Any]], environment: str) -> str:
         rows = []
         for c in group:
             ours = c["milliseconds"][OURS]
-            row = [c["n"], c["d"], c["temperature"], c["rounds"], _interval(ours)]
+            row = [c["n"], c["d"], c["temperature"], c["rounds"], interval(ours)]
             row += [_peer(c, peer) for peer in peers]
             if has_gemm:
                 row.append(f"{c['gflops_per_second'][OURS]['median']:.0f}")
-                row += [_percent(c["fraction_of_gemm"][g]) for g in (GEMM_OF_LOGITS, GEMM_SQUARE)]
+                row += [percent(c["fraction_of_gemm"][g]) for g in (GEMM_OF_LOGITS, GEMM_SQUARE)]
             rows.append(row)
-        parts.append(f"### {_LOSSES[subject]}, {direction}\n\n" + _table(header, rows))
+        parts.append(f"### {_LOSSES[subject]}, {direction}\n\n" + table(header, rows))
     return "\n\n".join(parts)
 
 
@@ -164,7 +165,7 @@ def _slower(results: dict[str, Any]) -> str:
                     lines.append(
                         f"- {verdict} than {peer}: {_LOSSES[c['subject']]}, {c['direction']}, "
                         f"N = {c['n']}, D = {c['d']}, τ = {c['temperature']}, "
-                        f"{_ENVIRONMENTS[environment]}: {_ratio(ratio)}"
+                        f"{_ENVIRONMENTS[environment]}: {times(ratio)}"
                     )
     return "## Where ours is not faster\n\n" + (
         "\n".join(lines) if lines else "In none of the comparisons above."
@@ -182,7 +183,7 @@ def _memory(memory: list[dict[str, Any]]) -> str:
         f"## Memory\n\nNT-Xent forward+backward, D = {memory[0]['d']}, float32: MiB beyond the "
         "inputs at the peak, gradients included, each in a fresh process.\n\n"
     )
-    return heading + _table(["N", *arms], rows)
+    return heading + table(["N", *arms], rows)
 
 
 def _accuracy(accuracy: list[dict[str, Any]]) -> str:
@@ -201,7 +202,7 @@ def _accuracy(accuracy: list[dict[str, Any]]) -> str:
     )
     header = ["τ", "budget of the gradient"]
     header += [f"{part}, {name}" for part in ("gradient", "loss") for name in (OURS, "eager")]
-    return heading + _table(header, rows)
+    return heading + table(header, rows)
 
 
 def _not_timed(results: dict[str, Any]) -> str:
@@ -223,27 +224,10 @@ def _not_timed(results: dict[str, Any]) -> str:
     return "## Not measured\n\n" + ("\n".join(lines) if lines else "Nothing was left out.")
 
 
-def _table(header: list[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def _peer(case: dict[str, Any], peer: str) -> str:
     if peer not in case["times_ours"]:
         return "–"
-    return f"{case['milliseconds'][peer]['median']:.3g}: {_ratio(case['times_ours'][peer])}"
-
-
-def _interval(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.3g} [{spread['q1']:.3g}, {spread['q3']:.3g}]"
-
-
-def _ratio(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f}× [{spread['q1']:.2f}, {spread['q3']:.2f}]"
-
-
-def _percent(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.0%} [{spread['q1']:.0%}, {spread['q3']:.0%}]"
+    return f"{case['milliseconds'][peer]['median']:.3g}: {times(case['times_ours'][peer])}"
 
 
 def main() -> None:

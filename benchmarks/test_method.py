@@ -50,7 +50,14 @@ def test_the_gate_refuses_a_wrong_loss(wrong):
         check(wrong, z1, z2, expected, TEMPERATURE)
 
 
-@pytest.mark.parametrize(("subject", "eager"), [("nt_xent", eager_nt_xent), ("clip", eager_clip)])
+@pytest.mark.parametrize(
+    ("subject", "eager"),
+    [
+        ("nt_xent", eager_nt_xent),
+        ("clip", eager_clip),
+        ("nt_xent_with_self", lambda z1, z2, _: _self_as_negative(z1, z2)),
+    ],
+)
 @pytest.mark.parametrize("n", [2, 300])
 def test_the_oracle_is_the_formula_in_float64(subject, eager, n):
     z1, z2 = (z.detach().double().requires_grad_() for z in embeddings(n, 33, noise=1.5))
