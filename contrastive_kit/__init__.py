@@ -12,13 +12,17 @@ from contrastive_kit._version import __version__
 if TYPE_CHECKING:
     from contrastive_kit.augment.simclr import SimCLRAugment as SimCLRAugment
     from contrastive_kit.encoders import resnet_encoder as resnet_encoder
+    from contrastive_kit.grad_cache import GradCache as GradCache
     from contrastive_kit.heads import ProjectionHead as ProjectionHead
     from contrastive_kit.losses.infonce import InfoNCE as InfoNCE
     from contrastive_kit.losses.ntxent import NTXent as NTXent
     from contrastive_kit.ops import which_backend as which_backend
+    from contrastive_kit.queue import NegativeQueue as NegativeQueue
 
 _HOME = {
+    "GradCache": "contrastive_kit.grad_cache",
     "InfoNCE": "contrastive_kit.losses.infonce",
+    "NegativeQueue": "contrastive_kit.queue",
     "NTXent": "contrastive_kit.losses.ntxent",
     "ProjectionHead": "contrastive_kit.heads",
     "SimCLRAugment": "contrastive_kit.augment.simclr",

@@ -1,0 +1,147 @@
+"""A queue of keys from earlier batches: many negatives at the price of a small batch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from contrastive_kit._checks import check_device, check_embeddings
+from contrastive_kit.distributed import gather_rows, rank_and_size
+from contrastive_kit.ops import scaled_unit_rows
+
+
+class NegativeQueue(nn.Module):
+    """The last ``size`` keys seen in training, as negatives for ``InfoNCE``: the queue of MoCo.
+
+    A call returns what the queue holds and then, in training mode only, takes in the keys it was
+    given; so no key is a negative of its own query. The queue begins empty and grows to ``size``.
+    Keys are stored detached and normalised, in the order of their coming; a batch may have any
+    number of keys, also more than ``size``, of which the last ones stay. A key with NaN or inf is
+    not taken in: its place keeps the key that it had, or a zero row, which has cosine 0 to all.
+
+    What it holds is part of the ``state_dict``. Rows are stored in the dtype and on the device of
+    the module, float32 at first, and normalised in at least float32 also under autocast. Nothing
+    waits for a GPU (but the exchange of sizes, with NCCL alone: see ``row_counts``).
+    ``torch.compile`` breaks the graph here and compiles the rest.
+
+    Args:
+        dim: length D of a key.
+        size: number of keys to hold; MoCo has 65,536.
+        gather_distributed: take in the keys of all processes, in order of rank, so that every
+            process has the same queue. If False each process has a queue of its own, which must
+            then not be inside a ``DistributedDataParallel`` that broadcasts its buffers.
+        process_group: the processes to gather from; None for all of them.
+
+    Raises:
+        TypeError: if ``dim`` or ``size`` is no integer, for keys that are not floating tensors.
+        ValueError: if ``dim`` or ``size`` is below 1, for keys of another shape or device, for a
+            ``process_group`` without ``gather_distributed``.
+        RuntimeError: in training with ``gather_distributed`` where there is no process group.
+
+    Memory:
+        ``size``·D, and as much again for what a call returns.
+
+    References:
+        He et al., Momentum Contrast for Unsupervised Visual Representation Learning,
+        arXiv 1911.05722, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit import InfoNCE, NegativeQueue
+        >>> loss_fn, queue = InfoNCE(), NegativeQueue(dim=16, size=100)
+        >>> for _ in range(3):
+        ...     query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        ...     loss = loss_fn(query, key, negatives=queue(key))
+        >>> len(queue)
+        24
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        *,
+        gather_distributed: bool = False,
+        process_group: "dist.ProcessGroup | None" = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("size", size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if process_group is not None and not gather_distributed:
+            raise ValueError("process_group is used only with gather_distributed=True")
+        if process_group is not None:
+            rank_and_size(process_group)
+        self.gather_distributed = gather_distributed
+        self.process_group = process_group
+        self.register_buffer("rows", torch.zeros(size, dim))
+        # A Python number: one in a tensor would have to be read back from the device.
+        self._taken = 0
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """Negatives from earlier calls, and the keys go into the queue if it is in training mode.
+
+        Args:
+            keys: embeddings (n, D), n ≥ 1, any floating dtype, not necessarily normalised.
+
+        Returns:
+            A detached copy of the rows held before the call, oldest first: (K, D), 0 ≤ K ≤ size.
+        """
+        if torch.compiler.is_compiling():
+            step: Callable[[Tensor], Tensor] = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
+            return step(keys)
+        return self._step(keys)
+
+    def _step(self, keys: Tensor) -> Tensor:
+        check_embeddings("keys", keys)
+        if keys.shape[1] != self.rows.shape[1]:
+            raise ValueError(
+                f"keys must have shape (n, {self.rows.shape[1]}), got {tuple(keys.shape)}"
+            )
+        check_device("keys", keys, "the queue", self.rows)
+        negatives = self.negatives()
+        if self.training:
+            self._take(keys)
+        return negatives
+
+    def negatives(self) -> Tensor:
+        """A detached copy of the rows held, oldest first: (K, D), 0 ≤ K ≤ size."""
+        if self._taken < len(self.rows):
+            return self.rows[: self._taken].clone()
+        return self.rows.roll(-self._taken % len(self.rows), 0)
+
+    @torch.no_grad()
+    def _take(self, keys: Tensor) -> None:
+        dtype = torch.promote_types(keys.dtype, self.rows.dtype)
+        keys = scaled_unit_rows((keys.to(dtype),), 1.0)[0]
+        if self.gather_distributed:
+            keys = gather_rows(keys, self.process_group)
+        size = len(self.rows)
+        start = (self._taken + max(0, len(keys) - size)) % size
+        kept = keys[-size:].to(self.rows.dtype)
+        until_end = min(len(kept), size - start)
+        for begin, block in ((start, kept[:until_end]), (0, kept[until_end:])):
+            place = self.rows[begin : begin + len(block)]
+            place.copy_(torch.where(block.isfinite().all(1, keepdim=True), block, place))
+        self._taken += len(keys)
+
+    def __len__(self) -> int:
+        return min(self._taken, len(self.rows))
+
+    def get_extra_state(self) -> Tensor:
+        """How many keys have been taken in so far; tells where the oldest one is."""
+        return torch.tensor(self._taken)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what ``get_extra_state`` returned."""
+        self._taken = int(state)
+
+    def extra_repr(self) -> str:
+        """The options, as the constructor takes them."""
+        size, dim = self.rows.shape
+        return f"dim={dim}, size={size}, gather_distributed={self.gather_distributed}"

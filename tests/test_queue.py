@@ -1,0 +1,236 @@
+"""The queue against a plain list, and what training does with it."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contrastive_kit import InfoNCE, NegativeQueue
+from contrastive_kit.functional import info_nce
+
+
+def normalised(x):
+    return F.normalize(x.double(), dim=1)
+
+
+def assert_holds(queue, expected):
+    """Exactly these rows, oldest first, to the rounding of the queue."""
+    actual = queue.negatives()
+    assert len(queue) == len(actual) == len(expected)
+    if len(expected):
+        torch.testing.assert_close(actual.double(), torch.stack(expected), rtol=0, atol=1e-7)
+
+
+@given(
+    size=st.integers(1, 12),
+    steps=st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=12),
+)
+@settings(max_examples=60, deadline=None)
+def test_it_is_a_list_of_the_last_keys_seen_in_training(size, steps):
+    queue = NegativeQueue(3, size)
+    expected = []
+    for n, training in steps:
+        keys = torch.randn(n, 3)
+        before = queue.train(training)(keys)
+        torch.testing.assert_close(
+            before.double(), torch.stack(expected) if expected else torch.empty(0, 3).double(),
+            rtol=0, atol=1e-7,
+        )  # fmt: skip
+        if training:
+            expected = [*expected, *normalised(keys)][-size:]
+        assert_holds(queue, expected)
+
+
+def test_the_comparison_can_fail():
+    queue = NegativeQueue(3, 4)
+    keys = torch.randn(2, 3)
+    queue(keys)
+    for wrong in (keys, normalised(keys).flip(0), normalised(keys)[:1]):
+        with pytest.raises(AssertionError):
+            assert_holds(queue, list(wrong.double()))
+
+
+def test_what_it_returns_neither_changes_later_nor_carries_a_gradient():
+    queue = NegativeQueue(4, 6)
+    keys = torch.randn(6, 4, requires_grad=True)
+    queue(keys)
+    held = queue(keys)
+    copied = held.clone()
+    queue(torch.randn(5, 4))
+    held_again = queue.negatives()
+    queue.negatives().zero_()
+    assert not held.requires_grad
+    assert torch.equal(held, copied)
+    assert torch.equal(queue.negatives(), held_again)
+
+
+def test_updating_between_forward_and_backward_leaves_the_gradient_alone():
+    """The queue of the first step must not be overwritten under the loss that still needs it."""
+    queue = NegativeQueue(4, 5)
+    queue(torch.randn(5, 4))
+    query, key = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    (expected,) = torch.autograd.grad(info_nce(query, key, queue.negatives().clone()), query)
+    loss = info_nce(query, key, queue(key))
+    queue(torch.randn(5, 4))
+    assert torch.equal(torch.autograd.grad(loss, query)[0], expected)
+
+
+def test_no_key_is_a_negative_of_its_own_query():
+    """Found in the queue, the own key would bring the loss up to log 2 or more."""
+    queue = NegativeQueue(8, 16)
+    queue(-torch.eye(8))
+    loss = info_nce(torch.eye(8), torch.eye(8), queue(torch.eye(8)), temperature=0.05)
+    assert loss < 1e-6
+
+
+def test_the_first_batch_has_no_negatives_and_no_gradient_but_a_graph():
+    query = torch.randn(3, 4, requires_grad=True)
+    loss_fn = InfoNCE(learnable_temperature=True)
+    for options in ({}, {"return_stats": True}):
+        loss = loss_fn(query, torch.randn(3, 4), NegativeQueue(4, 5)(query), **options)
+        loss = loss[0] if options else loss
+        assert loss == 0
+        gradients = torch.autograd.grad(loss, [query, loss_fn.log_scale])
+        assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_key_that_is_not_finite_is_not_taken_in(bad):
+    queue = NegativeQueue(3, 4)
+    first = torch.randn(3, 3)
+    first[1, 2] = bad
+    queue(first)
+    expected = list(normalised(first))
+    expected[1] = torch.zeros(3, dtype=torch.float64)
+    assert_holds(queue, expected)
+    queue(torch.randn(3, 3))
+    second = torch.randn(3, 3)
+    second[0, 0] = bad
+    old = queue.negatives()
+    queue(second)
+    # The queue wraps: the bad key should have gone where the oldest was.
+    assert_holds(queue, [old.double()[3], old.double()[0], *normalised(second)[1:]])
+
+
+def test_extreme_keys_are_stored_as_unit_rows():
+    queue = NegativeQueue(3, 4)
+    keys = torch.tensor([[1e30, 0, 0], [0, 1e-30, 0], [3e38, 3e38, 0], [0, 0, 0]])
+    queue(keys)
+    torch.testing.assert_close(queue.negatives().norm(dim=1), torch.tensor([1.0, 1, 1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_of_keys_and_of_the_queue(dtype):
+    keys = torch.randn(4, 6).to(dtype)
+    queue = NegativeQueue(6, 9)
+    queue(keys)
+    assert queue.negatives().dtype == torch.float32
+    torch.testing.assert_close(queue.negatives(), normalised(keys).float(), rtol=0, atol=1e-6)
+    queue = NegativeQueue(6, 9).to(dtype)
+    queue(keys.float())
+    assert queue.negatives().dtype == dtype
+    assert torch.equal(queue.negatives(), normalised(keys.float()).to(dtype))
+
+
+def test_autocast_does_not_round_the_rows():
+    queue = NegativeQueue(6, 9)
+    keys = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        queue(keys)
+    torch.testing.assert_close(queue.negatives(), normalised(keys).float(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("taken", [0, 3, 5, 12])
+def test_state_dict_restores_rows_and_place(taken):
+    queue = NegativeQueue(3, 5)
+    if taken:
+        queue(torch.randn(taken, 3))
+    file = io.BytesIO()
+    torch.save(queue.state_dict(), file)
+    file.seek(0)
+    restored = NegativeQueue(3, 5)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    copied = copy.deepcopy(queue)
+    keys = torch.randn(4, 3)
+    for x in (queue, restored, copied):
+        x(keys)
+    assert torch.equal(restored.negatives(), queue.negatives())
+    assert torch.equal(copied.negatives(), queue.negatives())
+    assert len(restored) == len(copied) == len(queue) == min(5, taken + 4)
+
+
+def test_a_state_of_another_size_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for rows"):
+        NegativeQueue(3, 5).load_state_dict(NegativeQueue(3, 6).state_dict())
+
+
+def test_under_compile_it_is_the_same():
+    queue, compiled_queue = NegativeQueue(4, 10), NegativeQueue(4, 10)
+    step = torch.compile(
+        lambda q, k, queue: info_nce(q, k, queue(k), temperature=0.2), backend="aot_eager"
+    )
+    for n in (3, 4, 4, 4, 5):
+        query, key = torch.randn(n, 4, requires_grad=True), torch.randn(n, 4)
+        eager = info_nce(query, key, queue(key), temperature=0.2)
+        compiled = step(query, key, compiled_queue)
+        torch.testing.assert_close(compiled, eager)
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled, query), torch.autograd.grad(eager, query)
+        )
+        assert torch.equal(queue.negatives(), compiled_queue.negatives())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dim": 0, "size": 4}, ValueError, "dim must be at least 1, got 0"),
+        ({"dim": 4, "size": -1}, ValueError, "size must be at least 1, got -1"),
+        ({"dim": 4, "size": 4.0}, TypeError, "size must be an integer, got 4.0"),
+        ({"dim": True, "size": 4}, TypeError, "dim must be an integer, got True"),
+        (
+            {"dim": 4, "size": 4, "process_group": "world"},
+            ValueError,
+            "process_group is used only with gather_distributed=True",
+        ),
+    ],
+)
+def test_construction_checks(options, error, message):
+    with pytest.raises(error, match=message):
+        NegativeQueue(**options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        (torch.randn(2, 5), ValueError, r"keys must have shape \(n, 4\), got \(2, 5\)"),
+        (torch.randn(4), ValueError, r"keys must have shape \(N, D\), got \(4,\)"),
+        (torch.zeros(0, 4), ValueError, "keys must have no empty dimension"),
+        (torch.ones(2, 4, dtype=torch.int64), TypeError, "keys must hold floating point"),
+        (torch.empty(2, 4, device="meta"), ValueError, "keys must be on the device of the queue"),
+        ([[1.0] * 4], TypeError, "keys must be a tensor"),
+    ],
+)
+def test_bad_keys_are_refused_and_change_nothing(keys, error, message):
+    queue = NegativeQueue(4, 3)
+    queue(torch.randn(2, 4))
+    before = queue.negatives()
+    for training in (True, False):
+        with pytest.raises(error, match=message):
+            queue.train(training)(keys)
+    assert torch.equal(queue.negatives(), before)
+
+
+def test_gathering_without_a_process_group_says_what_to_do():
+    queue = NegativeQueue(4, 3, gather_distributed=True)
+    with pytest.raises(RuntimeError, match="torchrun .*init_process_group"):
+        queue(torch.randn(2, 4))
+    assert len(queue) == 0
+    assert queue.eval()(torch.randn(2, 4)).shape == (0, 4)
+
+
+def test_repr_shows_the_options():
+    assert repr(NegativeQueue(4, 3)) == "NegativeQueue(dim=4, size=3, gather_distributed=False)"
