@@ -17,6 +17,8 @@ ROOMS = {
     "encoders": set(),
     "queue": {"_checks", "ops", "distributed"},
     "evaluation": set(),
+    "grad_cache": set(),
+    "metrics": {"_checks", "ops"},
     "augment": {"augment"},
     "preview": {"augment"},
     "_version": set(),
