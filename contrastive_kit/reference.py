@@ -10,40 +10,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nt_xent(views: Tensor, temperature: float | Tensor, ids: Tensor | None = None) -> Tensor:
+def nt_xent(
+    views: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
+) -> Tensor:
     """NT-Xent, equation (1), of ``views`` (V, N, D): the loss of every anchor, (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
-    log_total = torch.cat([positive_logits, negative_logits], dim=1).logsumexp(1, keepdim=True)
-    loss = -_mean_of_finite(positive_logits - log_total)
-    return _zero_without_negatives(loss, negative_logits).view(views.shape[:2])
+    loss = _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
+    return loss.view(views.shape[:2])
 
 
 def decoupled_nt_xent(
-    views: Tensor, temperature: float | Tensor, ids: Tensor | None = None
+    views: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor | None = None,
+    *,
+    hardness: float = 0.0,
 ) -> Tensor:
     """NT-Xent without the positive in its denominator, equation (11): (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
+    negative_logits = _weighted_by_hardness(negative_logits, hardness)
     loss = negative_logits.logsumexp(1) - _mean_of_finite(positive_logits)
     return _zero_without_negatives(loss, negative_logits).view(views.shape[:2])
 
 
-def info_nce(query: Tensor, key: Tensor, temperature: float | Tensor, ids: Tensor) -> Tensor:
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
+) -> Tensor:
     """InfoNCE within a batch, equation (9): row i against every key with another id, (N,)."""
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
     logits = query @ key.T / temperature
-    positive_logit = logits.diagonal()
+    positive_logits = logits.diagonal()[:, None]
     negative_logits = logits.masked_fill(ids[:, None] == ids[None, :], -torch.inf)
-    return _cross_entropy(positive_logit, negative_logits)
+    return _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
 
 
 def info_nce_with_negatives(
-    query: Tensor, key: Tensor, negatives: Tensor, temperature: float | Tensor
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    temperature: float | Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
 ) -> Tensor:
     """InfoNCE against explicit negatives, (K, D) shared or (N, K, D) per query: (N,)."""
     query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
-    positive_logit = (query * key).sum(1) / temperature
+    positive_logits = (query * key).sum(1, keepdim=True) / temperature
     negative_logits = (query[:, None] * negatives).sum(2) / temperature
-    return _cross_entropy(positive_logit, negative_logits)
+    return _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
+
+
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """Equation (14): the mean of ``losses`` (..., N) weighted by ``weights`` (N,)."""
+    weights = weights.expand_as(losses)
+    return (weights * losses).sum() / weights.sum()
 
 
 def kept_logsumexp(q: Tensor, k: Tensor, excluded: Tensor) -> Tensor:
@@ -71,9 +102,31 @@ def _pairs(views: Tensor, temperature: float | Tensor, ids: Tensor | None) -> tu
     )
 
 
-def _cross_entropy(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
-    logits = torch.cat([positive_logit[:, None], negative_logits], dim=1)
-    return logits.logsumexp(1) - positive_logit
+def _cross_entropy(
+    positive_logits: Tensor, negative_logits: Tensor, label_smoothing: float, hardness: float
+) -> Tensor:
+    """Cross entropy between the softmax over all pairs of a row and the target on its positives.
+
+    With ``label_smoothing`` a part of the target is spread over all pairs, equation (12).
+    """
+    negative_logits = _weighted_by_hardness(negative_logits, hardness)
+    logits = torch.cat([positive_logits, negative_logits], dim=1)
+    log_total = logits.logsumexp(1)
+    of_positives = log_total - _mean_of_finite(positive_logits)
+    of_all = log_total - _mean_of_finite(logits)
+    loss = (1 - label_smoothing) * of_positives + label_smoothing * of_all
+    return _zero_without_negatives(loss, negative_logits)
+
+
+def _weighted_by_hardness(negative_logits: Tensor, hardness: float) -> Tensor:
+    """Equation (13): each negative counts exp(β s) over the mean of exp(β s) of its row."""
+    if hardness == 0:
+        return negative_logits
+    present = negative_logits != -torch.inf
+    log_share = (hardness * negative_logits).log_softmax(1)
+    n_negatives = present.sum(1, keepdim=True, dtype=log_share.dtype)
+    weighted = negative_logits + log_share + n_negatives.log()
+    return weighted.masked_fill(~present, -torch.inf)
 
 
 def _mean_of_finite(logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ def _cosine(a, b):
     return float(a @ b / lengths) if lengths else 0.0
 
 
-def nt_xent(views, temperature, ids=None, decoupled=False):
+def nt_xent(views, temperature, ids=None, decoupled=False, label_smoothing=0.0, hardness=0.0):
     """Loss of every anchor, (V, N), of ``views`` (V, N, D)."""
     views = np.asarray(views, dtype=np.float64)
     n_views, n, _ = views.shape
@@ -30,13 +30,11 @@ def nt_xent(views, temperature, ids=None, decoupled=False):
             negatives = [s for (_, j), s in logits.items() if ids[j] != ids[i]]
             if not negatives:
                 continue
-            denominator = negatives if decoupled else negatives + positives
-            log_total = _log_sum_exp(denominator)
-            losses[v, i] = -sum(s - log_total for s in positives) / len(positives)
+            losses[v, i] = _loss(positives, negatives, decoupled, label_smoothing, hardness)
     return losses
 
 
-def info_nce(query, key, temperature, negatives=None, ids=None):
+def info_nce(query, key, temperature, negatives=None, ids=None, label_smoothing=0.0, hardness=0.0):
     """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D)."""
     query, key = np.asarray(query, dtype=np.float64), np.asarray(key, dtype=np.float64)
     n = len(query)
@@ -52,8 +50,24 @@ def info_nce(query, key, temperature, negatives=None, ids=None):
             continue
         positive = _cosine(query[i], key[i]) / temperature
         others = [_cosine(query[i], c) / temperature for c in candidates]
-        losses[i] = _log_sum_exp([positive, *others]) - positive
+        losses[i] = _loss([positive], others, False, label_smoothing, hardness)
     return losses
+
+
+def _loss(positives, negatives, decoupled, label_smoothing, hardness):
+    """One anchor: cross entropy with a target over its candidates, written out."""
+    if hardness:
+        importance = [math.exp(hardness * s) for s in negatives]
+        mean = math.fsum(importance) / len(importance)
+        negatives = [s + math.log(w / mean) for s, w in zip(negatives, importance, strict=True)]
+    log_total = _log_sum_exp(negatives if decoupled else negatives + positives)
+    n_candidates = len(positives) + len(negatives)
+    target = [(1 - label_smoothing) / len(positives) + label_smoothing / n_candidates] * len(
+        positives
+    ) + [label_smoothing / n_candidates] * len(negatives)
+    return math.fsum(
+        t * (log_total - s) for t, s in zip(target, positives + negatives, strict=True)
+    )
 
 
 def _log_sum_exp(values):

@@ -49,3 +49,26 @@ def test_the_loops_know_orthogonal_pairs():
     views = np.stack([np.eye(2), np.eye(2)])
     expected = np.log(np.exp(2.0) + 2.0) - 2.0
     np.testing.assert_allclose(algorithm1.nt_xent(views, 0.5), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"hardness": 0.7}])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_options_are_those_of_the_loops(with_ids, options):
+    views = torch.randn(3, 7, 5, dtype=torch.float64)
+    ids = torch.tensor([3, 3, -1, 8, 5, 8, 8]) if with_ids else None
+    expected = algorithm1.nt_xent(views, 0.3, ids, **options)
+    np.testing.assert_allclose(reference.nt_xent(views, 0.3, ids, **options), expected, rtol=1e-12)
+    q, k, negatives = views[0], views[1], torch.randn(11, 5, dtype=torch.float64)
+    expected = algorithm1.info_nce(q, k, 0.3, ids=ids, **options)
+    ids = torch.arange(7) if ids is None else ids
+    np.testing.assert_allclose(reference.info_nce(q, k, 0.3, ids, **options), expected, rtol=1e-12)
+    expected = algorithm1.info_nce(q, k, 0.3, negatives, **options)
+    actual = reference.info_nce_with_negatives(q, k, negatives, 0.3, **options)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_decoupled_hardness_is_that_of_the_loops():
+    views = torch.randn(2, 7, 5, dtype=torch.float64)
+    expected = algorithm1.nt_xent(views, 0.3, None, True, hardness=1.5)
+    actual = reference.decoupled_nt_xent(views, 0.3, hardness=1.5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)

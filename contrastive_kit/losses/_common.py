@@ -1,14 +1,17 @@
 """What the softmax losses share: from logits to losses, reductions, a learnable temperature."""
 
 import math
+import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_choice, check_temperature
+from contrastive_kit._checks import check_choice, check_device, check_temperature
+from contrastive_kit.losses._kept import kept_counts
 from contrastive_kit.losses._stats import ContrastiveStats
-from contrastive_kit.ops import BACKENDS
+from contrastive_kit.ops import BACKENDS, Exclusion, LogitStatistics, kept_logsumexp
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
@@ -20,12 +23,100 @@ _LARGEST_LOG_SCALE = -math.log(_SMALLEST_LEARNABLE_TEMPERATURE)
 
 
 def check_options(
-    temperature: float | Tensor, reduction: str, backend: str, z: Tensor | None = None
+    temperature: float | Tensor,
+    reduction: str,
+    backend: str,
+    z: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
 ) -> None:
-    """Raise unless the options that every loss has are valid for embeddings ``z``."""
+    """Raise unless the options that losses share are valid for embeddings ``z``."""
     check_temperature(temperature, z)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, ["auto", *BACKENDS])
+    _check_number("label_smoothing", label_smoothing, 1.0)
+    _check_number("hardness", hardness, sys.float_info.max)
+    if label_smoothing and hardness:
+        raise ValueError(
+            "label_smoothing and hardness cannot be combined: weighted negatives have no "
+            f"probabilities to smooth; got {label_smoothing} and {hardness}, set one to 0"
+        )
+
+
+def check_weights(weights: Tensor, n: int, other_name: str, other: Tensor) -> None:
+    """Raise unless ``weights`` holds ``n`` floating numbers on the device of ``other``."""
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a floating point tensor of shape ({n},), got {got}")
+    if weights.shape != (n,):
+        raise ValueError(
+            f"weights must have shape ({n},), one for each row of {other_name}, "
+            f"got {tuple(weights.shape)}"
+        )
+    check_device("weights", weights, other_name, other)
+
+
+def _check_number(name: str, value: float, largest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= largest:
+        bound = "a finite number of at least 0" if largest > 1 else "between 0 and 1"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def negative_logsumexp(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    exclusion: Exclusion = Exclusion(),  # noqa: B008  an immutable tuple
+    both: bool = False,
+    hardness: float = 0.0,
+    bound: float = torch.inf,
+    statistics: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, LogitStatistics | None]:
+    """``kept_logsumexp``, with each negative weighted by its hardness: equation (13).
+
+    Returns:
+        The logsumexp as weighted, and, for the statistics, as it is without; the statistics, which
+        are without weights. Without statistics the second is of no use.
+    """
+
+    def at_scale(scale: float, statistics: bool) -> tuple[Tensor, LogitStatistics | None]:
+        root = math.sqrt(scale)
+        return kept_logsumexp(
+            q if scale == 1 else q * root,
+            k if scale == 1 or k is None else k * root,
+            exclusion=exclusion,
+            both=both,
+            bound=bound * scale,
+            statistics=statistics,
+            backend=backend,
+        )
+
+    if not hardness:
+        lse, stats = at_scale(1, statistics)
+        return lse, lse, stats
+    n_columns = len(q) if k is None else len(k)
+    counts = kept_counts(len(q), n_columns, exclusion, q.device)
+    if both and k is not None:
+        transposed = exclusion
+        if exclusion.column_ids is not None:
+            transposed = Exclusion(exclusion.period, exclusion.column_ids, exclusion.row_ids)
+        counts = torch.cat([counts, kept_counts(n_columns, len(q), transposed, q.device)])
+    weighted = weighted_by_hardness(counts, lambda scale: at_scale(scale, False)[0], hardness)
+    lse, stats = at_scale(1, True) if statistics else (weighted, None)
+    return weighted, lse.detach(), stats
+
+
+def weighted_by_hardness(
+    counts: Tensor, at_scale: Callable[[float], Tensor], hardness: float
+) -> Tensor:
+    """Equation (13) from the number of negatives and their logsumexp with scaled logits."""
+    weighted, weights = at_scale(1 + hardness), at_scale(hardness)
+    result = weighted - weights + counts.to(weighted.dtype).log()
+    return torch.where(counts == 0, -torch.inf, result)
 
 
 def softmax_loss(positive_logits: Tensor, negative_lse: Tensor, decoupled: bool) -> Tensor:
@@ -49,11 +140,44 @@ def softmax_loss(positive_logits: Tensor, negative_lse: Tensor, decoupled: bool)
     return torch.where(alone, 0, loss)
 
 
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """Mean, sum, or the losses as they are."""
+def smoothed(
+    loss: Tensor,
+    positive_logits: Tensor,
+    negative_total: Tensor,
+    negative_counts: Tensor,
+    label_smoothing: float,
+) -> Tensor:
+    """Equation (12): ``loss`` (M,) with a part of the target spread over all candidates.
+
+    Args:
+        loss: the loss of each anchor without smoothing, (M,).
+        positive_logits: (P, M), the P positives of each anchor.
+        negative_total: (M,), the sum of the logits of the negatives of each anchor.
+        negative_counts: (M,), how many they are.
+        label_smoothing: the part, in [0, 1].
+    """
+    n_candidates = len(positive_logits) + negative_counts
+    mean_candidate = (positive_logits.sum(0) + negative_total) / n_candidates
+    shift = label_smoothing * (positive_logits.mean(0) - mean_candidate)
+    # Without negatives the shift is 0, but for what subtracting sums leaves of their rounding.
+    return loss + torch.where(negative_counts == 0, 0, shift)
+
+
+def reduce(loss: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
+    """Mean, sum, or the losses (..., N) as they are; weighted by ``weights`` (N,), equation (14).
+
+    The mean is the sum of the weighted losses over that of the weights, 0 if they are all 0.
+    """
+    if weights is not None:
+        loss = loss * weights.to(loss.dtype)
     if reduction == "none":
         return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    if reduction == "sum":
+        return loss.sum()
+    if weights is None:
+        return loss.mean()
+    total = weights.to(loss.dtype).sum() * (loss.numel() // weights.numel())
+    return loss.sum() / torch.where(total == 0, 1, total)
 
 
 class TemperatureLoss(nn.Module):
@@ -64,12 +188,23 @@ class TemperatureLoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float, learnable_temperature: bool, reduction: str, backend: str
+        self,
+        temperature: float,
+        learnable_temperature: bool,
+        reduction: str,
+        backend: str,
+        *,
+        label_smoothing: float = 0.0,
+        hardness: float = 0.0,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor):
             raise TypeError("temperature must be a number; see learnable_temperature")
-        check_options(temperature, reduction, backend)
+        check_options(
+            temperature, reduction, backend, label_smoothing=label_smoothing, hardness=hardness
+        )
+        self.label_smoothing = label_smoothing
+        self.hardness = hardness
         self.reduction = reduction
         self.backend = backend
         self.log_scale: nn.Parameter | None = None
@@ -99,7 +234,9 @@ class TemperatureLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options, as the constructor takes them."""
         learnable = ", learnable_temperature=True" if self.log_scale is not None else ""
+        smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
+        hardness = f", hardness={self.hardness}" if self.hardness else ""
         return (
-            f"temperature={float(torch.as_tensor(self.temperature).detach()):.4g}{learnable}, "
-            f"reduction={self.reduction!r}, backend={self.backend!r}"
+            f"temperature={float(torch.as_tensor(self.temperature).detach()):.4g}{learnable}"
+            f"{smoothing}{hardness}, reduction={self.reduction!r}, backend={self.backend!r}"
         )

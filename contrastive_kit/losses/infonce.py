@@ -8,14 +8,18 @@ from contrastive_kit.losses._common import (
     LossOutput,
     TemperatureLoss,
     check_options,
+    check_weights,
+    negative_logsumexp,
     reduce,
+    smoothed,
     softmax_loss,
+    weighted_by_hardness,
 )
+from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
-    kept_logsumexp,
     row_statistics,
     scaled_unit_rows,
 )
@@ -29,6 +33,9 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     symmetric: bool = False,
     ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str = "auto",
@@ -54,9 +61,18 @@ def info_nce(
             tiles. Not with ``negatives``.
         ids: integers (N,); pairs of equal id are not negatives of each other. A row left without
             negatives has loss 0 and a zero gradient. Not with ``negatives``.
+        weights: floating numbers (N,) ≥ 0, one for each pair: its losses are multiplied by it, and
+            the mean is weighted, Σ w·ℓ / Σ w; 0 if all are 0. A key of weight 0 stays a negative of
+            others. The sign is not checked.
+        label_smoothing: the part of the target, in [0, 1], spread evenly over all candidates of a
+            query, its key included: what ``torch.nn.functional.cross_entropy`` calls so. Not with
+            ``hardness``.
+        hardness: β ≥ 0; each negative counts in proportion to e^(β·s), so that those most similar
+            to the query count most (arXiv 2010.04592, with τ⁺ = 0). Twice the cost.
         reduction: "mean" (over both directions if ``symmetric``), "sum", or "none" for the losses
             (N,), or (2, N) if ``symmetric``: queries first, then keys.
-        return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``.
+        return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``, of
+            the softmax without weights, smoothing or hardness.
         backend: "auto" or a name, see ``which_backend``. Per-query negatives need no tiles: each
             is used once, and every backend computes them alike.
 
@@ -65,10 +81,12 @@ def info_nce(
         with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
-        TypeError: for embeddings that are not floating tensors or ids that are not integers.
+        TypeError: for embeddings or weights that are not floating tensors, ids that are not
+            integers.
         ValueError: for shapes or devices that do not match, fewer than two rows without
             ``negatives``, ``symmetric`` or ``ids`` with ``negatives``, a temperature that is not
-            positive and finite, an unknown ``reduction`` or ``backend``.
+            positive and finite, an option out of its range, ``label_smoothing`` with ``hardness``,
+            an unknown ``reduction`` or ``backend``.
 
     Memory:
         O((N + K)·D) and a few tiles; per-query negatives are an input of N·K·D.
@@ -88,39 +106,55 @@ def info_nce(
         tensor(0.3690)
     """
     _check_inputs(query, key, negatives, symmetric, ids)
-    check_options(temperature, reduction, backend, query)
+    if weights is not None:
+        check_weights(weights, len(query), "query", query)
+    check_options(
+        temperature, reduction, backend, query, label_smoothing=label_smoothing, hardness=hardness
+    )
     n = len(query)
-    bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
 
     # Normalised apart, so that a key or a queue without gradient costs none.
     queries = scaled_unit_rows((query,), temperature)[0]
     keys = scaled_unit_rows((key,), temperature)[0]
     positive_logits = (queries * keys).sum(1)[None]
-    if negatives is None:
-        negative_lse, statistics = kept_logsumexp(
+    if negatives is not None and negatives.ndim == 3:
+        columns = scaled_unit_rows((negatives,), temperature)[0]
+        negative_lse, plain_lse, statistics = _per_query_logsumexp(
+            queries, columns, hardness, return_stats
+        )
+    else:
+        if negatives is None:
+            columns, exclusion = keys, Exclusion(n, ids)
+        else:
+            columns, exclusion = scaled_unit_rows((negatives,), temperature)[0], Exclusion()
+        negative_lse, plain_lse, statistics = negative_logsumexp(
             queries,
-            keys,
-            exclusion=Exclusion(n, ids),
+            columns,
+            exclusion=exclusion,
             both=symmetric,
-            bound=bound,
+            hardness=hardness,
+            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
             statistics=return_stats,
             backend=backend,
         )
-    else:
-        columns = scaled_unit_rows((negatives,), temperature)[0]
-        if negatives.ndim == 2:
-            negative_lse, statistics = kept_logsumexp(
-                queries, columns, bound=bound, statistics=return_stats, backend=backend
-            )
-        else:
-            negative_lse, statistics = _per_query_logsumexp(queries, columns, return_stats)
     if symmetric:
         positive_logits = positive_logits.repeat(1, 2)
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
-    loss = reduce(per_anchor.view(2, n) if symmetric else per_anchor, reduction)
+    if label_smoothing:
+        if columns.ndim == 3:
+            total = (queries * columns.sum(1)).sum(1)
+            counts = torch.full_like(total, columns.shape[1], dtype=torch.int64)
+        else:
+            total = (queries * kept_sums(n, columns, exclusion)).sum(1)
+            counts = kept_counts(n, len(columns), exclusion, queries.device)
+        if symmetric:
+            total = torch.cat([total, (keys * kept_sums(n, queries, exclusion)).sum(1)])
+            counts = counts.repeat(2)
+        per_anchor = smoothed(per_anchor, positive_logits, total, counts, label_smoothing)
+    loss = reduce(per_anchor.view(2, n) if symmetric else per_anchor, reduction, weights)
     if statistics is None:
         return loss
-    return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
+    return loss, contrastive_stats(positive_logits, plain_lse, statistics, temperature)
 
 
 def _check_inputs(
@@ -160,15 +194,19 @@ def _check_inputs(
 
 
 def _per_query_logsumexp(
-    queries: Tensor, negatives: Tensor, return_stats: bool
-) -> tuple[Tensor, LogitStatistics | None]:
+    queries: Tensor, negatives: Tensor, hardness: float, return_stats: bool
+) -> tuple[Tensor, Tensor, LogitStatistics | None]:
     dtype = torch.promote_types(queries.dtype, negatives.dtype)
     with torch.autocast(queries.device.type, enabled=False):
         logits = torch.einsum("nd,nkd->nk", queries.to(dtype), negatives.to(dtype))
-    lse = logits.logsumexp(1)
-    if not return_stats:
-        return lse, None
-    return lse, LogitStatistics(*row_statistics(logits.detach(), lse.detach(), 1).unbind(0))
+    plain = weighted = logits.logsumexp(1)
+    if hardness:
+        counts = torch.full_like(plain, logits.shape[1], dtype=torch.int64)
+        weighted = weighted_by_hardness(counts, lambda c: (c * logits).logsumexp(1), hardness)
+    stats = None
+    if return_stats:
+        stats = LogitStatistics(*row_statistics(logits.detach(), plain.detach(), 1).unbind(0))
+    return weighted, plain, stats
 
 
 class InfoNCE(TemperatureLoss):
@@ -179,11 +217,15 @@ class InfoNCE(TemperatureLoss):
         symmetric: average both directions: the loss of CLIP.
         learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
             below log(100). Give it to the optimiser without weight decay.
+        label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
+            ``hardness``.
+        hardness: β ≥ 0, how much the most similar negatives are preferred.
         reduction: "mean", "sum" or "none".
         backend: "auto" or a name, see ``which_backend``.
 
     Raises:
-        ValueError: for a temperature out of range, an unknown ``reduction`` or ``backend``.
+        ValueError: for a temperature or another option out of range, options that cannot be
+            combined, an unknown ``reduction`` or ``backend``.
 
     Example:
         >>> import torch
@@ -201,10 +243,19 @@ class InfoNCE(TemperatureLoss):
         *,
         symmetric: bool = False,
         learnable_temperature: bool = False,
+        label_smoothing: float = 0.0,
+        hardness: float = 0.0,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature, learnable_temperature, reduction, backend)
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            reduction,
+            backend,
+            label_smoothing=label_smoothing,
+            hardness=hardness,
+        )
         self.symmetric = symmetric
 
     def forward(
@@ -214,6 +265,8 @@ class InfoNCE(TemperatureLoss):
         negatives: Tensor | None = None,
         ids: Tensor | None = None,
         return_stats: bool = False,
+        *,
+        weights: Tensor | None = None,
     ) -> LossOutput:
         """The loss of queries and keys, (N, D) each: see ``info_nce``."""
         self._limit_log_scale()
@@ -224,6 +277,9 @@ class InfoNCE(TemperatureLoss):
             temperature=self.temperature,
             symmetric=self.symmetric,
             ids=ids,
+            weights=weights,
+            label_smoothing=self.label_smoothing,
+            hardness=self.hardness,
             reduction=self.reduction,
             return_stats=return_stats,
             backend=self.backend,

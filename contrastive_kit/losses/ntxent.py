@@ -10,11 +10,15 @@ from contrastive_kit.losses._common import (
     LossOutput,
     TemperatureLoss,
     check_options,
+    check_weights,
+    negative_logsumexp,
     reduce,
+    smoothed,
     softmax_loss,
 )
+from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
-from contrastive_kit.ops import Exclusion, kept_logsumexp, scaled_unit_rows
+from contrastive_kit.ops import Exclusion, scaled_unit_rows
 
 
 def nt_xent(
@@ -23,7 +27,10 @@ def nt_xent(
     *more_views: Tensor,
     temperature: float | Tensor = 0.5,
     ids: Tensor | None = None,
+    weights: Tensor | None = None,
     decoupled: bool = False,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str = "auto",
@@ -51,10 +58,19 @@ def nt_xent(
         ids: integers (N,); images of equal id (duplicates, known false negatives) are not
             negatives of each other, and no positives either. An anchor left without negatives has
             loss 0 and a zero gradient.
+        weights: floating numbers (N,) ≥ 0, one for each image: the losses of its anchors are
+            multiplied by it, and the mean is weighted, Σ w·ℓ / Σ w; 0 if all are 0. An image of
+            weight 0 stays a negative of others. The sign is not checked.
         decoupled: leave the positives out of the denominator (DCL, arXiv 2110.06848, equation 6).
+        label_smoothing: the part of the target, in [0, 1], spread evenly over all candidates of an
+            anchor, its positives included: what ``torch.nn.functional.cross_entropy`` calls so.
+            Not with ``decoupled`` or ``hardness``.
+        hardness: β ≥ 0; each negative counts in proportion to e^(β·s), so that those most similar
+            to the anchor count most (arXiv 2010.04592, with τ⁺ = 0). Twice the cost.
         reduction: "mean" or "sum" over the V·N anchors, or "none" for the losses (V, N): entry
             (v, i) has row i of view v as its anchor.
-        return_stats: also return ``ContrastiveStats``. It costs a second pass over each tile.
+        return_stats: also return ``ContrastiveStats``, of the softmax without weights, smoothing
+            or hardness. It costs a second pass over each tile.
         backend: "auto" or a name, see ``which_backend``.
 
     Returns:
@@ -62,9 +78,11 @@ def nt_xent(
         with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
-        TypeError: for embeddings that are not floating tensors or ids that are not integers.
+        TypeError: for embeddings or weights that are not floating tensors, ids that are not
+            integers.
         ValueError: for shapes or devices that do not match, fewer than two rows, a temperature
-            that is not positive and finite, an unknown ``reduction`` or ``backend``.
+            that is not positive and finite, an option out of its range or next to one it cannot
+            be combined with, an unknown ``reduction`` or ``backend``.
 
     Memory:
         O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``).
@@ -90,22 +108,42 @@ def nt_xent(
         raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
     if ids is not None:
         check_ids("ids", ids, n, "z1", z1)
-    check_options(temperature, reduction, backend, z1)
+    if weights is not None:
+        check_weights(weights, n, "z1", z1)
+    check_options(
+        temperature, reduction, backend, z1, label_smoothing=label_smoothing, hardness=hardness
+    )
+    _check_decoupled(decoupled, label_smoothing)
 
-    rows = scaled_unit_rows(views, temperature)
-    positive_logits = _positive_logits(rows)
-    negative_lse, statistics = kept_logsumexp(
-        rows.flatten(0, 1),
-        exclusion=Exclusion(n, None if ids is None else ids.repeat(len(views))),
+    views_of_rows = scaled_unit_rows(views, temperature)
+    positive_logits = _positive_logits(views_of_rows)
+    rows = views_of_rows.flatten(0, 1)
+    exclusion = Exclusion(n, None if ids is None else ids.repeat(len(views)))
+    negative_lse, plain_lse, statistics = negative_logsumexp(
+        rows,
+        exclusion=exclusion,
+        hardness=hardness,
         bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
         statistics=return_stats,
         backend=backend,
     )
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
-    loss = reduce(per_anchor.view(len(views), n), reduction)
+    if label_smoothing:
+        negative_total = (rows * kept_sums(len(rows), rows, exclusion)).sum(1)
+        counts = kept_counts(len(rows), len(rows), exclusion, rows.device)
+        per_anchor = smoothed(per_anchor, positive_logits, negative_total, counts, label_smoothing)
+    loss = reduce(per_anchor.view(len(views), n), reduction, weights)
     if statistics is None:
         return loss
-    return loss, contrastive_stats(positive_logits, negative_lse, statistics, temperature)
+    return loss, contrastive_stats(positive_logits, plain_lse, statistics, temperature)
+
+
+def _check_decoupled(decoupled: bool, label_smoothing: float) -> None:
+    if decoupled and label_smoothing:
+        raise ValueError(
+            "label_smoothing needs decoupled=False: without the positives in its denominator the "
+            f"loss is no cross entropy; got {label_smoothing}"
+        )
 
 
 def _positive_logits(rows: Tensor) -> Tensor:
@@ -131,11 +169,15 @@ class NTXent(TemperatureLoss):
         learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
             below log(100). Give it to the optimiser without weight decay.
         decoupled: leave the positives out of the denominator.
+        label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
+            ``decoupled`` or ``hardness``.
+        hardness: β ≥ 0, how much the most similar negatives are preferred.
         reduction: "mean", "sum" or "none".
         backend: "auto" or a name, see ``which_backend``.
 
     Raises:
-        ValueError: for a temperature out of range, an unknown ``reduction`` or ``backend``.
+        ValueError: for a temperature or another option out of range, options that cannot be
+            combined, an unknown ``reduction`` or ``backend``.
 
     Example:
         >>> import torch
@@ -155,10 +197,20 @@ class NTXent(TemperatureLoss):
         *,
         learnable_temperature: bool = False,
         decoupled: bool = False,
+        label_smoothing: float = 0.0,
+        hardness: float = 0.0,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature, learnable_temperature, reduction, backend)
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            reduction,
+            backend,
+            label_smoothing=label_smoothing,
+            hardness=hardness,
+        )
+        _check_decoupled(decoupled, label_smoothing)
         self.decoupled = decoupled
 
     def forward(
@@ -167,6 +219,7 @@ class NTXent(TemperatureLoss):
         z2: Tensor,
         *more_views: Tensor,
         ids: Tensor | None = None,
+        weights: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossOutput:
         """The loss of two or more views, (N, D) each: see ``nt_xent``."""
@@ -177,7 +230,10 @@ class NTXent(TemperatureLoss):
             *more_views,
             temperature=self.temperature,
             ids=ids,
+            weights=weights,
             decoupled=self.decoupled,
+            label_smoothing=self.label_smoothing,
+            hardness=self.hardness,
             reduction=self.reduction,
             return_stats=return_stats,
             backend=self.backend,

@@ -41,6 +41,26 @@ META = torch.empty(4, 3, device="meta")
         ((Z, Z), {"ids": [1, 2, 3, 4]}, TypeError, "ids must be an integer tensor"),
         ((Z, Z), {"ids": torch.arange(8)}, ValueError, r"ids must have shape \(4,\).*got \(8,\)"),
         ((Z, Z), {"ids": META.long()[:, 0]}, ValueError, "ids must be on the device of z1"),
+        ((Z, Z), {"weights": [1.0] * 4}, TypeError, r"weights must be a .* \(4,\), got list"),
+        ((Z, Z), {"weights": torch.arange(4)}, TypeError, r"weights must be .*got torch.int64"),
+        ((Z, Z), {"weights": torch.ones(8)}, ValueError, r"weights must have .*\(4,\).*got \(8,\)"),
+        ((Z, Z), {"weights": META[:, 0]}, ValueError, "weights must be on the device of z1"),
+        ((Z, Z), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
+        ((Z, Z), {"label_smoothing": "a"}, TypeError, "label_smoothing must be a number, got 'a'"),
+        ((Z, Z), {"hardness": -0.1}, ValueError, "hardness must be a finite number of at least 0"),
+        ((Z, Z), {"hardness": float("inf")}, ValueError, "hardness must be a finite .* got inf"),
+        (
+            (Z, Z),
+            {"hardness": 1.0, "label_smoothing": 0.1},
+            ValueError,
+            "label_smoothing and hardness cannot be combined: .* set one to 0",
+        ),
+        (
+            (Z, Z),
+            {"decoupled": True, "label_smoothing": 0.1},
+            ValueError,
+            "label_smoothing needs decoupled=False",
+        ),
     ],
 )
 def test_nt_xent(args, options, error, message):
@@ -63,6 +83,9 @@ def test_nt_xent(args, options, error, message):
         ((Z, Z, Z), {"ids": torch.arange(4)}, ValueError, "with negatives given, omit ids"),
         ((Z, Z), {"ids": torch.arange(3)}, ValueError, r"ids must have shape \(4,\)"),
         ((Z, Z), {"temperature": 0.0}, ValueError, "temperature must be"),
+        ((Z, Z), {"weights": torch.ones(4, 1)}, ValueError, r"weights must have .*got \(4, 1\)"),
+        ((Z, Z), {"label_smoothing": float("nan")}, ValueError, "label_smoothing must be .*nan"),
+        ((Z, Z), {"hardness": True}, TypeError, "hardness must be a number, got True"),
     ],
 )
 def test_info_nce(args, options, error, message):
@@ -79,12 +102,19 @@ def test_info_nce(args, options, error, message):
         ({"temperature": 0.005, "learnable_temperature": True}, ValueError, "at least 0.01"),
         ({"reduction": None}, ValueError, "reduction must be one of"),
         ({"backend": "triton!"}, ValueError, "backend must be one of"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be between 0 and 1"),
+        ({"hardness": 1.0, "label_smoothing": 0.1}, ValueError, "cannot be combined"),
         ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
     ],
 )
 def test_modules_check_when_they_are_made(module, options, error, message):
     with pytest.raises(error, match=message):
         module(**options)
+
+
+def test_a_decoupled_module_takes_no_label_smoothing():
+    with pytest.raises(ValueError, match="label_smoothing needs decoupled=False"):
+        NTXent(decoupled=True, label_smoothing=0.1)
 
 
 def test_a_temperature_tensor_that_is_not_positive_shows_in_the_loss():

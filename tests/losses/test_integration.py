@@ -22,6 +22,15 @@ LOSSES = {
     "clip": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True),
     "queue": lambda a, b, t: info_nce(a, b, b.detach().flip(0), temperature=t),
     "per query": lambda a, b, t: info_nce(a, b, torch.stack([b, -b], 1), temperature=t),
+    "weights and smoothing": lambda a, b, t: nt_xent(
+        a,
+        b,
+        temperature=t,
+        ids=torch.arange(len(a)) // 2,
+        weights=torch.arange(len(a)) / 2,
+        label_smoothing=0.1,
+    ),
+    "hardness": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True, hardness=0.5),
     "reference": lambda a, b, t: nt_xent(a, b, temperature=t, backend="reference"),
 }
 
