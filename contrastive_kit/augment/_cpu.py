@@ -8,6 +8,7 @@ order, so that the hue, the dearest operation, is one call on a contiguous slice
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from contrastive_kit.augment.parameters import BRIGHTNESS, CONTRAST, HUE, SATURA
 _CHUNK_BYTES = 1_800_000
 # Up to so many pixels a crop is two products of small dense matrices for the whole chunk ...
 _CROP_TOGETHER = 48 * 48
-# ... and the colour operations of several samples share a call.
+# ... and the colour operations of several samples share a call, as does storing them, which for
+# larger samples is slower than one copy each.
 _JITTER_TOGETHER = 64 * 64
 # Beyond this many pixels a sample is a chunk, made in its place in the result.
 _ALONE = 128 * 128
@@ -113,7 +115,7 @@ def _render(
     images: Tensor | Sequence[Tensor], table: Tensor, settings: ViewSettings, out: Tensor
 ) -> None:
     rows = [_Row(number, values) for number, values in enumerate(table.tolist())]
-    rows.sort(key=lambda row: row.hue_place)
+    rows.sort(key=lambda row: (row.hue_place, row.gray))
     pixels = math.prod(settings.size)
     batch = None
     if isinstance(images, Tensor) and max(pixels, images.shape[2:].numel()) <= _CROP_TOGETHER:
@@ -133,7 +135,8 @@ def _render(
         numbers = [row.number for row in part]
         x = out[numbers[0] : numbers[0] + 1] if in_place else work.x[: len(part)]
         if batch is not None:
-            _crop_together(batch[[n % len(batch) for n in numbers]], table[numbers], x, settings)
+            sources = batch.index_select(0, torch.tensor(numbers) % len(batch))
+            _crop_together(sources, table[numbers], x, settings)
         else:
             _crop(images, part, x, work, settings)
         if images[0].dtype == torch.uint8:
@@ -146,7 +149,10 @@ def _render(
         elif jittered:
             _jitter_each(x[:jittered], part[:jittered], work, settings)
         _finish(x, part, work, settings)
-        if not in_place:
+        if pixels > _JITTER_TOGETHER and not in_place:
+            for number, sample in zip(numbers, x, strict=True):
+                out[number] = sample
+        elif not in_place:
             out.index_copy_(0, torch.tensor(numbers), x.to(out.dtype))
 
 
@@ -212,10 +218,8 @@ def _crop_together(sources: Tensor, table: Tensor, x: Tensor, settings: ViewSett
     options = (settings.interpolation, settings.antialias)
     rows = resize_matrix(p.box[:, 0], p.box[:, 2], height, settings.size[0], None, *options)
     columns = resize_matrix(p.box[:, 1], p.box[:, 3], width, settings.size[1], p.flip, *options)
-    lines = torch.empty(count, height, 3, width).copy_(sources.transpose(1, 2))
-    crops = torch.bmm(lines.view(count, height * 3, width), columns.mT)
-    crops = torch.bmm(rows, crops.view(count, height, -1))
-    x.copy_(crops.view(count, settings.size[0], 3, settings.size[1]).transpose(1, 2))
+    crops = torch.bmm(sources.float().reshape(count, 3 * height, width), columns.mT)
+    torch.matmul(rows[:, None], crops.view(count, 3, height, -1), out=x)
 
 
 def _jitter_each(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:
@@ -284,8 +288,8 @@ def _adjust(
         sample.clamp_(0, 1)
 
 
-def _gray(sample: Tensor, out: Tensor) -> Tensor:
-    red, green, blue = sample
+def _gray(x: Tensor, out: Tensor) -> Tensor:
+    red, green, blue = x.unbind(-3)
     torch.mul(red, GRAY_WEIGHTS[0], out=out)
     return out.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
 
@@ -323,14 +327,21 @@ def _hue(x: Tensor, rows: list[_Row], work: _Workspace) -> None:
 
 def _finish(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:
     """Grayscale, blur, solarize and normalise, in place."""
+    start = 0
+    for gray, run in groupby(rows, key=lambda row: row.gray):
+        stop = start + len(list(run))
+        if gray:
+            part = x[start:stop]
+            part.copy_(_gray(part, work.planes[0, : len(part)])[:, None])
+        start = stop
     threshold = settings.solarize_threshold
     for row, sample in zip(rows, x, strict=True):
-        result = _gray(sample, work.planes[0, 0])[None] if row.gray else sample
+        result = sample[:1] if row.gray else sample
         if row.blur and settings.kernel_size:
             result = _blur(result, row.sigma, work, settings)
         if row.solarize and threshold is not None:
             result = torch.where(result >= threshold, 1 - result, result)
-        if result is not sample:
+        if row.blur or row.solarize:
             sample.copy_(result)
     if settings.mean is not None and settings.std is not None:
         for channel, mean, std in zip(x.unbind(1), settings.mean, settings.std, strict=True):
