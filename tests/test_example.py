@@ -1,6 +1,5 @@
 """The reference training loop: its data, its files, its resume, and what it says to bad input."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -18,16 +17,15 @@ from PIL import Image
 SCRIPT = Path(__file__).parents[1] / "examples" / "simclr.py"
 CPU = torch.device("cpu")
 
+sys.path.insert(0, str(SCRIPT.parent))
+import simclr
+import simclr_data
+import simclr_pictures
+import simclr_session
+import simclr_settings
+from simclr_session import StopRequest
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("examples_simclr", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-simclr = load_script()
+WORLD = simclr_session.World(CPU)
 
 
 def make_image_folder(root, classes=("blue", "green", "red"), train=14, test=5, side=8):
@@ -57,7 +55,7 @@ def pictures():
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     if "pictures" not in request.fixturenames:
-        for name in ("plot_pairs", "plot_curve"):
+        for name in ("plot_pairs", "plot_curve", "plot_neighbours", "plot_map"):
             monkeypatch.setattr(simclr, name, lambda *_args: None)
 
 
@@ -119,21 +117,24 @@ def test_other_seeds_give_other_runs(root, tmp_path):
 def test_run_folder(root, tmp_path, capsys):
     run = tmp_path / "run"
     scores = simclr.main(options(root, out=run, epochs=2))
-    names = ["checkpoint.pt", "config.json", "curve.png", "encoder.pt", "pairs.png", "results.json"]
-    assert sorted(path.name for path in run.iterdir()) == names
-    for name in ("pairs.png", "curve.png"):
+    pictures = {"pairs.png", "curve.png", "neighbours.png", "map.png"}
+    others = {"checkpoint.pt", "config.json", "encoder.pt", "results.json"}
+    assert {path.name for path in run.iterdir()} == pictures | others
+    for name in pictures:
         assert np.asarray(Image.open(run / name)).std() > 10
     config = json.loads((run / "config.json").read_text())
     assert (config["seed"], config["size"], config["load_size"]) == (0, 8, 8)
     assert config["about"]["torch"] == torch.__version__
+    assert config["about"]["commit"] == simclr_session.git("rev-parse", "HEAD")
     results = json.loads((run / "results.json").read_text())
     assert results.pop("kNN settings") == {"k": 5, "temperature": 0.1}
+    assert results.pop("history") == checkpoint(run)["history"]
     assert list(results) == ["raw pixels", "random encoder", "SimCLR"]
     assert results["SimCLR"] == scores["SimCLR"]._asdict()
     history = checkpoint(run)["history"]
     assert [row["epoch"] for row in history] == [1, 2]
     assert all(0 < row["loss"] < math.log(15) + 10 for row in history)
-    assert all(0 <= row["contrastive_accuracy"] <= 1 for row in history)
+    assert all(0 <= row["accuracy"] <= 1 for row in history)
     assert history[-1]["knn"] == scores["SimCLR"].knn
     assert "random encoder" in capsys.readouterr().out
 
@@ -145,14 +146,15 @@ def test_both_views_go_through_the_encoder_in_one_forward(root, monkeypatch):
          "batch_size": 8, "knn_k": 5}
     )  # fmt: skip
     data = simclr.load_data(config, CPU, 0)
-    run = simclr.Run(config, CPU, steps=5)
+    run = simclr.Run(config, data, WORLD)
     calls = []
     run.encoder.register_forward_hook(lambda m, x, _: calls.append((m.training, len(x[0]))))
-    run.train_epoch(data.train)
+    run.train_epoch(StopRequest(None), lambda _: None)
     assert calls == [(True, 16)] * 5
     calls.clear()
     before = {key: value.clone() for key, value in run.encoder.state_dict().items()}
-    scores = simclr.evaluate(run.encoder, data, config, linear=True)
+    features = simclr.features_of(run.encoder, data, config, WORLD)
+    scores = simclr.score(features, config, linear=True)
     assert calls == [(False, 42), (False, 15)]
     assert_same(dict(run.encoder.state_dict()), before)
     mean, std = (torch.tensor(v)[:, None, None] for v in simclr.IMAGENET_NORMALIZATION)
@@ -174,7 +176,7 @@ def test_streamed_images_are_those_in_memory(root):
              "encoder": "convnet", "batch_size": 8, "knn_k": 5}  # fmt: skip
     kept = simclr.load_data(simclr.make_config(given), CPU, 2)
     streamed = simclr.load_data(simclr.make_config({**given, "stream": True}), CPU, 0)
-    assert isinstance(streamed.train, simclr.Streamed)
+    assert isinstance(streamed.train, simclr_data.Streamed)
     assert kept.classes == ["blue", "green", "red"]
     order = torch.randperm(42)
     for a, b in zip(kept.train.batches(order, 9), streamed.train.batches(order, 9), strict=True):
@@ -187,7 +189,7 @@ def test_images_of_any_size_and_mode_become_squares(root):
     folder = root / "train" / "red"
     Image.fromarray(np.full((40, 90), 200, np.uint8)).save(folder / "gray.png")
     Image.new("RGBA", (30, 70), (0, 100, 200, 255)).save(folder / "alpha.png")
-    files = simclr.ImageFiles([(str(folder / "gray.png"), 0), (str(folder / "alpha.png"), 1)], 24)
+    files = simclr_data.ImageFiles([(str(folder / "gray.png"), 0), (str(folder / "alpha.png"), 1)], 24)
     gray, _ = files[0]
     alpha, _ = files[1]
     assert gray.shape == alpha.shape == (3, 24, 24)
@@ -201,7 +203,7 @@ def test_photos_are_deterministic_and_need_no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     config = simclr.make_config({})
-    first, again = simclr.photo_patches(config), simclr.photo_patches(config)
+    first, again = simclr_data.photo_patches(config), simclr_data.photo_patches(config)
     assert_same(first, again)
     train, train_labels, test, test_labels, classes = first
     assert len(classes) == len(set(classes)) == 16
@@ -209,7 +211,7 @@ def test_photos_are_deterministic_and_need_no_network(monkeypatch):
     assert test.shape == (16 * 100, 3, 32, 32)
     assert train_labels.bincount().tolist() == [256] * 16
     assert test_labels.bincount().tolist() == [100] * 16
-    photos = simclr.load_photographs()
+    photos = simclr_data.load_photographs()
     corner = torch.from_numpy(photos[classes[3]][:32, :32]).permute(2, 0, 1)
     assert torch.equal(train[3 * 256], corner)
     corner = torch.from_numpy(photos[classes[3]][-32:, -32:]).permute(2, 0, 1)
@@ -224,8 +226,8 @@ def test_training_and_test_patches_share_no_pixel(monkeypatch, size):
         return np.stack([columns // 256, columns % 256, rows // 2], axis=2).astype(np.uint8)
 
     photos = {"even": photo(300, 452), "odd": photo(303, 385)}
-    monkeypatch.setattr(simclr, "load_photographs", lambda: photos)
-    train, train_labels, test, test_labels, _ = simclr.photo_patches(
+    monkeypatch.setattr(simclr_data, "load_photographs", lambda: photos)
+    train, train_labels, test, test_labels, _ = simclr_data.photo_patches(
         simclr.make_config({"size": size})
     )
     for i, name in enumerate(photos):
@@ -248,7 +250,7 @@ def test_cifar10_comes_from_torchvision(monkeypatch, tmp_path):
             self.data = np.full((count, 32, 32, 3), (7, 8, 9), np.uint8)
             self.targets = [0, 1] * (count // 2)
 
-    monkeypatch.setattr(simclr.torchvision.datasets, "CIFAR10", FakeCIFAR10)
+    monkeypatch.setattr(simclr_data.torchvision.datasets, "CIFAR10", FakeCIFAR10)
     given = {"data": "cifar10", "root": str(tmp_path), "batch_size": 8, "knn_k": 5}
     config = simclr.make_config({**given, "train_images": 20})
     assert (config.encoder, config.stem, config.epochs) == ("resnet18", "cifar", 100)
@@ -261,7 +263,7 @@ def test_cifar10_comes_from_torchvision(monkeypatch, tmp_path):
     def fail(*_args, **_options):
         raise RuntimeError("no route to host")
 
-    monkeypatch.setattr(simclr.torchvision.datasets, "CIFAR10", fail)
+    monkeypatch.setattr(simclr_data.torchvision.datasets, "CIFAR10", fail)
     with pytest.raises(simclr.UserError, match=r"cannot get CIFAR-10 .*no route"):
         simclr.load_data(config, CPU, 0)
 
@@ -277,7 +279,7 @@ def test_learning_rate_schedule():
 
 def test_normalisation_and_biases_are_not_decayed():
     config = simclr.make_config({"batch_size": 512})
-    encoder, head = simclr.build_model(config)
+    encoder, head = simclr.build_model(config, 2)
     decayed, free = simclr.build_optimizer(config, [encoder, head]).param_groups
     assert all(p.ndim > 1 for p in decayed["params"])
     assert all(p.ndim == 1 for p in free["params"])
@@ -331,7 +333,7 @@ def test_settings_that_do_not_fit_the_data(given, message):
 )
 def test_wrong_models(given, message):
     with pytest.raises(simclr.UserError, match=message):
-        simclr.build_model(simclr.make_config(given))
+        simclr.build_model(simclr.make_config(given), 2)
 
 
 def remove_all(folder):
@@ -430,7 +432,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(stopped, monkeypatch):
     def full(_file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(simclr.os, "fsync", full)
+    monkeypatch.setattr(simclr_session.os, "fsync", full)
     with pytest.raises(simclr.UserError, match=r"cannot write .*No space left.*unchanged"):
         simclr.main(["--resume", str(stopped), "--device", "cpu"])
     assert (stopped / "checkpoint.pt").read_bytes() == before
