@@ -25,9 +25,9 @@ def describe() -> dict[str, Any]:
     """Versions, machine, date and commit, as they are now."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD"),
         "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--", "contrastive_kit", "benchmarks/*.py")
+            output("git", "status", "--porcelain", "--", "contrastive_kit", "benchmarks/*.py")
         ),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -35,15 +35,19 @@ def describe() -> dict[str, Any]:
         "blas": "MKL" if torch.backends.mkl.is_available() else "other",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
         "load_average": round(os.getloadavg()[0], 2),
     }
 
 
-def _git(*arguments: str) -> str | None:
-    result = subprocess.run(
-        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+def output(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        result = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
     return result.stdout.strip() if result.returncode == 0 else None
 
 
@@ -56,7 +60,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
