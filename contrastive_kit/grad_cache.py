@@ -65,8 +65,8 @@ class GradCache:
     Raises:
         TypeError: ``encoder`` is not a module or ``chunk_size`` not an integer; an argument of the
             call is not a tensor where it must be.
-        ValueError: ``chunk_size`` below 1; arguments without rows or with different numbers of
-            them; results without a row for each sample.
+        ValueError: ``chunk_size`` below 1; DistributedDataParallel with a static graph; arguments
+            without rows or with different numbers of them; results without a row for each sample.
         RuntimeError: in the backward pass, if the second pass gives other embeddings or no
             gradient, or if it is asked for more than ``.grad`` of all parameters
             (``torch.autograd.grad``, ``create_graph=True``).
@@ -98,6 +98,11 @@ class GradCache:
             raise TypeError(f"chunk_size must be an integer, got {chunk_size!r}")
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if any(getattr(ddp, "static_graph", False) for ddp in _outermost_with("no_sync", encoder)):
+            raise ValueError(
+                "encoder must not be a DistributedDataParallel with static_graph=True, which "
+                "cannot leave gradients unreduced in its first backward"
+            )
         self.encoder = encoder
         self.chunk_size = chunk_size
         self._verified = False
@@ -282,7 +287,7 @@ class _Passes:
                             stack.enter_context(torch.autocast(**options))
                         leaves, _ = tree_flatten(self._encode_rows(chunk))
                     if self._first_results:
-                        self._verify(self._first_results[i], leaves)
+                        self._verify(i, leaves)
                     _backward(leaves, grads, rows, is_last)
                 for x, grad in zip(chunk, batch_grads, strict=True):
                     if grad is not None and x.grad is not None:
@@ -290,12 +295,14 @@ class _Passes:
         self._cache._verified = True
         return batch_grads
 
-    def _verify(self, first: list[Any], second: list[Any]) -> None:
-        """Raise unless a chunk of the second pass is that of the first."""
+    def _verify(self, i: int, second: list[Any]) -> None:
+        """Raise unless chunk ``i`` of the second pass is that of the first."""
         autocast = any(options["enabled"] for options in self._autocast)
-        for before, now in zip(first, second, strict=True):
-            if not isinstance(before, Tensor) or not _can_have_gradient(before):
+        first, last = self._first_results[i], self._first_results[-1]
+        for mine, of_last, now in zip(first, last, second, strict=True):
+            if not isinstance(mine, Tensor) or not _can_have_gradient(mine):
                 continue
+            before = mine if mine.ndim else of_last
             half = autocast or before.dtype in (torch.float16, torch.bfloat16)
             tolerance = _TOLERANCE_IN_HALF if half else _TOLERANCE
             difference = torch.linalg.vector_norm((now.detach() - before).float())
