@@ -133,7 +133,10 @@ def test_dtypes_of_keys_and_of_the_queue(dtype):
     queue = NegativeQueue(6, 9).to(dtype)
     queue(keys.float())
     assert queue.negatives().dtype == dtype
-    assert torch.equal(queue.negatives(), normalised(keys.float()).to(dtype))
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        queue.negatives().double(), normalised(keys.float()), rtol=rounding, atol=rounding
+    )
 
 
 def test_autocast_does_not_round_the_rows():
@@ -226,7 +229,7 @@ def test_bad_keys_are_refused_and_change_nothing(keys, error, message):
 
 def test_gathering_without_a_process_group_says_what_to_do():
     queue = NegativeQueue(4, 3, gather_distributed=True)
-    with pytest.raises(RuntimeError, match="torchrun .*init_process_group"):
+    with pytest.raises(RuntimeError, match=r"torchrun .*init_process_group"):
         queue(torch.randn(2, 4))
     assert len(queue) == 0
     assert queue.eval()(torch.randn(2, 4)).shape == (0, 4)

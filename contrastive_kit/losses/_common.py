@@ -3,15 +3,20 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrastive_kit._checks import check_choice, check_device, check_temperature
+from contrastive_kit.losses._gathered import check_gathering
 from contrastive_kit.losses._kept import kept_counts
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import BACKENDS, Exclusion, LogitStatistics, kept_logsumexp
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
@@ -163,10 +168,17 @@ def smoothed(
     return loss + torch.where(negative_counts == 0, 0, shift)
 
 
-def reduce(loss: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
+def reduce(
+    loss: Tensor,
+    reduction: str,
+    weights: Tensor | None = None,
+    weight_per_process: float | Tensor | None = None,
+) -> Tensor:
     """Mean, sum, or the losses (..., N) as they are; weighted by ``weights`` (N,), equation (14).
 
-    The mean is the sum of the weighted losses over that of the weights, 0 if they are all 0.
+    The mean is the sum of the weighted losses over that of the weights, 0 if they are all 0. Where
+    a batch is spread over processes the weights are those of an average process instead, so that
+    the mean over processes is the mean over the whole batch.
     """
     if weights is not None:
         loss = loss * weights.to(loss.dtype)
@@ -174,10 +186,14 @@ def reduce(loss: Tensor, reduction: str, weights: Tensor | None = None) -> Tenso
         return loss
     if reduction == "sum":
         return loss.sum()
-    if weights is None:
-        return loss.mean()
-    total = weights.to(loss.dtype).sum() * (loss.numel() // weights.numel())
-    return loss.sum() / torch.where(total == 0, 1, total)
+    if weight_per_process is None:
+        if weights is None:
+            return loss.mean()
+        weight_per_process = weights.to(loss.dtype).sum()
+    total = weight_per_process * (loss.numel() // loss.shape[-1])
+    if isinstance(total, Tensor):
+        total = torch.where(total == 0, 1, total)
+    return loss.sum() / total
 
 
 class TemperatureLoss(nn.Module):
@@ -196,6 +212,8 @@ class TemperatureLoss(nn.Module):
         *,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
+        gather_distributed: bool = False,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor):
@@ -205,6 +223,9 @@ class TemperatureLoss(nn.Module):
         )
         self.label_smoothing = label_smoothing
         self.hardness = hardness
+        check_gathering(gather_distributed, process_group)
+        self.gather_distributed = gather_distributed
+        self.process_group = process_group
         self.reduction = reduction
         self.backend = backend
         self.log_scale: nn.Parameter | None = None
@@ -236,7 +257,9 @@ class TemperatureLoss(nn.Module):
         learnable = ", learnable_temperature=True" if self.log_scale is not None else ""
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         hardness = f", hardness={self.hardness}" if self.hardness else ""
+        gathering = ", gather_distributed=True" if self.gather_distributed else ""
         return (
             f"temperature={float(torch.as_tensor(self.temperature).detach()):.4g}{learnable}"
-            f"{smoothing}{hardness}, reduction={self.reduction!r}, backend={self.backend!r}"
+            f"{smoothing}{hardness}{gathering}, reduction={self.reduction!r}, "
+            f"backend={self.backend!r}"
         )

@@ -1,5 +1,7 @@
 """InfoNCE: each query against its key and negatives; in both directions it is the loss of CLIP."""
 
+from typing import TYPE_CHECKING, TypedDict
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from contrastive_kit.losses._common import (
     softmax_loss,
     weighted_by_hardness,
 )
+from contrastive_kit.losses._gathered import gather_batch, several_processes
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import (
@@ -23,6 +26,9 @@ from contrastive_kit.ops import (
     row_statistics,
     scaled_unit_rows,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def info_nce(
@@ -38,6 +44,8 @@ def info_nce(
     hardness: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
+    gather_distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> LossOutput:
     r"""InfoNCE: cross entropy of finding the key of each query among negatives.
@@ -55,6 +63,7 @@ def info_nce(
         query: embeddings (N, D), any floating dtype, normalised here; N ≥ 2 without ``negatives``.
         key: embeddings (N, D); row i is the positive of row i of ``query``.
         negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query.
+            With K = 0 shared ones, as in a queue that is still empty, all losses are 0.
         temperature: τ > 0, or a tensor of one value, which then receives its gradient. The value
             of a tensor is not checked; if it is not positive the loss is NaN.
         symmetric: average with the loss of keys against queries, the loss of CLIP, from the same
@@ -72,7 +81,12 @@ def info_nce(
         reduction: "mean" (over both directions if ``symmetric``), "sum", or "none" for the losses
             (N,), or (2, N) if ``symmetric``: queries first, then keys.
         return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``, of
-            the softmax without weights, smoothing or hardness.
+            the softmax without weights, smoothing or hardness. Over the queries of this process.
+        gather_distributed: take the keys of all processes as negatives, and the queries too if
+            ``symmetric``. Exact after ``DistributedDataParallel``, also for batches of different
+            sizes: see ``nt_xent``, whose conventions these are. Not with ``negatives``: let
+            ``NegativeQueue`` gather.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``. Per-query negatives need no tiles: each
             is used once, and every backend computes them alike.
 
@@ -86,10 +100,13 @@ def info_nce(
         ValueError: for shapes or devices that do not match, fewer than two rows without
             ``negatives``, ``symmetric`` or ``ids`` with ``negatives``, a temperature that is not
             positive and finite, an option out of its range, ``label_smoothing`` with ``hardness``,
-            an unknown ``reduction`` or ``backend``.
+            an unknown ``reduction`` or ``backend``; on every process, for processes whose
+            embeddings differ in anything but their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group.
 
     Memory:
-        O((N + K)·D) and a few tiles; per-query negatives are an input of N·K·D.
+        O((N + K)·D) and a few tiles; per-query negatives are an input of N·K·D. With
+        ``gather_distributed`` N is the number of pairs of all processes.
 
     References:
         van den Oord et al., arXiv 1807.03748, equation 4; Radford et al., arXiv 2103.00020,
@@ -105,7 +122,8 @@ def info_nce(
         >>> info_nce(image, text, queue, temperature=1.0)  # log(e + 2 e^-1/2) - 1
         tensor(0.3690)
     """
-    _check_inputs(query, key, negatives, symmetric, ids)
+    gather = several_processes(gather_distributed, process_group)
+    _check_inputs(query, key, negatives, symmetric, ids, gather_distributed, 1 if gather else 2)
     if weights is not None:
         check_weights(weights, len(query), "query", query)
     check_options(
@@ -117,55 +135,76 @@ def info_nce(
     queries = scaled_unit_rows((query,), temperature)[0]
     keys = scaled_unit_rows((key,), temperature)[0]
     positive_logits = (queries * keys).sum(1)[None]
-    if negatives is not None and negatives.ndim == 3:
-        columns = scaled_unit_rows((negatives,), temperature)[0]
-        negative_lse, plain_lse, statistics = _per_query_logsumexp(
-            queries, columns, hardness, return_stats
-        )
-    else:
-        if negatives is None:
-            columns, exclusion = keys, Exclusion(n, ids)
-        else:
-            columns, exclusion = scaled_unit_rows((negatives,), temperature)[0], Exclusion()
-        negative_lse, plain_lse, statistics = negative_logsumexp(
-            queries,
-            columns,
-            exclusion=exclusion,
-            both=symmetric,
-            hardness=hardness,
-            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
-            statistics=return_stats,
-            backend=backend,
-        )
     if symmetric:
         positive_logits = positive_logits.repeat(1, 2)
+    # What queries, and keys if symmetric, are compared with.
+    columns = [keys, queries] if symmetric else [keys]
+    exclusion, weight_per_process = Exclusion(n, ids), None
+    if negatives is not None:
+        exclusion = Exclusion()
+        if len(negatives) == 0:
+            # One column, of which nothing is kept: a defined edge of everything below.
+            negatives, exclusion = query.new_zeros(1, query.shape[1]), _nothing(n, query.device)
+        columns = [scaled_unit_rows((negatives,), temperature)[0]]
+    elif gather:
+        batch = gather_batch(torch.stack(columns), ids, weights, process_group)
+        columns = [x.contiguous() for x in batch.rows.unbind(1)]
+        exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
+    directions = list(zip((queries, keys), columns, strict=False))
+
+    options = _Options(
+        exclusion=exclusion,
+        hardness=hardness,
+        bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+        statistics=return_stats,
+        backend=backend,
+    )
+    if columns[0].ndim == 3:
+        found = _per_query_logsumexp(queries, columns[0], hardness, return_stats)
+    elif symmetric and not gather:
+        found = negative_logsumexp(queries, keys, both=True, **options)
+    else:
+        found = _joined([negative_logsumexp(q, k, **options) for q, k in directions])
+    negative_lse, plain_lse, statistics = found
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
     if label_smoothing:
-        if columns.ndim == 3:
-            total = (queries * columns.sum(1)).sum(1)
-            counts = torch.full_like(total, columns.shape[1], dtype=torch.int64)
-        else:
-            total = (queries * kept_sums(n, columns, exclusion)).sum(1)
-            counts = kept_counts(n, len(columns), exclusion, queries.device)
-        if symmetric:
-            total = torch.cat([total, (keys * kept_sums(n, queries, exclusion)).sum(1)])
-            counts = counts.repeat(2)
-        per_anchor = smoothed(per_anchor, positive_logits, total, counts, label_smoothing)
-    loss = reduce(per_anchor.view(2, n) if symmetric else per_anchor, reduction, weights)
+        totals, counts = zip(*(_totals(q, k, exclusion) for q, k in directions), strict=True)
+        per_anchor = smoothed(
+            per_anchor, positive_logits, torch.cat(totals), torch.cat(counts), label_smoothing
+        )
+    losses = per_anchor.view(2, n) if symmetric else per_anchor
+    loss = reduce(losses, reduction, weights, weight_per_process)
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, plain_lse, statistics, temperature)
 
 
+class _Options(TypedDict):
+    exclusion: Exclusion
+    hardness: float
+    bound: float
+    statistics: bool
+    backend: str
+
+
+_Found = tuple[Tensor, Tensor, LogitStatistics | None]
+
+
 def _check_inputs(
-    query: Tensor, key: Tensor, negatives: Tensor | None, symmetric: bool, ids: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    symmetric: bool,
+    ids: Tensor | None,
+    gather_distributed: bool,
+    least: int,
 ) -> None:
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_alike("key", key, "query", query)
     n, d = query.shape
     if negatives is None:
-        if n < 2:
+        if n < least:
             raise ValueError(
                 "query must have at least 2 rows where no negatives are given, or there are none; "
                 f"got {n}"
@@ -175,6 +214,11 @@ def _check_inputs(
         return
     if symmetric:
         raise ValueError("symmetric=True takes no negatives: keys have no negatives of their own")
+    if gather_distributed:
+        raise ValueError(
+            "gather_distributed=True takes the keys of other processes as negatives; with "
+            "negatives given, leave it False and let NegativeQueue gather"
+        )
     if ids is not None:
         raise ValueError("ids tell which keys are no negatives; with negatives given, omit ids")
     if isinstance(negatives, Tensor) and negatives.ndim == 3:
@@ -185,7 +229,8 @@ def _check_inputs(
                 f"got {tuple(negatives.shape)}"
             )
     else:
-        check_embeddings("negatives", negatives)
+        if not (isinstance(negatives, Tensor) and negatives.shape == (0, d)):
+            check_embeddings("negatives", negatives)
         if negatives.shape[1] != d:
             raise ValueError(
                 f"negatives must have shape (K, {d}) to match query, got {tuple(negatives.shape)}"
@@ -195,7 +240,7 @@ def _check_inputs(
 
 def _per_query_logsumexp(
     queries: Tensor, negatives: Tensor, hardness: float, return_stats: bool
-) -> tuple[Tensor, Tensor, LogitStatistics | None]:
+) -> _Found:
     dtype = torch.promote_types(queries.dtype, negatives.dtype)
     with torch.autocast(queries.device.type, enabled=False):
         logits = torch.einsum("nd,nkd->nk", queries.to(dtype), negatives.to(dtype))
@@ -207,6 +252,36 @@ def _per_query_logsumexp(
     if return_stats:
         stats = LogitStatistics(*row_statistics(logits.detach(), plain.detach(), 1).unbind(0))
     return weighted, plain, stats
+
+
+def _joined(found: list[_Found]) -> _Found:
+    """Both directions one after the other."""
+    if len(found) == 1:
+        return found[0]
+    lse, plain, stats = zip(*found, strict=True)
+    statistics = None
+    if stats[0] is not None:
+        statistics = LogitStatistics(*(torch.cat(field) for field in zip(*stats, strict=True)))
+    return torch.cat(lse), torch.cat(plain), statistics
+
+
+def _totals(queries: Tensor, columns: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
+    """Sum of the logits of the negatives of each query, and how many they are."""
+    n, device = len(queries), queries.device
+    if columns.ndim == 3:
+        counts = torch.full((n,), columns.shape[1], device=device)
+        return (queries * columns.sum(1)).sum(1), counts
+    counts = kept_counts(n, len(columns), exclusion, device)
+    return (queries * kept_sums(n, columns, exclusion)).sum(1), counts
+
+
+def _nothing(n: int, device: torch.device) -> Exclusion:
+    """The rule that leaves out the one column there is, for all ``n`` rows."""
+    return Exclusion(
+        0,
+        torch.zeros(n, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
 
 
 class InfoNCE(TemperatureLoss):
@@ -221,6 +296,8 @@ class InfoNCE(TemperatureLoss):
             ``hardness``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.
         reduction: "mean", "sum" or "none".
+        gather_distributed: take the keys (and queries) of all processes as negatives.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``.
 
     Raises:
@@ -246,6 +323,8 @@ class InfoNCE(TemperatureLoss):
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
         reduction: str = "mean",
+        gather_distributed: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -255,6 +334,8 @@ class InfoNCE(TemperatureLoss):
             backend,
             label_smoothing=label_smoothing,
             hardness=hardness,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
         )
         self.symmetric = symmetric
 
@@ -282,6 +363,8 @@ class InfoNCE(TemperatureLoss):
             hardness=self.hardness,
             reduction=self.reduction,
             return_stats=return_stats,
+            gather_distributed=self.gather_distributed,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

@@ -1,6 +1,7 @@
 """NT-Xent, the loss of SimCLR: each view of an image against all views of all others."""
 
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,13 @@ from contrastive_kit.losses._common import (
     smoothed,
     softmax_loss,
 )
+from contrastive_kit.losses._gathered import gather_batch, several_processes
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import Exclusion, scaled_unit_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def nt_xent(
@@ -33,6 +38,8 @@ def nt_xent(
     hardness: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
+    gather_distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> LossOutput:
     r"""NT-Xent, the normalised temperature-scaled cross entropy of SimCLR.
@@ -70,7 +77,14 @@ def nt_xent(
         reduction: "mean" or "sum" over the V·N anchors, or "none" for the losses (V, N): entry
             (v, i) has row i of view v as its anchor.
         return_stats: also return ``ContrastiveStats``, of the softmax without weights, smoothing
-            or hardness. It costs a second pass over each tile.
+            or hardness, over the anchors of this process. It costs a second pass over each tile.
+        gather_distributed: take the images of all processes as negatives. The anchors are those
+            of this process. "mean" is then the share of this process: the sum of its losses over
+            the mean number of anchors (or sum of weights) of a process, so that the mean over
+            processes, which ``DistributedDataParallel`` takes of the gradients, is that of the
+            whole batch, exactly, also for batches of different sizes. A learnable temperature
+            belongs in a ``DistributedDataParallel`` too. "sum" and "none" are of the own anchors.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``.
 
     Returns:
@@ -82,10 +96,13 @@ def nt_xent(
             integers.
         ValueError: for shapes or devices that do not match, fewer than two rows, a temperature
             that is not positive and finite, an option out of its range or next to one it cannot
-            be combined with, an unknown ``reduction`` or ``backend``.
+            be combined with, an unknown ``reduction`` or ``backend``; on every process, for
+            processes whose embeddings differ in anything but their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group.
 
     Memory:
-        O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``).
+        O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``). With
+        ``gather_distributed`` N is the number of images of all processes.
 
     References:
         Chen et al., A Simple Framework for Contrastive Learning of Visual Representations,
@@ -104,7 +121,8 @@ def nt_xent(
         check_embeddings(name, view)
         check_alike(name, view, "z1", z1)
     n = len(z1)
-    if n < 2:
+    gather = several_processes(gather_distributed, process_group)
+    if n < 2 and not gather:
         raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
     if ids is not None:
         check_ids("ids", ids, n, "z1", z1)
@@ -118,9 +136,15 @@ def nt_xent(
     views_of_rows = scaled_unit_rows(views, temperature)
     positive_logits = _positive_logits(views_of_rows)
     rows = views_of_rows.flatten(0, 1)
+    columns, weight_per_process = None, None
     exclusion = Exclusion(n, None if ids is None else ids.repeat(len(views)))
+    if gather:
+        batch = gather_batch(views_of_rows, ids, weights, process_group)
+        columns, weight_per_process = batch.rows.flatten(0, 1), batch.weight_per_process
+        exclusion = batch.exclusion(len(views), len(views))
     negative_lse, plain_lse, statistics = negative_logsumexp(
         rows,
+        columns,
         exclusion=exclusion,
         hardness=hardness,
         bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
@@ -129,10 +153,11 @@ def nt_xent(
     )
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
     if label_smoothing:
-        negative_total = (rows * kept_sums(len(rows), rows, exclusion)).sum(1)
-        counts = kept_counts(len(rows), len(rows), exclusion, rows.device)
+        candidates = rows if columns is None else columns
+        negative_total = (rows * kept_sums(len(rows), candidates, exclusion)).sum(1)
+        counts = kept_counts(len(rows), len(candidates), exclusion, rows.device)
         per_anchor = smoothed(per_anchor, positive_logits, negative_total, counts, label_smoothing)
-    loss = reduce(per_anchor.view(len(views), n), reduction, weights)
+    loss = reduce(per_anchor.view(len(views), n), reduction, weights, weight_per_process)
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, plain_lse, statistics, temperature)
@@ -173,6 +198,8 @@ class NTXent(TemperatureLoss):
             ``decoupled`` or ``hardness``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.
         reduction: "mean", "sum" or "none".
+        gather_distributed: take the images of all processes as negatives.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``.
 
     Raises:
@@ -200,6 +227,8 @@ class NTXent(TemperatureLoss):
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
         reduction: str = "mean",
+        gather_distributed: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -209,6 +238,8 @@ class NTXent(TemperatureLoss):
             backend,
             label_smoothing=label_smoothing,
             hardness=hardness,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
         )
         _check_decoupled(decoupled, label_smoothing)
         self.decoupled = decoupled
@@ -236,6 +267,8 @@ class NTXent(TemperatureLoss):
             hardness=self.hardness,
             reduction=self.reduction,
             return_stats=return_stats,
+            gather_distributed=self.gather_distributed,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

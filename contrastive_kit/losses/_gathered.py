@@ -1,0 +1,67 @@
+"""The batch of all processes, which the anchors of one process are compared with."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
+from contrastive_kit.ops import Exclusion
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class GatheredBatch(NamedTuple):
+    """What a process needs of the images of all processes, in order of rank.
+
+    Attributes:
+        rows: (N, V, D), the V rows of each image.
+        ids: integers (N,), the id of each image; its number where no ids were given.
+        own_ids: (n,), those of the images of this process.
+        weight_per_process: what the mean divides by for each loss of an image: the mean over
+            processes of their number of images, or of the sum of their weights, which is a tensor.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    own_ids: Tensor
+    weight_per_process: float | Tensor
+
+    def exclusion(self, own_views: int, views: int) -> Exclusion:
+        """Pairs of equal id, for ``own_views`` blocks of rows against interleaved ``views``."""
+        return Exclusion(0, self.own_ids.repeat(own_views), self.ids.repeat_interleave(views))
+
+
+def check_gathering(gather_distributed: bool, group: "ProcessGroup | None") -> None:
+    """Raise if a process group is given that would not be used."""
+    if group is not None and not gather_distributed:
+        raise ValueError("process_group is used only with gather_distributed=True")
+
+
+def several_processes(gather_distributed: bool, group: "ProcessGroup | None") -> bool:
+    """Whether there are processes to gather from; raises where there cannot be any."""
+    check_gathering(gather_distributed, group)
+    return gather_distributed and rank_and_size(group)[1] > 1
+
+
+def gather_batch(
+    rows: Tensor, ids: Tensor | None, weights: Tensor | None, group: "ProcessGroup | None"
+) -> GatheredBatch:
+    """Gather ``rows`` (V, n, D) in one collective, and ids and weights (n,) if there are any."""
+    images = rows.transpose(0, 1)
+    settings = ", ".join(
+        f"{name} {'none' if x is None else x.dtype}"
+        for name, x in (("ids", ids), ("weights", weights))
+    )
+    counts = row_counts(images, group, settings=settings)
+    rank, size = rank_and_size(group)
+    if ids is None:
+        everyones_ids = torch.arange(sum(counts), device=rows.device)
+        own_ids = everyones_ids[sum(counts[:rank]) :][: counts[rank]]
+    else:
+        everyones_ids, own_ids = gather_rows(ids, group, counts), ids
+    weight: float | Tensor = float(sum(counts))
+    if weights is not None:
+        weight = gather_rows(weights.to(rows.dtype), group, counts).sum()
+    return GatheredBatch(gather_rows(images, group, counts), everyones_ids, own_ids, weight / size)
