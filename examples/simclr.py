@@ -603,7 +603,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
             scores = finish(run, folder)
     except KeyboardInterrupt:
         kept = (
-            f"what was saved is kept: {way_back(folder)}" if save.path.exists() else "no training"
+            f"what was saved is kept: {way_back(folder)}"
+            if save.path.exists()
+            else "nothing had been learnt"
         )
         raise UserError(f"interrupted; {kept}") from None
     world.leave()

@@ -1,8 +1,11 @@
 """The reference training loop: its data, its files, its resume, and what it says to bad input."""
 
+import importlib
 import json
 import math
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,14 +21,12 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "simclr.py"
 CPU = torch.device("cpu")
 
 sys.path.insert(0, str(SCRIPT.parent))
-import simclr
-import simclr_data
-import simclr_pictures
-import simclr_session
-import simclr_settings
-from simclr_session import StopRequest
+simclr, simclr_data, simclr_session, simclr_settings = map(
+    importlib.import_module, ("simclr", "simclr_data", "simclr_session", "simclr_settings")
+)
 
 WORLD = simclr_session.World(CPU)
+pytestmark = pytest.mark.filterwarnings("ignore:.*TorchCodec:DeprecationWarning")
 
 
 def make_image_folder(root, classes=("blue", "green", "red"), train=14, test=5, side=8):
@@ -64,11 +65,14 @@ def options(root, **changes):
         "data": "imagefolder", "root": root, "size": 8, "encoder": "convnet", "epochs": 4,
         "batch_size": 8, "eval_every": 1, "knn_k": 5, "workers": 0, "device": "cpu", **changes,
     }  # fmt: skip
-    return [
-        text
-        for name, value in given.items()
-        for text in ([simclr.flag(name)] if value is True else [simclr.flag(name), str(value)])
-    ]
+    texts = []
+    for name, value in given.items():
+        flag = simclr.flag(name)
+        if isinstance(value, bool):
+            texts += [flag if value else flag.replace("--", "--no-", 1)]
+        else:
+            texts += [flag, str(value)]
+    return texts
 
 
 def checkpoint(run):
@@ -104,6 +108,31 @@ def test_two_and_two_epochs_are_four_bit_for_bit(root, tmp_path, changes):
     assert_same(checkpoint(parts), checkpoint(whole))
     weights = torch.load(parts / "encoder.pt", weights_only=True)
     assert_same(weights, checkpoint(parts)["encoder"])
+
+
+class StopAtThirdStepOfEpochTwo(simclr.StopRequest):
+    """Asked once after each of the 5 steps of an epoch."""
+
+    asked = 0
+
+    def __bool__(self):
+        self.asked += 1
+        return self.asked >= 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"stream": True, "norm": "group", "chunk_size": 3}])
+def test_a_stop_within_an_epoch_changes_nothing(root, tmp_path, changes, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = simclr.main(options(root, out=whole, **changes))
+    with monkeypatch.context() as patch:
+        patch.setattr(simclr, "StopRequest", StopAtThirdStepOfEpochTwo)
+        assert simclr.main(options(root, out=parts, **changes)) is None
+    assert "stopped in epoch 2 after 3 of 5 steps (time is up)" in capsys.readouterr().out
+    state = checkpoint(parts)
+    assert (state["step"], len(state["history"])) == (3, 1)
+    torch.manual_seed(1234)
+    assert simclr.main(["--resume", str(parts), "--device", "cpu", "--workers", "0"]) == expected
+    assert_same(checkpoint(parts), checkpoint(whole))
 
 
 def test_other_seeds_give_other_runs(root, tmp_path):
@@ -149,7 +178,7 @@ def test_both_views_go_through_the_encoder_in_one_forward(root, monkeypatch):
     run = simclr.Run(config, data, WORLD)
     calls = []
     run.encoder.register_forward_hook(lambda m, x, _: calls.append((m.training, len(x[0]))))
-    run.train_epoch(StopRequest(None), lambda _: None)
+    run.train_epoch(simclr.StopRequest(None), lambda _: None)
     assert calls == [(True, 16)] * 5
     calls.clear()
     before = {key: value.clone() for key, value in run.encoder.state_dict().items()}
@@ -189,7 +218,9 @@ def test_images_of_any_size_and_mode_become_squares(root):
     folder = root / "train" / "red"
     Image.fromarray(np.full((40, 90), 200, np.uint8)).save(folder / "gray.png")
     Image.new("RGBA", (30, 70), (0, 100, 200, 255)).save(folder / "alpha.png")
-    files = simclr_data.ImageFiles([(str(folder / "gray.png"), 0), (str(folder / "alpha.png"), 1)], 24)
+    files = simclr_data.ImageFiles(
+        [(str(folder / "gray.png"), 0), (str(folder / "alpha.png"), 1)], 24
+    )
     gray, _ = files[0]
     alpha, _ = files[1]
     assert gray.shape == alpha.shape == (3, 24, 24)
@@ -336,6 +367,166 @@ def test_wrong_models(given, message):
         simclr.build_model(simclr.make_config(given), 2)
 
 
+def test_recipes_are_complete_and_have_their_published_settings():
+    names = {path.stem for path in simclr_settings.RECIPES.glob("*.toml")}
+    assert names >= {"photos", "cifar10_resnet18", "cifar10_resnet18_1000", "imagenet_resnet50"}
+    for name in names:
+        config = simclr.make_config(
+            {"recipe": name, "root": "somewhere"} if name != "photos" else {}
+        )
+        assert config.recipe == name
+    assert simclr.make_config({}) == simclr_settings.Config(warmup_epochs=1.0)
+    cifar = simclr.make_config({"recipe": "cifar10_resnet18"})
+    assert (cifar.stem, cifar.temperature, cifar.batch_size, cifar.strength) == (
+        "cifar", 0.5, 512, 0.5,
+    )  # fmt: skip
+    assert "blur" not in cifar.augment
+    longer = simclr.make_config({"recipe": "cifar10_resnet18_1000"})
+    assert (longer.epochs, longer.lr, longer.temperature) == (1000, 0.03, 0.5)
+    paper = simclr.make_config({"recipe": "imagenet_resnet50", "root": "x", "epochs": 1000})
+    assert (paper.optimizer, paper.weight_decay, paper.temperature) == ("lars", 1e-6, 0.1)
+    assert (paper.epochs, paper.warmup_epochs, paper.load_size) == (1000, 10, 256)
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('base = "cifar10_resnet18"\nlr = 1\naugment = ["crop"]\n')
+    config = simclr.make_config({"recipe": str(recipe), "batch_size": 64, "amp": False})
+    assert (config.encoder, config.lr, config.augment) == ("resnet18", 1.0, ("crop",))
+    assert (config.batch_size, config.amp) == (64, False)
+    given, _ = simclr.parse(["--recipe", str(recipe), "--augment", "crop", "blur", "--no-amp"])
+    assert simclr.make_config(given).augment == ("crop", "blur")
+    assert simclr.make_config(simclr.parse(["--augment"])[0]).augment == ()
+
+
+def test_a_recipe_on_other_data():
+    given = {"recipe": "cifar10_resnet18", "data": "imagefolder", "root": "images"}
+    config = simclr.make_config(given)
+    assert (config.encoder, config.load_size, config.root) == ("resnet18", 32, "images")
+    with pytest.raises(simclr.UserError, match="needs --root"):
+        simclr.make_config({"recipe": "cifar10_resnet18", "data": "imagefolder"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "keys that are no settings: epoch"),
+        ('recipe = "photos"', "keys that are no settings: recipe"),
+        ('epochs = "3"', "epochs in .* must be a int, got '3'"),
+        ("epochs = true", "epochs in .* must be a int, got True"),
+        ("epochs = 0", "--epochs must be at least 1"),
+        ('optimizer = "adam"', "--optimizer must be one of adamw, sgd, lars; got adam"),
+        ('augment = ["crop", "cut"]', "--augment must be one of crop, .*; got cut"),
+        ("crop_min = 1.5", "--crop-min must be at most 1, got 1.5"),
+        ("epochs = ", "is no TOML file"),
+        ('base = "nonesuch"', "--recipe must be a .toml file or one of .*photos.*; got nonesuch"),
+    ],
+)
+def test_wrong_recipes(tmp_path, text, message):
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text(text)
+    with pytest.raises(simclr.UserError, match=message):
+        simclr.make_config({"recipe": str(recipe)})
+
+
+def peak_lr(**given):
+    config = simclr.make_config(given)
+    model = simclr.build_model(config, 2)
+    return simclr.build_optimizer(config, model).param_groups[0]["lr"]
+
+
+def test_both_rules_of_the_learning_rate_agree_at_batch_4096_alone():
+    """T29."""
+    linear = {"recipe": "imagenet_resnet50", "root": "x", "encoder": "convnet"}
+    root = {**linear, "lr_rule": "sqrt", "lr": 0.075}
+    assert peak_lr(**linear) == pytest.approx(4.8)
+    assert peak_lr(**root) == pytest.approx(4.8)
+    assert peak_lr(**linear, batch_size=256) == pytest.approx(0.3)
+    assert peak_lr(**root, batch_size=256) == pytest.approx(1.2)
+
+
+def test_lars_adapts_weights_and_leaves_biases_and_normalisation_to_sgd():
+    """T28: the first step, from the formula in the recipe."""
+    pytest.importorskip("timm")
+    config = simclr.make_config({"optimizer": "lars", "lr": 0.5, "weight_decay": 0.01})
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 3).double()
+    optimizer = simclr.build_optimizer(config, [layer])
+    weight, bias = (p.detach().clone() for p in (layer.weight, layer.bias))
+    layer(torch.ones(2, 5, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    gradient = layer.weight.grad
+    trust = 0.001 * weight.norm() / (gradient.norm() + 0.01 * weight.norm() + 1e-8)
+    expected = weight - 0.5 * trust * (gradient + 0.01 * weight)
+    torch.testing.assert_close(layer.weight.detach(), expected)
+    torch.testing.assert_close(layer.bias.detach(), bias - 0.5 * layer.bias.grad)
+
+
+@pytest.mark.parametrize("left_out", [None, "crop", "flip", "jitter", "gray", "blur"])
+def test_each_transform_can_be_left_out(left_out):
+    """And T47: the two views of an image differ."""
+    names = ("crop", "flip", "jitter", "gray", "blur")
+    config = simclr.make_config({"augment": tuple(n for n in names if n != left_out), "size": 32})
+    augment = simclr.build_augment(config, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    (first, second), params = augment(images, return_params=True)
+    assert not torch.equal(first, second)
+    drawn = simclr_params(params)
+    for name in names:
+        assert (drawn[name] == 0) == (name == left_out), name
+    nothing = simclr.build_augment(simclr.make_config({"augment": ()}))
+    for view in nothing(images):
+        torch.testing.assert_close(view, images / 255)
+
+
+def simclr_params(params):
+    """How many of the views are cropped, mirrored, …."""
+    from contrastive_kit.augment.parameters import unpack
+
+    drawn = unpack(params)
+    return {
+        "crop": int((drawn.box[..., 2:] < 31).any(-1).sum()),
+        "flip": int(drawn.flip.sum()),
+        "jitter": int(drawn.jitter.sum()),
+        "gray": int(drawn.grayscale.sum()),
+        "blur": int(drawn.blur.sum()),
+    }
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_heads_and_the_evaluation_of_z(root, tmp_path, layers):
+    scores = simclr.main(
+        options(root, out=tmp_path / "run", epochs=1, head_layers=layers, eval_z=True)
+    )
+    assert list(scores) == ["raw pixels", "random encoder", "SimCLR", "SimCLR, z"]
+    assert (scores["SimCLR"] == scores["SimCLR, z"]) == (layers == 0)
+
+
+def test_the_supervised_comparison_learns_the_labels(root, tmp_path):
+    run = tmp_path / "run"
+    changes = {"supervised": True, "epochs": 12, "augment": "flip", "eval_every": 12}
+    scores = simclr.main(options(root, out=run, baselines=False, **changes))
+    history = checkpoint(run)["history"]
+    assert history[0]["loss"] > 0.9
+    assert history[-1]["loss"] < 0.7
+    assert list(scores) == ["supervised"]
+
+
+def loss_curve(root, out, **changes):
+    simclr.main(options(root, out=out, baselines=False, epochs=3, norm="group", **changes))
+    return [row["loss"] for row in checkpoint(out)["history"]]
+
+
+def test_a_batch_of_16_chunks_has_the_loss_curve_of_the_whole(tmp_path):
+    root = make_image_folder(tmp_path / "images", train=43)
+    whole = loss_curve(root, tmp_path / "whole", batch_size=64)
+    chunked = loss_curve(root, tmp_path / "chunked", batch_size=64, chunk_size=4)
+    assert chunked == pytest.approx(whole, rel=1e-5)
+    assert abs(whole[0] - whole[-1]) > 1e-3
+    # the small batch alone is another objective
+    assert loss_curve(root, tmp_path / "small", batch_size=4) != pytest.approx(whole, rel=0.1)
+
+
 def remove_all(folder):
     for path in folder.iterdir():
         path.unlink()
@@ -453,13 +644,136 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(stopped, monkeypatch):
     assert (stopped / "checkpoint.pt").read_bytes() == before
 
 
-def test_interruption_names_the_way_back(stopped, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(stopped, monkeypatch):
+    before = (stopped / "checkpoint.pt").read_bytes()
+
+    def spoil(run, *_args):
+        with torch.no_grad():
+            next(run.encoder.parameters())[0, 0] = math.nan
+        return True
+
+    monkeypatch.setattr(simclr.Run, "train_epoch", spoil)
+    with pytest.raises(simclr.UserError, match="the weights are not finite in epoch 2"):
+        simclr.main(["--resume", str(stopped), "--device", "cpu"])
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_image_that_breaks_in_the_course_of_training(tmp_path, monkeypatch):
+    """The steps before it are saved; once it is repaired, the run goes on as it would have."""
+    root = make_image_folder(tmp_path / "images")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = simclr.main(options(root, out=whole, stream=True))
+    steps = []
+
+    def step(run, images, make_views=simclr.Run.make_views):
+        steps.append(1)
+        if len(steps) == 7:
+            for path in (root / "train").rglob("*.png"):
+                path.rename(path.with_suffix(".kept"))
+                path.write_text("no image")
+        return make_views(run, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simclr.Run, "make_views", step)
+        with pytest.raises(simclr.UserError, match=r"cannot read .*the run is saved: .*--resume"):
+            simclr.main(options(root, out=broken, stream=True))
+    assert checkpoint(broken)["step"] == 2
+    for path in (root / "train").rglob("*.kept"):
+        path.rename(path.with_suffix(".png"))
+    assert simclr.main(["--resume", str(broken), "--device", "cpu", "--workers", "0"]) == expected
+    assert_same(checkpoint(broken), checkpoint(whole))
+
+
+def test_interruption_names_the_way_back(stopped, root, tmp_path, monkeypatch):
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simclr.Run, "train_epoch", interrupt)
+    monkeypatch.setattr(simclr, "finish", interrupt)
     with pytest.raises(simclr.UserError, match=r"interrupted; .*--resume"):
         simclr.main(["--resume", str(stopped), "--device", "cpu"])
+    assert len(checkpoint(stopped)["history"]) == 2
+    monkeypatch.setattr(simclr, "begin", interrupt)
+    with pytest.raises(simclr.UserError, match="interrupted; nothing had been learnt"):
+        simclr.main(options(root, out=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit(root, tmp_path, number, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = simclr.main(options(root, out=whole))
+    steps = []
+
+    def step(run, images, make_views=simclr.Run.make_views):
+        steps.append(1)
+        if len(steps) == 7:
+            os.kill(os.getpid(), number)
+        return make_views(run, images)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(simclr.Run, "make_views", step)
+        with pytest.raises(SystemExit) as stopped:
+            simclr.main(options(root, out=parts))
+    assert stopped.value.code == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    said = capsys.readouterr().out
+    assert f"epoch 2 after 2 of 5 steps ({number.name}); continue with --resume {parts}" in said
+    assert simclr.main(["--resume", str(parts), "--device", "cpu", "--workers", "0"]) == expected
+    assert_same(checkpoint(parts), checkpoint(whole))
+
+
+def test_a_second_signal_acts_at_once():
+    with simclr.StopRequest(None) as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_the_clock_stops_a_run_in_stages(root, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert simclr.main(options(root, out=run, minutes=1e-6)) is None
+    assert "epoch 1 after 1 of 5 steps (time is up); continue with" in capsys.readouterr().out
+    assert not (run / "results.json").exists()
+    assert simclr.main(["--resume", str(run), "--device", "cpu", "--workers", "0"]) is not None
+
+
+def test_a_process_that_is_told_to_end_leaves_a_run_to_resume(tmp_path):
+    small = ("--size", 16, "--train-images", 256, "--batch-size", 32, "--epochs", 500)
+    arguments = (*small, "--no-baselines", "--device", "cpu", "--out", "run")
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stdout.readline, "")
+        assert any(line.startswith("epoch    1") for line in lines)
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert "(SIGTERM); continue with --resume run" in said
+    assert len(checkpoint(tmp_path / "run")["history"]) >= 1
+
+
+def test_long_epochs_are_saved_within(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(simclr, "LOOK_EVERY", 2)
+    steps = []
+    monkeypatch.setattr(
+        simclr,
+        "write_atomically",
+        lambda path, write: steps.append(write.args[0]["step"]) if path.suffix == ".pt" else None,
+    )
+    changes = {"save_minutes": 1e-9, "stop_after": 2, "baselines": False, "eval_every": 4}
+    simclr.main(options(root, out=tmp_path / "run", **changes))
+    assert steps == [0, 2, 4, 0, 2, 4, 0]
+
+
+def test_tensorboard(root, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    simclr.main(options(root, out=run, epochs=2, tensorboard=True))
+    written = events.EventAccumulator(str(run / "tensorboard")).Reload()
+    assert {"loss", "accuracy", "knn", "images per second"} <= set(written.Tags()["scalars"])
+    losses = [event.value for event in written.Scalars("loss")]
+    assert losses == pytest.approx([row["loss"] for row in checkpoint(run)["history"]])
 
 
 def test_wrong_session():
