@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contrastive_kit._dtypes import compute_dtype
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -105,7 +107,7 @@ def extract_features(
                 x = images.to(device, non_blocking=True)
                 h = encoder(x.to(dtype) / 255 if x.dtype == torch.uint8 else x)
                 # A copy: an encoder may return its input, and a loader may reuse that.
-                features.append(h.to(_compute_dtype(h), copy=True))
+                features.append(h.to(compute_dtype(h), copy=True))
                 labels.append(batch_labels.to(h.device))
     finally:
         for module, mode in training:
@@ -127,6 +129,7 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
     chunk_size: int = 1024,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
 ) -> KNNResult:
     r"""Accuracy of a weighted nearest-neighbour classifier under cosine similarity.
 
@@ -144,6 +147,8 @@ def knn_accuracy(
         temperature: τ > 0.
         chunk_size: Test samples at a time. Memory is ``chunk_size`` · (N + number of classes)
             floats beside the features.
+        progress: ``tqdm``, or what else iterates over a sequence and shows how far it is; here
+            over the chunks.
 
     Returns:
         ``KNNResult`` with the accuracy in [0, 1], ``k`` and ``temperature``.
@@ -183,9 +188,9 @@ def knn_accuracy(
     bank = _unit_rows(train_features)
     classes, targets = torch.unique(train_labels, return_inverse=True)
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
-    for queries, labels in zip(
-        torch.split(test_features, chunk_size), torch.split(test_labels, chunk_size), strict=True
-    ):
+    split = (torch.split(x, chunk_size) for x in (test_features, test_labels))
+    chunks = list(zip(*split, strict=True))
+    for queries, labels in chunks if progress is None else progress(chunks):
         similarity = _unit_rows(queries) @ bank.T
         nearest, index = similarity.topk(k, dim=1)
         # relative to the nearest neighbour, or a small temperature overflows
@@ -207,6 +212,7 @@ def linear_probe(
     validation_fraction: float = 0.2,
     max_iter: int = 100,
     seed: int = 0,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
 ) -> LinearProbeResult:
     r"""Accuracy of a multinomial logistic regression on frozen features.
 
@@ -233,6 +239,8 @@ def linear_probe(
             used with a single λ.
         max_iter: L-BFGS iterations per fit; a fit that reaches it is stopped early.
         seed: Seed of the split.
+        progress: ``tqdm``, or what else iterates over a sequence and shows how far it is; here
+            over the values of λ.
 
     Returns:
         ``LinearProbeResult`` with the accuracy in [0, 1], the chosen λ and the validation
@@ -290,7 +298,7 @@ def linear_probe(
             )
         part, part_targets = train[fitted], targets[fitted]
         layer = None
-        for value in path:
+        for value in path if progress is None else progress(path):
             layer = _fit(part, part_targets, len(classes), value, max_iter=max_iter, start=layer)
             hits = layer(train[held_out]).argmax(dim=1) == targets[held_out]
             validation_accuracy[value] = hits.double().mean().item()
@@ -347,14 +355,10 @@ def _fit(
 
 def _prepared(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets detached, in float64 if one of them is and in float32 otherwise."""
-    dtype = _compute_dtype(train, test)
+    dtype = compute_dtype(train, test)
     # an inference tensor cannot take part in the probe's training; its copy can
     train, test = (x.clone() if x.is_inference() else x.detach() for x in (train, test))
     return train.to(dtype), test.to(dtype)
-
-
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _unit_rows(features: Tensor) -> Tensor:

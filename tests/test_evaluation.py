@@ -354,3 +354,22 @@ def test_a_double_precision_encoder_takes_uint8_images():
     images = torch.randint(0, 256, (5, 3, 2, 2), dtype=torch.uint8)
     features, _ = extract_features(encoder, [(images, torch.arange(5))])
     assert features.dtype == torch.float64
+
+
+def test_progress_is_shown_over_chunks_and_penalties():
+    x, y = gaussian_classes(60, 4, 3, seed=0)
+    seen = []
+
+    def progress(sequence):
+        for item in sequence:
+            seen.append(item)
+            yield item
+            assert len(seen) <= len(sequence)
+
+    plain = knn_accuracy(x, y, x, y, k=5)
+    assert knn_accuracy(x, y, x, y, k=5, chunk_size=25, progress=progress) == plain
+    assert [len(queries) for queries, _ in seen] == [25, 25, 10]
+    seen.clear()
+    plain = linear_probe(x, y, x, y, l2=[0.1, 1.0])
+    assert linear_probe(x, y, x, y, l2=[0.1, 1.0], progress=progress) == plain
+    assert seen == [1.0, 0.1]

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from contrastive_kit import reference
 from contrastive_kit._checks import check_choice
+from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.ops._exclusion import Exclusion
 from contrastive_kit.ops._registered import KeptLogSumExp
 from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
-from contrastive_kit.ops._unit_rows import compute_dtype
 
 
 class Backend(NamedTuple):

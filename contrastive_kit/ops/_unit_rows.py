@@ -5,12 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.ops._differentiable_once import differentiable_once
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32: half precision is never computed in."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
