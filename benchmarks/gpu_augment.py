@@ -31,7 +31,8 @@ NOTES = {
     KORNIA_RESAMPLE: 'the same with `cropping_mode="resample"`',
 }
 
-_SAMPLES_OF_MEAN = 0.05
+# A level of uint8, amplified a little.
+_MEAN_DIFFERENCE = 5e-3
 
 
 class Case(NamedTuple):
@@ -185,8 +186,8 @@ def _judge_pixels(augment: SimCLRAugment, images: Tensor, table: Tensor, expecte
 def _judge_difference(actual: Tensor, expected: Tensor) -> None:
     """A crop of uint8 images may round to the neighbouring level, the colours amplify that."""
     mean = float((actual - expected).abs().mean())
-    if not mean <= 1e-3:
-        raise Disagreement(f"views are off by {mean:.1e} in the mean, over 1e-3")
+    if not mean <= _MEAN_DIFFERENCE:
+        raise Disagreement(f"views are off by {mean:.1e} in the mean, over {_MEAN_DIFFERENCE:.0e}")
 
 
 def _judge_statistics(call: Callable[[], list[Tensor]], expected: Tensor) -> None:
@@ -194,9 +195,11 @@ def _judge_statistics(call: Callable[[], list[Tensor]], expected: Tensor) -> Non
     views = torch.cat(call())
     if views.shape != expected.shape:
         raise Disagreement(f"views of shape {tuple(views.shape)}, not {tuple(expected.shape)}")
+    # Brightness alone moves the mean of one view by 0.2.
+    tolerance = len(views) ** -0.5
     for name, statistic in (("mean", torch.mean), ("standard deviation", torch.std)):
         theirs, ours = float(statistic(views)), float(statistic(expected))
-        if not abs(theirs - ours) <= _SAMPLES_OF_MEAN:
+        if not abs(theirs - ours) <= tolerance:
             raise Disagreement(f"the {name} of the pixels is {theirs:.3f}, not near {ours:.3f}")
 
 
