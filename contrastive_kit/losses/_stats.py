@@ -11,14 +11,24 @@ from contrastive_kit.ops import LogitStatistics
 class ContrastiveStats(NamedTuple):
     """Detached diagnostics of one call, each a tensor of no dimension, averaged over anchors.
 
-    All depend on the number of candidates: compare them at one batch size only.
+    All depend on the number of candidates: compare them at one batch size only. The candidates of
+    an anchor are the positives and negatives of its loss, so that other codes report other figures
+    of the same name:
+
+    - sthalles/SimCLR: NT-Xent's 2N - 1 candidates, both views but for the anchor. Its top-1
+      accuracy is 100 times that of ``NTXent``.
+    - google-research/simclr: only the N embeddings of the second view, for anchors of the first.
+      Its ``train_contrast_acc`` and ``contrast_entropy`` are those of ``InfoNCE`` on the two views
+      at the same temperature (but for 1e-8 in its logarithm). Half as many candidates make the
+      accuracy higher and the entropy lower.
 
     Attributes:
-        accuracy: share of anchors whose most similar candidate is a positive, in [0, 1]. The
-            candidates are the positives and the negatives of the loss: 2N - 1 for NT-Xent.
+        accuracy: share of anchors whose most similar candidate is a positive, in [0, 1]. A tie with
+            a negative is a miss: a collapsed encoder has accuracy 0.
         positive_similarity: mean cosine between anchors and positives, in [-1, 1].
         negative_similarity: mean cosine over all negative pairs, in [-1, 1]; NaN if there is none.
-        entropy: mean entropy, in nats, of the softmax over the candidates of an anchor.
+        entropy: mean entropy, in nats, of the softmax over the candidates of an anchor, from 0 to
+            the logarithm of their number.
     """
 
     accuracy: Tensor

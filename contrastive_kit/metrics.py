@@ -1,0 +1,184 @@
+"""What embeddings look like on the sphere: positives close, all spread out, no dimension lost.
+
+A low loss does not tell these apart, and a collapsed representation shows here first. Where not
+said otherwise the values depend on the number of samples and on the augmentation: compare them at
+equal ones. All are differentiable.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from contrastive_kit._checks import check_alike, check_choice, check_embeddings
+from contrastive_kit.ops import BACKENDS, Exclusion, kept_logsumexp, scaled_unit_rows
+
+
+def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
+    r"""How far the two views of an image are apart, on the unit sphere.
+
+    .. math:: \frac{1}{N} \sum_i \lVert u_i - v_i \rVert^\alpha
+
+    Args:
+        z1: embeddings of the first views, (N, D), any floating dtype; normalised here.
+        z2: embeddings of the second views, like ``z1``.
+        alpha: the exponent α > 0.
+
+    Returns:
+        A tensor of no dimension, from 0 (views coincide) to 2\ :sup:`α`; float64 if an embedding
+        is, float32 otherwise. With α = 2 it is 2 - 2 · ``ContrastiveStats.positive_similarity``.
+
+    Raises:
+        TypeError: for embeddings that are not floating tensors.
+        ValueError: for shapes or devices that do not match, or ``alpha`` not positive.
+
+    References:
+        Wang and Isola, Understanding Contrastive Representation Learning through Alignment and
+        Uniformity on the Hypersphere, arXiv 2005.10242, section 4.1.1.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.metrics import alignment
+        >>> alignment(torch.eye(4), torch.eye(4).roll(1, 0))  # orthogonal rows
+        tensor(2.)
+    """
+    check_embeddings("z1", z1)
+    check_embeddings("z2", z2)
+    check_alike("z2", z2, "z1", z1)
+    _check_positive("alpha", alpha)
+    u, v = scaled_unit_rows((z1, z2), 1.0)
+    distance: Tensor = (u - v).square().sum(1).pow(alpha / 2)
+    return distance.mean()
+
+
+def uniformity(z: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
+    r"""How unevenly embeddings spread over the unit sphere: lower is more uniform.
+
+    .. math:: \log \frac{1}{N (N - 1)} \sum_{i \neq j} e^{-t \lVert u_i - u_j \rVert^2}
+
+    With :math:`\lVert u_i - u_j \rVert^2 = 2 - 2 \cos(z_i, z_j)` this is the logsumexp behind the
+    losses, at temperature 1 / (2t), over all pairs but an embedding and itself.
+
+    Args:
+        z: embeddings (N, D), N ≥ 2, any floating dtype; normalised here. Give one view of each
+            image: with two, the positive pairs count as well.
+        t: the scale t > 0.
+        backend: "auto" or a name, see ``which_backend``.
+
+    Returns:
+        A tensor of no dimension, from -2t · N / (N - 1), which no N points fall below, to 0,
+        where all coincide; float64 if ``z`` is, float32 otherwise.
+
+    Raises:
+        TypeError: for embeddings that are not a floating tensor.
+        ValueError: for a shape other than (N, D), fewer than two rows, ``t`` not positive and
+            finite, or an unknown ``backend``.
+
+    Memory:
+        O(N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``).
+
+    References:
+        Wang and Isola, arXiv 2005.10242, section 4.1.2.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.metrics import uniformity
+        >>> uniformity(torch.eye(8))  # squared distances of 2
+        tensor(-4.)
+    """
+    check_embeddings("z", z)
+    n = len(z)
+    if n < 2:
+        raise ValueError(f"z must have at least 2 rows, or there are no pairs; got {n}")
+    _check_positive("t", t)
+    check_choice("backend", backend, ["auto", *BACKENDS])
+    rows = scaled_unit_rows((z,), 1 / (2 * t))[0]
+    lse, _ = kept_logsumexp(rows, exclusion=Exclusion(n), bound=2.002 * t, backend=backend)
+    return lse.logsumexp(0) - 2 * t - math.log(n * (n - 1))
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    r"""How many directions the embeddings use: the exponential of the entropy of the spectrum.
+
+    .. math:: \exp\Bigl(-\sum_k p_k \log p_k\Bigr), \qquad p_k = \sigma_k / \sum_l \sigma_l
+
+    with the singular values σ of the embeddings as they are: neither normalised nor centred. RankMe
+    adds 1e-7 to each p\ :sub:`k`; here a singular value of 0 contributes nothing, exactly.
+
+    Args:
+        z: embeddings or features (N, D), any floating dtype. The rank is at most N: take several
+            times more samples than dimensions (RankMe: 25 600).
+
+    Returns:
+        A tensor of no dimension, from 1 (one direction) to min(N, D) (all alike), float64 (float32
+        on devices without it). NaN if ``z`` is all zero, or not finite.
+
+    Raises:
+        TypeError: for embeddings that are not a floating tensor.
+        ValueError: for a shape other than (N, D).
+
+    Memory:
+        A few copies of ``z`` in float64. Waits for the device.
+
+    References:
+        Garrido et al., RankMe, arXiv 2210.02885, equation 1; Roy and Vetterli, The Effective Rank,
+        EUSIPCO 2007.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.metrics import effective_rank
+        >>> round(effective_rank(torch.eye(8)).item(), 6)
+        8.0
+    """
+    check_embeddings("z", z)
+    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    # Only shares matter, and no length of the rows shall over- or underflow.
+    z = z / z.detach().abs().amax()
+    if not z.isfinite().all():
+        return z.new_full((), torch.nan)
+    sigma = torch.linalg.svdvals(z)
+    entropy: Tensor = torch.special.entr(sigma / sigma.sum()).sum()
+    return entropy.exp()
+
+
+def feature_std(z: Tensor) -> Tensor:
+    r"""Standard deviation of the unit embeddings over the batch, as a share of the isotropic one.
+
+    .. math:: \sqrt{D} \cdot \frac{1}{D} \sum_d \operatorname{std}_i(u_{id})
+
+    Near 1 where embeddings spread over all directions, 0 where they have collapsed into a point.
+    The standard deviation divides by N.
+
+    Args:
+        z: embeddings (N, D), N ≥ 2, any floating dtype; normalised here.
+
+    Returns:
+        A tensor of no dimension, in [0, 1]; float64 if ``z`` is, float32 otherwise.
+
+    Raises:
+        TypeError: for embeddings that are not a floating tensor.
+        ValueError: for a shape other than (N, D), or fewer than two rows.
+
+    References:
+        Chen and He, SimSiam, arXiv 2011.10566, figure 2.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.metrics import feature_std
+        >>> feature_std(torch.cat([torch.eye(8), -torch.eye(8)]))
+        tensor(1.0000)
+        >>> feature_std(torch.ones(16, 8))
+        tensor(0.)
+    """
+    check_embeddings("z", z)
+    if len(z) < 2:
+        raise ValueError(f"z must have at least 2 rows, or nothing varies; got {len(z)}")
+    rows = scaled_unit_rows((z,), 1.0)[0]
+    return rows.std(0, correction=0).mean() * math.sqrt(z.shape[1])
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
