@@ -18,6 +18,15 @@ import torch.distributed as dist
 
 TIME_OUT = 60
 
+# What takes long to import, once instead of once a process.
+_PRELOADED = [
+    "pytest",
+    "torch.testing",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "contrastive_kit.functional",
+]
+
 
 class Failed(AssertionError):
     """A check failed on a rank, or a rank died; carries what each rank said."""
@@ -32,7 +41,7 @@ class World:
 
     def start(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "contrastive_kit.functional"])
+        context.set_forkserver_preload(_PRELOADED)
         self.folder = tempfile.TemporaryDirectory()
         meeting_point = f"file://{self.folder.name}/store"
         self.connections, self.processes = [], []

@@ -25,6 +25,12 @@ def several(request):
 
 
 @pytest.fixture
+def alone():
+    """The world of one process."""
+    return _WORLDS[1]
+
+
+@pytest.fixture
 def pair():
     """The world of two processes, for what does not depend on their number."""
     return _WORLDS[2]
@@ -32,5 +38,5 @@ def pair():
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if {"world", "several", "pair"} & set(getattr(item, "fixturenames", ())):
+        if {"world", "several", "pair", "alone"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("distributed")
