@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_device import COPY, Call, Device
+from benchmarks.gpu_device import COPY, Call, Device, breaks_the_device
 from benchmarks.gpu_loss import reason_of
 from benchmarks.gpu_store import DeviceBroken, Store
-from benchmarks.interleaved import spread, time_interleaved
+from benchmarks.interleaved import spread, time_survivors
 from benchmarks.parity import Disagreement
 from contrastive_kit import SimCLRAugment
 
@@ -97,7 +97,7 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
         except Exception as error:  # a peer may fail in any way: its row says how
             result["absent"][name] = reason_of(error)
         device.free()
-    return result | _times(case, arms, device)
+    return result | _times(case, arms, store, device, result["absent"])
 
 
 def _images(case: Case, device: Device) -> Tensor:
@@ -203,15 +203,31 @@ def _judge_statistics(call: Callable[[], list[Tensor]], expected: Tensor) -> Non
             raise Disagreement(f"the {name} of the pixels is {theirs:.3f}, not near {ours:.3f}")
 
 
-def _times(case: Case, arms: dict[str, Call], device: Device) -> dict[str, Any]:
+def _times(
+    case: Case, arms: dict[str, Call], store: Store, device: Device, absent: dict[str, str]
+) -> dict[str, Any]:
+    step = "timing"
+    if store.broke(case._asdict(), step):
+        absent[step] = "broke the device, crashed or hung"
+        arms = {}
     copy, copied_bytes = device.rate_calls("fp32")[COPY]
-    samples = time_interleaved(
-        {**arms, COPY: copy},
-        budget_s=0.0 if device.dry else 8.0,
-        sample_s=0.0 if device.dry else 0.02,
-        min_rounds=2 if device.dry else 7,
-        seconds=device.seconds,
-    )
+
+    def failed(name: str, error: BaseException) -> None:
+        if breaks_the_device(error):
+            raise error
+        absent[name] = reason_of(error)
+        device.free()
+
+    with store.running(case._asdict(), step):
+        samples = time_survivors(
+            {**arms, COPY: copy},
+            failed,
+            budget_s=0.0 if device.dry else 8.0,
+            sample_s=0.0 if device.dry else 0.02,
+            min_rounds=2 if device.dry else 7,
+            seconds=device.seconds,
+        )
+    arms = {name: arm for name, arm in arms.items() if name in samples}
     views = 2 * case.batch
     rate = [copied_bytes / s for s in samples[COPY]]
     # Each image read once, each view written once.

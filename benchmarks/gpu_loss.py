@@ -9,14 +9,23 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_arms import GPU_SUBJECTS, Setting, gate
-from benchmarks.gpu_device import COPY, GEMM, Call, Device, is_out_of_memory, matmul_precision
+from benchmarks.gpu_device import (
+    COPY,
+    GEMM,
+    Call,
+    Device,
+    breaks_the_device,
+    is_out_of_memory,
+    matmul_precision,
+)
 from benchmarks.gpu_store import DeviceBroken, Store
-from benchmarks.interleaved import spread, time_interleaved
+from benchmarks.interleaved import spread, time_survivors
 from benchmarks.loss_arms import OURS, Loss, embeddings, forward, forward_backward
 from benchmarks.parity import Disagreement, Oracle, oracle, relative_errors
 from contrastive_kit import which_backend
 from contrastive_kit.functional import info_nce, nt_xent
 
+GRAPH = "CUDA graph"
 DIRECTIONS = {"forward": forward, "forward+backward": forward_backward}
 
 # Logits times dimension beyond which the float64 oracle takes longer than everything else. There
@@ -119,16 +128,17 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
     result["backend"] = which_backend(z1)._asdict()
     losses = _right_losses(case, setting, (z1, z2), store, device, result)
     rates = device.rate_calls(case.precision)
-    fast = 0.0 if device.dry else 1.5
     result["times"] = {}
     for direction, run_once in DIRECTIONS.items():
         calls = {name: partial(run_once, loss, z1, z2) for name, loss in losses.items()}
         timed = _runs(case, calls, direction, store, result["absent"])
-        result["times"][direction] = _times(case, direction, timed, rates, device, fast)
+        result["times"][direction] = _times(
+            case, direction, timed, rates, store, device, result["absent"]
+        )
     if case.graph:
         calls = {name: partial(forward_backward, loss, z1, z2) for name, loss in losses.items()}
         graphs = _graphs(case, calls, (z1, z2), store, device, result["absent"])
-        result["times"]["CUDA graph"] = _times(case, "forward+backward", graphs, {}, device, fast)
+        result["times"][GRAPH] = _times(case, GRAPH, graphs, {}, store, device, result["absent"])
     return result
 
 
@@ -200,7 +210,7 @@ def _expected(formula: str, z1: Tensor, z2: Tensor, case: Case) -> Oracle:
     return Oracle(loss.detach().double(), grad.double())
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """A row of the table that says why there is no figure."""
     if is_out_of_memory(error):
         return "out of memory"
@@ -278,19 +288,37 @@ def _times(
     direction: str,
     calls: dict[str, Call],
     rates: dict[str, tuple[Call, float]],
+    store: Store,
     device: Device,
-    budget_s: float,
+    absent: dict[str, str],
 ) -> dict[str, Any]:
     """Milliseconds, and what follows from ratios within rounds."""
+    step = f"timing {direction}"
+    if store.broke(case._asdict(), step):
+        absent[step] = "broke the device, crashed or hung"
+        calls = {}
     if not calls:
         return {"milliseconds": {}, "times_ours": {}, "rounds": 0}
-    samples = time_interleaved(
-        {**calls, **{name: call for name, (call, _) in rates.items()}},
-        budget_s=budget_s,
-        sample_s=0.0 if device.dry else 0.01,
-        min_rounds=2 if device.dry else 5,
-        seconds=device.seconds,
-    )
+
+    def failed(name: str, error: BaseException) -> None:
+        if breaks_the_device(error):
+            raise error
+        absent[f"{name}, {direction}"] = reason_of(error)
+        device.free()
+
+    with store.running(case._asdict(), step):
+        samples = time_survivors(
+            {**calls, **{name: call for name, (call, _) in rates.items()}},
+            failed,
+            budget_s=0.0 if device.dry else 1.5,
+            sample_s=0.0 if device.dry else 0.01,
+            min_rounds=2 if device.dry else 5,
+            seconds=device.seconds,
+        )
+    calls = {name: call for name, call in calls.items() if name in samples}
+    rates = {name: rate for name, rate in rates.items() if name in samples}
+    if not calls:
+        return {"milliseconds": {}, "times_ours": {}, "rounds": 0}
     result: dict[str, Any] = {
         "rounds": len(samples[next(iter(calls))]),
         "milliseconds": {
@@ -308,7 +336,7 @@ def _times(
     if rates:
         rate = {name: [rates[name][1] / s for s in samples[name]] for name in rates}
         result["rates"] = {name: spread(values)._asdict() for name, values in rate.items()}
-    if rates and ours is not None:
+    if len(rates) == 2 and ours is not None:
         floors = [
             floor_s(case, direction, g, c) for g, c in zip(rate[GEMM], rate[COPY], strict=True)
         ]

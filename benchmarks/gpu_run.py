@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from benchmarks import machine
 
@@ -50,7 +51,7 @@ def main() -> int:
     )
     if store.complete:
         print(f"stage {arguments.stage}: results are there, --force measures again")
-        return 0
+        return _verdict(store)
     run = {
         "correctness": gpu_correctness.run,
         "loss": gpu_loss.run,
@@ -65,7 +66,14 @@ def main() -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(DEVICE_BROKEN)  # without the destructors, which would wait for the device
-    return 0
+    return _verdict(store)
+
+
+def _verdict(store: Any) -> int:
+    failed = [c["case"] for c in store.results["cases"] if c.get("outcome") == "failed"]
+    for case in failed:
+        print(f"FAILED {case}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

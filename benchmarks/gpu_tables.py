@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks import gpu_augment, gpu_plots
 from benchmarks.gpu_correctness import ABSENT, FAILED, PASSED
+from benchmarks.gpu_loss import GRAPH
 from benchmarks.gpu_run import STAGES
-from benchmarks.gpu_targets import BOTH, GRAPH, Results, Target, augment_targets, loss_targets
+from benchmarks.gpu_targets import BOTH, Results, Target, augment_targets, loss_targets
 from benchmarks.loss_arms import OURS
 from benchmarks.markdown import interval, percent, table, times
 

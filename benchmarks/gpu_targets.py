@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 from benchmarks import gpu_augment
 from benchmarks.gpu_arms import COMPILED, EAGER, TILED
+from benchmarks.gpu_loss import GRAPH
 from benchmarks.loss_arms import OURS
 from benchmarks.markdown import percent, times
 
-BOTH, GRAPH = "forward+backward", "CUDA graph"
+BOTH = "forward+backward"
 
 Results = dict[str, Any]
 

@@ -11,7 +11,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 
 class Spread(NamedTuple):
@@ -28,12 +29,51 @@ def spread(values: list[float]) -> Spread:
     return Spread(median, q1, q3)
 
 
+class ArmFailed(Exception):
+    """An arm raised while it was timed; ``__cause__`` is what it raised."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 def wall_seconds(arm: Callable[[], object], calls: int) -> float:
     """Seconds per call by the clock on the wall."""
     start = time.perf_counter()
     for _ in range(calls):
         arm()
     return (time.perf_counter() - start) / calls
+
+
+def time_survivors(
+    arms: Mapping[str, Callable[[], object]],
+    failed: Callable[[str, BaseException], object],
+    **options: Any,
+) -> dict[str, list[float]]:
+    """Like ``time_interleaved``, again without an arm that raises, until none does.
+
+    Args:
+        arms: name to what is timed.
+        failed: told the name and the error of each arm that is left out.
+        options: of ``time_interleaved``.
+    """
+    left = dict(arms)
+    while True:
+        try:
+            return time_interleaved(
+                {name: partial(_named, name, arm) for name, arm in left.items()}, **options
+            )
+        except ArmFailed as failure:
+            del left[failure.name]
+            failed(failure.name, failure.__cause__ or failure)
+            gc.collect()
+
+
+def _named(name: str, arm: Callable[[], object]) -> None:
+    try:
+        arm()
+    except Exception as error:
+        raise ArmFailed(name) from error
 
 
 def time_interleaved(
