@@ -711,6 +711,23 @@ def rank_main(rank, size, store):
                 check(ddp.parameters())
                 assert len(reductions) == step + 1, "one reduction a step"
 
+    def ours(**options):
+        return NTXent(0.2, learnable_temperature=True, **options).double()
+
+    whole, whole_loss = linear_model(), ours()
+    whole_loss(*whole(torch.cat(views)).chunk(2)).backward()
+    for first in (6, 10):
+        ddp = DistributedDataParallel(linear_model())
+        loss_fn = DistributedDataParallel(ours(gather_distributed=True))
+        encode = GradCache(ddp, chunk_size=3)
+        local, _ = mine(first)
+        for _ in range(2):
+            ddp.zero_grad()
+            loss_fn.zero_grad()
+            loss_fn(*encode.views(*local)).backward()
+            assert_same_state(ddp.module, whole, rtol=1e-11)
+            assert_same_state(loss_fn.module, whole_loss, rtol=1e-11)
+
     local, offset = mine(6)
     ddp = DistributedDataParallel(linear_model())
     reductions = counted(ddp)
