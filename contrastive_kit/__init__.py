@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from contrastive_kit.heads import ProjectionHead as ProjectionHead
     from contrastive_kit.losses.infonce import InfoNCE as InfoNCE
     from contrastive_kit.losses.ntxent import NTXent as NTXent
+    from contrastive_kit.losses.siglip import SigLIP as SigLIP
+    from contrastive_kit.losses.supcon import SupCon as SupCon
     from contrastive_kit.ops import which_backend as which_backend
     from contrastive_kit.queue import NegativeQueue as NegativeQueue
 
@@ -25,7 +27,9 @@ _HOME = {
     "NegativeQueue": "contrastive_kit.queue",
     "NTXent": "contrastive_kit.losses.ntxent",
     "ProjectionHead": "contrastive_kit.heads",
+    "SigLIP": "contrastive_kit.losses.siglip",
     "SimCLRAugment": "contrastive_kit.augment.simclr",
+    "SupCon": "contrastive_kit.losses.supcon",
     "resnet_encoder": "contrastive_kit.encoders",
     "which_backend": "contrastive_kit.ops",
 }

@@ -1,5 +1,5 @@
 """The losses as functions."""
 
-from contrastive_kit.losses import info_nce, nt_xent
+from contrastive_kit.losses import info_nce, nt_xent, siglip, sup_con
 
-__all__ = ["info_nce", "nt_xent"]
+__all__ = ["info_nce", "nt_xent", "siglip", "sup_con"]

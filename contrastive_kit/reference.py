@@ -71,6 +71,44 @@ def info_nce_with_negatives(
     return _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
 
 
+def sup_con(
+    views: Tensor, labels: Tensor, temperature: float | Tensor, variant: str = "out"
+) -> Tensor:
+    """SupCon, equation (15), or (16) if ``variant`` is "in", of ``views`` (V, N, D): (V, N).
+
+    NaN where an anchor has no positive.
+    """
+    u = F.normalize(views.flatten(0, 1), dim=1)
+    label = labels.repeat(len(views))
+    itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
+    logits = (u @ u.T / temperature).masked_fill(itself, -torch.inf)
+    log_p = logits - logits.logsumexp(1, keepdim=True)
+    positive = (label[:, None] == label[None, :]) & ~itself
+    if variant == "in":
+        n_positives = positive.sum(1, dtype=log_p.dtype)
+        loss = n_positives.log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)
+        loss = loss.masked_fill(n_positives == 0, torch.nan)
+    else:
+        loss = -_mean_of_finite(log_p.masked_fill(~positive, -torch.inf))
+    return loss.view(views.shape[:2])
+
+
+def siglip(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """The sigmoid loss, equation (17): each row of ``z1`` against all of ``z2``, (N,)."""
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature + bias
+    pair = torch.eye(len(z1), dtype=torch.bool, device=z1.device)
+    loss = -F.logsigmoid(torch.where(pair, logits, -logits))
+    if ids is not None:
+        loss = loss.masked_fill((ids[:, None] == ids[None, :]) & ~pair, 0)
+    return loss.sum(1)
+
+
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Equation (14): the mean of ``losses`` (..., N) weighted by ``weights`` (N,)."""
     weights = weights.expand_as(losses)
@@ -80,6 +118,11 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 def kept_logsumexp(q: Tensor, k: Tensor, excluded: Tensor) -> Tensor:
     """Equation (2): the logsumexp over the kept entries of each row of ``q @ k.T``, (R,)."""
     return (q @ k.T).masked_fill(excluded, -torch.inf).logsumexp(1)
+
+
+def kept_softplus_sum(q: Tensor, k: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+    """Equation (18): the sum of softplus over the kept entries of ``q @ k.T + bias``, (R,)."""
+    return -F.logsigmoid(-(q @ k.T + bias)).masked_fill(excluded, 0).sum(1)
 
 
 def _pairs(views: Tensor, temperature: float | Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:

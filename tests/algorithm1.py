@@ -54,6 +54,38 @@ def info_nce(query, key, temperature, negatives=None, ids=None, label_smoothing=
     return losses
 
 
+def sup_con(views, labels, temperature, variant="out"):
+    """Loss of every anchor, (V, N), 0 for one without positives."""
+    views = np.asarray(views, dtype=np.float64)
+    n_views, n, _ = views.shape
+    rows = [(v, i) for v in range(n_views) for i in range(n)]
+    losses = np.zeros((n_views, n))
+    for v, i in rows:
+        logits = {a: _cosine(views[v, i], views[a]) / temperature for a in rows if a != (v, i)}
+        log_total = _log_sum_exp(list(logits.values()))
+        log_p = [s - log_total for (_, j), s in logits.items() if int(labels[j]) == int(labels[i])]
+        if not log_p:
+            continue
+        if variant == "out":
+            losses[v, i] = -math.fsum(log_p) / len(log_p)
+        else:
+            losses[v, i] = -math.log(math.fsum(math.exp(x) for x in log_p) / len(log_p))
+    return losses
+
+
+def siglip(z1, z2, temperature, bias, ids=None):
+    """Loss of every row of ``z1``, (N,)."""
+    z1, z2 = np.asarray(z1, dtype=np.float64), np.asarray(z2, dtype=np.float64)
+    losses = np.zeros(len(z1))
+    for i in range(len(z1)):
+        for j in range(len(z2)):
+            if ids is not None and i != j and int(ids[i]) == int(ids[j]):
+                continue
+            logit = _cosine(z1[i], z2[j]) / temperature + bias
+            losses[i] += math.log1p(math.exp(-logit if i == j else logit))
+    return losses
+
+
 def _loss(positives, negatives, decoupled, label_smoothing, hardness):
     """One anchor: cross entropy with a target over its candidates, written out."""
     if hardness:

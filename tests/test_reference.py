@@ -72,3 +72,24 @@ def test_decoupled_hardness_is_that_of_the_loops():
     expected = algorithm1.nt_xent(views, 0.3, None, True, hardness=1.5)
     actual = reference.decoupled_nt_xent(views, 0.3, hardness=1.5)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_sup_con_is_its_loop(n_views, variant):
+    views = torch.randn(n_views, 8, 5, dtype=torch.float64)
+    labels = torch.tensor([3, 3, -1, 8, 5, 8, 8, 5])
+    expected = algorithm1.sup_con(views, labels, 0.3, variant)
+    actual = reference.sup_con(views, labels, 0.3, variant)
+    alone = expected == 0
+    assert alone.any() == (n_views == 1)
+    assert actual[torch.from_numpy(alone)].isnan().all()
+    np.testing.assert_allclose(actual[torch.from_numpy(~alone)], expected[~alone], rtol=1e-12)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_siglip_is_its_loop(with_ids):
+    z1, z2 = torch.randn(2, 7, 5, dtype=torch.float64)
+    ids = torch.tensor([3, 3, -1, 8, 5, 8, 8]) if with_ids else None
+    expected = algorithm1.siglip(z1, z2, 0.3, -1.5, ids)
+    np.testing.assert_allclose(reference.siglip(z1, z2, 0.3, -1.5, ids), expected, rtol=1e-12)

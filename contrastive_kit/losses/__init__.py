@@ -3,5 +3,17 @@
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.losses.infonce import InfoNCE, info_nce
 from contrastive_kit.losses.ntxent import NTXent, nt_xent
+from contrastive_kit.losses.siglip import SigLIP, siglip
+from contrastive_kit.losses.supcon import SupCon, sup_con
 
-__all__ = ["ContrastiveStats", "InfoNCE", "NTXent", "info_nce", "nt_xent"]
+__all__ = [
+    "ContrastiveStats",
+    "InfoNCE",
+    "NTXent",
+    "SigLIP",
+    "SupCon",
+    "info_nce",
+    "nt_xent",
+    "siglip",
+    "sup_con",
+]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from contrastive_kit import InfoNCE, NTXent
-from contrastive_kit.functional import info_nce, nt_xent
+from contrastive_kit import InfoNCE, NTXent, SigLIP, SupCon
+from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 
 Z = torch.randn(4, 3)
 META = torch.empty(4, 3, device="meta")
@@ -99,7 +99,79 @@ def test_info_nce(args, options, error, message):
         info_nce(*args, **options)
 
 
-@pytest.mark.parametrize("module", [NTXent, InfoNCE])
+LABELS = torch.arange(4) // 2
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((), {"labels": LABELS}, ValueError, "views must be at least one tensor .*got none"),
+        (
+            (Z, Z[:3]),
+            {"labels": LABELS},
+            ValueError,
+            r"views\[1\] must have the shape of views",
+        ),
+        ((Z.int(),), {"labels": LABELS}, TypeError, r"views\[0\] must hold floating point"),
+        ((Z[:1],), {"labels": LABELS[:1]}, ValueError, r"views\[0\] must have at least 2 rows"),
+        ((Z,), {"labels": LABELS.double()}, TypeError, "labels must hold integers"),
+        ((Z, Z), {"labels": LABELS.repeat(2)}, ValueError, r"labels must have shape \(4,\)"),
+        ((Z,), {"labels": None}, TypeError, "labels must be an integer tensor .* got None"),
+        ((Z,), {}, TypeError, "missing .*'labels'"),
+        ((Z,), {"labels": LABELS, "variant": "L_in"}, ValueError, "variant must be .*got 'L_in'"),
+        ((Z,), {"labels": LABELS, "temperature": 0.0}, ValueError, "temperature must be"),
+        ((Z,), {"labels": LABELS, "weights": Z}, ValueError, r"weights must have shape \(4,\)"),
+        ((Z,), {"labels": LABELS, "reduction": ""}, ValueError, "reduction must be"),
+        ((Z,), {"labels": LABELS, "backend": ""}, ValueError, "backend must be"),
+    ],
+)
+def test_sup_con(args, options, error, message):
+    with pytest.raises(error, match=message):
+        sup_con(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((Z, Z[:2]), {}, ValueError, "z2 must have the shape of z1"),
+        ((Z, [1.0]), {}, TypeError, "z2 must be a tensor"),
+        ((Z, Z), {"temperature": -1}, ValueError, "temperature must be .* above 0, got -1"),
+        ((Z, Z), {"bias": "a"}, TypeError, "bias must be a number or a tensor, got 'a'"),
+        ((Z, Z), {"bias": float("nan")}, ValueError, "bias must be finite, got nan"),
+        ((Z, Z), {"bias": torch.zeros(2)}, ValueError, r"bias must be .*one value, got .*\(2,\)"),
+        ((Z, Z), {"bias": META[0, 0]}, ValueError, "bias must be on the device of the embeddings"),
+        ((Z, Z), {"ids": torch.arange(3)}, ValueError, r"ids must have shape \(4,\)"),
+        ((Z, Z), {"weights": torch.ones(3)}, ValueError, r"weights must have shape \(4,\)"),
+        ((Z, Z), {"reduction": "avg"}, ValueError, "reduction must be"),
+        ((Z, Z), {"backend": "triton"}, ValueError, "'auto', 'tiled', 'reference', got 'triton'"),
+    ],
+)
+def test_siglip(args, options, error, message):
+    with pytest.raises(error, match=message):
+        siglip(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": torch.tensor(0.1)}, TypeError, "both are learnable parameters"),
+        ({"temperature": 0}, ValueError, "temperature must be"),
+        ({"bias": float("inf")}, ValueError, "bias must be finite"),
+        ({"reduction": None}, ValueError, "reduction must be"),
+        ({"backend": "triton!"}, ValueError, "backend must be"),
+    ],
+)
+def test_siglip_checks_when_it_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        SigLIP(**options)
+
+
+def test_supcon_checks_its_variant_when_it_is_made():
+    with pytest.raises(ValueError, match="variant must be one of 'out', 'in', got 'both'"):
+        SupCon(variant="both")
+
+
+@pytest.mark.parametrize("module", [NTXent, InfoNCE, SupCon])
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -108,14 +180,20 @@ def test_info_nce(args, options, error, message):
         ({"temperature": 0.005, "learnable_temperature": True}, ValueError, "at least 0.01"),
         ({"reduction": None}, ValueError, "reduction must be one of"),
         ({"backend": "triton!"}, ValueError, "backend must be one of"),
-        ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be between 0 and 1"),
-        ({"hardness": 1.0, "label_smoothing": 0.1}, ValueError, "cannot be combined"),
         ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
     ],
 )
 def test_modules_check_when_they_are_made(module, options, error, message):
     with pytest.raises(error, match=message):
         module(**options)
+
+
+@pytest.mark.parametrize("module", [NTXent, InfoNCE])
+def test_modules_check_their_options_when_they_are_made(module):
+    with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1"):
+        module(label_smoothing=-0.1)
+    with pytest.raises(ValueError, match="cannot be combined"):
+        module(hardness=1.0, label_smoothing=0.1)
 
 
 def test_a_decoupled_module_takes_no_label_smoothing():

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from contrastive_kit import InfoNCE, NTXent
-from contrastive_kit.functional import info_nce, nt_xent
+from contrastive_kit import InfoNCE, NTXent, SigLIP, SupCon
+from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 
 LOSSES = {
     "number as temperature": lambda a, b, t: nt_xent(a, b, temperature=0.2) + 0 * t,
@@ -31,6 +31,11 @@ LOSSES = {
         label_smoothing=0.1,
     ),
     "hardness": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True, hardness=0.5),
+    "sup_con": lambda a, b, t: sup_con(a, b, labels=torch.arange(len(a)) // 2, temperature=t),
+    "sup_con in": lambda a, b, t: sup_con(
+        a, b, labels=torch.arange(len(a)) // 2, temperature=t, variant="in"
+    ),
+    "siglip": lambda a, b, t: siglip(a, b, temperature=t, bias=-10 * t),
     "reference": lambda a, b, t: nt_xent(a, b, temperature=t, backend="reference"),
 }
 
@@ -79,8 +84,19 @@ def test_a_learnable_module_trains_compiled_as_it_does_eagerly(module):
     assert not torch.equal(results[0][1], module.log_scale)
 
 
+@pytest.mark.parametrize("module", [SigLIP(), SupCon(learnable_temperature=True, variant="in")])
+def test_other_modules_compile_to_one_graph(module):
+    torch.compiler.reset()
+    a, b = torch.randn(2, 9, 6).unbind(0)
+    options = {"labels": torch.arange(9) // 2} if isinstance(module, SupCon) else {}
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(module(a, b, **options), list(module.parameters()))
+    actual = torch.autograd.grad(compiled(a, b, **options), list(module.parameters()))
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nt_xent", "clip"])
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "weights and smoothing", "sup_con", "siglip"])
 def test_compiles_with_inductor(name):
     torch.compiler.reset()
     a, b = (torch.randn(33, 7, requires_grad=True) for _ in range(2))
@@ -109,7 +125,9 @@ def test_autocast_changes_nothing(dtype, name):
     assert torch.equal(torch.autograd.grad(actual, a)[0], expected_grad)
 
 
-@pytest.mark.parametrize("name", ["nt_xent", "clip", "queue"])
+@pytest.mark.parametrize(
+    "name", ["nt_xent", "clip", "queue", "weights and smoothing", "sup_con", "sup_con in", "siglip"]
+)
 def test_functional_gradient(name):
     a, b = torch.randn(2, 9, 5).unbind(0)
     temperature = torch.tensor(0.3)
@@ -138,7 +156,12 @@ def test_vmap_over_temperatures():
 
 def test_modules_copy_and_pickle():
     a, b = torch.randn(2, 9, 5).unbind(0)
-    for module in (NTXent(0.3, decoupled=True), InfoNCE(learnable_temperature=True)):
+    modules = (
+        NTXent(0.3, decoupled=True, hardness=0.5),
+        InfoNCE(learnable_temperature=True, label_smoothing=0.1),
+        SigLIP(0.2),
+    )
+    for module in modules:
         for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(twin(a, b), module(a, b))
             assert repr(twin) == repr(module)

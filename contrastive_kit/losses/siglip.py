@@ -1,0 +1,201 @@
+"""SigLIP: every pair of a batch is its own yes-or-no question, with no softmax over the batch."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contrastive_kit._checks import (
+    check_alike,
+    check_choice,
+    check_device,
+    check_embeddings,
+    check_ids,
+    check_temperature,
+)
+from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce
+from contrastive_kit.ops import (
+    SOFTPLUS_BACKENDS,
+    Exclusion,
+    kept_softplus_sum,
+    scaled_unit_rows,
+)
+
+
+def siglip(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    bias: float | Tensor = -10.0,
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""The sigmoid loss of SigLIP: is this pair a match, asked of every pair of a batch.
+
+    .. math::
+
+        \ell_i = -\log \sigma(s_{ii} + b) - \sum_{j \ne i} \log \sigma(-s_{ij} - b),
+        \qquad s_{ij} = \cos(z^1_i, z^2_j) / \tau
+
+    The value is the mean over i, as in the paper: it grows with the batch, N - 1 negatives to a
+    positive, which is why the bias starts at -10. Swapping ``z1`` and ``z2`` changes no sum.
+
+    Args:
+        z1: embeddings (N, D), any floating dtype, normalised here.
+        z2: embeddings (N, D); row i matches row i of ``z1``.
+        temperature: τ > 0, or a tensor of one value, which then receives its gradient; 1 / τ is
+            the scale t of the paper. The value of a tensor is not checked.
+        bias: b, a number, or a tensor of one value, which then receives its gradient. The value
+            of a tensor is not checked.
+        ids: integers (N,); rows of equal id (duplicates) are no negatives of each other. The pair
+            (i, i) stays a match.
+        weights: floating numbers (N,) ≥ 0 that multiply the losses; the mean is weighted,
+            Σ w·ℓ / Σ w; 0 if all are 0. The sign is not checked.
+        reduction: "mean" or "sum" over the rows of ``z1``, or "none" for the losses (N,).
+        backend: "auto" or "tiled" (any device), or "reference" (the formula, memory N²). No fused
+            kernel computes this loss: on a GPU the tiles run through cuBLAS.
+
+    Returns:
+        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast.
+
+    Raises:
+        TypeError: for embeddings or weights that are not floating tensors, ids that are not
+            integers, a bias that is no number.
+        ValueError: for shapes or devices that do not match, a temperature that is not positive and
+            finite, a bias that is not finite, an unknown ``reduction`` or ``backend``.
+
+    Memory:
+        O(N·D) and a few tiles, in the backward too, which computes the logits again.
+
+    References:
+        Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv 2303.15343, equation 1 and
+        algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.functional import siglip
+        >>> siglip(torch.eye(3), torch.eye(3), temperature=1.0, bias=0.0)  # log(1 + 1/e) + 2 log 2
+        tensor(1.6996)
+    """
+    check_embeddings("z1", z1)
+    check_embeddings("z2", z2)
+    check_alike("z2", z2, "z1", z1)
+    n = len(z1)
+    if ids is not None:
+        check_ids("ids", ids, n, "z1", z1)
+    if weights is not None:
+        check_weights(weights, n, "z1", z1)
+    check_temperature(temperature, z1)
+    _check_bias(bias, z1)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+
+    rows = scaled_unit_rows((z1,), temperature)[0]
+    columns = scaled_unit_rows((z2,), temperature)[0]
+    match = (rows * columns).sum(1) + _as(bias, rows)
+    others = kept_softplus_sum(rows, columns, bias, exclusion=Exclusion(n, ids), backend=backend)
+    # By default softplus is linear above 20, which float64 would notice.
+    return reduce(F.softplus(-match, threshold=50) + others, reduction, weights)
+
+
+def _as(bias: float | Tensor, rows: Tensor) -> float | Tensor:
+    return bias.reshape(()).to(rows) if isinstance(bias, Tensor) else bias
+
+
+def _check_bias(bias: float | Tensor, z: Tensor | None = None) -> None:
+    if isinstance(bias, Tensor):
+        if not bias.is_floating_point() or bias.numel() != 1:
+            raise ValueError(
+                "bias must be a number or a floating point tensor of one value, got "
+                f"{bias.dtype} of shape {tuple(bias.shape)}"
+            )
+        if z is not None and (bias.device.type != "cpu" or bias.ndim):
+            check_device("bias", bias, "the embeddings", z)
+        return
+    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+        raise TypeError(f"bias must be a number or a tensor, got {bias!r}")
+    if not math.isfinite(bias):
+        raise ValueError(f"bias must be finite, got {bias}")
+
+
+class SigLIP(nn.Module):
+    """SigLIP as a module, with a learnable scale and bias.
+
+    The parameters are ``log_scale`` = log(1 / τ) and ``bias``, from log 10 and -10 as in the paper.
+    They are not bounded: published models end near a scale of 100. Give them to the optimiser
+    without weight decay; ``requires_grad_(False)`` on one freezes it.
+
+    Args:
+        temperature: the initial τ > 0.
+        bias: the initial b.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "tiled" or "reference", see ``siglip``.
+
+    Raises:
+        TypeError: for a temperature or a bias that is no number.
+        ValueError: for one out of range, an unknown ``reduction`` or ``backend``.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit import SigLIP
+        >>> loss_fn = SigLIP()
+        >>> loss_fn(torch.randn(4, 8), torch.randn(4, 8)).backward()
+        >>> {name: p.grad.shape for name, p in loss_fn.named_parameters()}
+        {'log_scale': torch.Size([]), 'bias': torch.Size([])}
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        *,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if isinstance(temperature, Tensor) or isinstance(bias, Tensor):
+            raise TypeError("temperature and bias must be numbers; both are learnable parameters")
+        check_temperature(temperature)
+        _check_bias(bias)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+        self.reduction = reduction
+        self.backend = backend
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature, which carries the gradient of ``log_scale``; never in half precision."""
+        return (-_at_least_float32(self.log_scale)).exp()
+
+    def forward(
+        self, z1: Tensor, z2: Tensor, *, ids: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """The loss of two batches of embeddings, (N, D) each: see ``siglip``."""
+        return siglip(
+            z1,
+            z2,
+            temperature=self.temperature,
+            bias=_at_least_float32(self.bias),
+            ids=ids,
+            weights=weights,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as the constructor takes them, with the present temperature and bias."""
+        return (
+            f"temperature={float(self.temperature.detach()):.4g}, "
+            f"bias={float(self.bias.detach()):.4g}, "
+            f"reduction={self.reduction!r}, backend={self.backend!r}"
+        )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

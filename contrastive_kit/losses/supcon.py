@@ -1,0 +1,269 @@
+"""SupCon: all images of the same label are positives of each other."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrastive_kit._checks import check_alike, check_choice, check_embeddings, check_ids
+from contrastive_kit.losses._common import (
+    TemperatureLoss,
+    check_options,
+    check_weights,
+    reduce,
+)
+from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
+from contrastive_kit.losses.ntxent import _positive_logits as positive_logits
+from contrastive_kit.ops import (
+    Exclusion,
+    kept_logsumexp,
+    same_class_logsumexp,
+    scaled_unit_rows,
+)
+
+VARIANTS = ("out", "in")
+
+
+def sup_con(
+    *views: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    variant: str = "out",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""SupCon, the supervised contrastive loss: L_out, or L_in by name.
+
+    .. math::
+
+        \ell_i^{out} = -\frac{1}{|P(i)|} \sum_{p \in P(i)}
+            \log \frac{e^{s_{ip}}}{\sum_{a \ne i} e^{s_{ia}}},
+        \qquad
+        \ell_i^{in} = -\log \frac{1}{|P(i)|} \sum_{p \in P(i)}
+            \frac{e^{s_{ip}}}{\sum_{a \ne i} e^{s_{ia}}}
+
+    The positives P(i) of an anchor are all views of all images of its label, but itself; the
+    denominator holds everything but itself. Where every image has its own label, "out" is
+    ``nt_xent``.
+
+    Args:
+        *views: one or more views, embeddings (N, D) each, N ≥ 2, any floating dtype, normalised
+            here. Row i of every view is image i.
+        labels: integers (N,), the label of each image.
+        temperature: τ > 0, or a tensor of one value, which then receives its gradient. The value
+            of a tensor is not checked; if it is not positive the loss is NaN.
+        variant: "out", the mean of log-probabilities, which the paper recommends; "in", the
+            logarithm of the mean probability. They are equal where there is one positive.
+        weights: floating numbers (N,) ≥ 0, one for each image, that multiply the losses of its
+            anchors; the mean is weighted, Σ w·ℓ / Σ w. The sign is not checked.
+        reduction: "mean" over the anchors that have a positive (0 if none has), "sum", or "none"
+            for the losses (V, N), 0 for an anchor without positive.
+        backend: "auto" or a name, see ``which_backend``.
+
+    Returns:
+        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast.
+
+    Raises:
+        TypeError: for embeddings or weights that are not floating tensors, labels that are not
+            integers.
+        ValueError: for no view, shapes or devices that do not match, fewer than two rows, a
+            temperature that is not positive and finite, an unknown ``variant``, ``reduction`` or
+            ``backend``.
+
+    Memory:
+        O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``).
+        "out" costs what ``nt_xent`` does. "in" costs twice that; its sum over positives runs in
+        tiles on every backend.
+
+    Note:
+        An image that is alone with its label keeps the relative precision of a tiny loss, as in
+        ``nt_xent``. With several positives a loss "out" is at least log |P(i)|. Only a single view
+        with pairs of equal label has losses that can be tiny and are rounded to 1e-7 / τ.
+
+    References:
+        Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362, equations 2 and 3.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.functional import sup_con
+        >>> z = torch.eye(2).repeat_interleave(2, 0)
+        >>> sup_con(z, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)  # log(e + 2) - 1
+        tensor(0.5514)
+    """
+    if not views:
+        raise ValueError("views must be at least one tensor of shape (N, D), got none")
+    for i, view in enumerate(views):
+        check_embeddings(f"views[{i}]", view)
+        check_alike(f"views[{i}]", view, "views[0]", views[0])
+    n = len(views[0])
+    if n < 2:
+        raise ValueError(f"views[0] must have at least 2 rows, or there are no negatives; got {n}")
+    check_ids("labels", labels, n, "views[0]", views[0])
+    if weights is not None:
+        check_weights(weights, n, "views[0]", views[0])
+    check_choice("variant", variant, VARIANTS)
+    check_options(temperature, reduction, backend, views[0])
+
+    batch = _one_process(scaled_unit_rows(views, temperature), labels)
+    bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
+    n_positives = equal_id_counts(batch.labels, batch.candidate_labels) - 1
+    form = _outside if variant == "out" else _inside
+    loss = form(batch, n_positives.clamp(min=1), bound, backend)
+    loss = torch.where(n_positives == 0, 0, loss).view(len(views), n)
+    if reduction == "mean":
+        anchors = (n_positives[:n] > 0).to(loss.dtype)
+        weights = anchors if weights is None else weights.to(loss.dtype) * anchors
+    return reduce(loss, reduction, weights)
+
+
+def _one_process(views: Tensor, labels: Tensor) -> "_Batch":
+    n_views, n, _ = views.shape
+    images = torch.arange(n, device=views.device)
+    return _Batch(views, images.repeat(n_views), labels.repeat(n_views), n)
+
+
+class _Batch(NamedTuple):
+    """Anchors and candidates: the same rows, or those of this process and of all.
+
+    Attributes:
+        views: the anchors by view, (V, n, D).
+        images: the number of the image of each anchor, (V·n,).
+        labels: the label of each anchor.
+        n_images: how many images there are.
+        columns: the candidates (C, D), or None if they are the anchors.
+        column_images: the number of the image of each candidate, likewise.
+        column_labels: the label of each candidate, likewise.
+    """
+
+    views: Tensor
+    images: Tensor
+    labels: Tensor
+    n_images: int
+    columns: Tensor | None = None
+    column_images: Tensor | None = None
+    column_labels: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        return self.views.flatten(0, 1)
+
+    @property
+    def candidate_labels(self) -> Tensor:
+        return self.labels if self.column_labels is None else self.column_labels
+
+    def other_images(self) -> Exclusion:
+        """The candidates that show another image than the anchor."""
+        if self.columns is None:
+            return Exclusion(self.n_images)
+        return Exclusion(0, self.images, self.column_images)
+
+
+def _outside(batch: _Batch, n_positives: Tensor, bound: float, backend: str) -> Tensor:
+    """L_out of each anchor, equation (15), as (20): the own views are kept out of the tiles."""
+    rows, n_views = batch.rows, len(batch.views)
+    others, _ = kept_logsumexp(
+        rows, batch.columns, exclusion=batch.other_images(), bound=bound, backend=backend
+    )
+    candidates = rows if batch.columns is None else batch.columns
+    same_label = equal_id_sums(candidates, batch.labels, batch.candidate_labels)
+    same_label = same_label - batch.views.sum(0).repeat(n_views, 1)
+    # Where there is none, the difference is what rounding leaves.
+    positive_total = torch.where(n_positives < n_views, 0, (rows * same_label).sum(1))
+    if n_views == 1:
+        return others - positive_total / n_positives
+    own_logits = positive_logits(batch.views)
+    own = own_logits.logsumexp(0)
+    mean_positive = (own_logits.sum(0) + positive_total) / n_positives
+    # One positive is its own mean. Said so, because the gradients of the two would not cancel
+    # exactly, and bury that of a tiny loss.
+    gap = torch.where(n_positives == 1, 0, own - mean_positive)
+    return F.softplus(others - own, threshold=50) + gap
+
+
+def _inside(batch: _Batch, n_positives: Tensor, bound: float, backend: str) -> Tensor:
+    """L_in of each anchor, equation (16)."""
+    rows = batch.rows
+    negatives, _ = kept_logsumexp(
+        rows,
+        batch.columns,
+        exclusion=Exclusion(0, batch.labels, batch.column_labels),
+        bound=bound,
+        backend=backend,
+    )
+    ordered = batch.candidate_labels.sort().values
+
+    def with_class(labels: Tensor, images: Tensor) -> Tensor:
+        return torch.searchsorted(ordered, labels) * batch.n_images + images
+
+    column_class = None
+    if batch.column_labels is not None and batch.column_images is not None:
+        column_class = with_class(batch.column_labels, batch.column_images)
+    positives = same_class_logsumexp(
+        rows,
+        batch.columns,
+        with_class(batch.labels, batch.images),
+        column_class,
+        batch.n_images,
+        bound,
+    )
+    if len(batch.views) > 1:
+        positives = torch.logaddexp(positives, positive_logits(batch.views).logsumexp(0))
+    positives = positives.masked_fill(positives == -torch.inf, 0)  # an anchor without any
+    return F.softplus(negatives - positives, threshold=50) + n_positives.to(rows.dtype).log()
+
+
+class SupCon(TemperatureLoss):
+    """SupCon as a module: ``sup_con`` with its options stored.
+
+    Args:
+        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
+            below log(100). Give it to the optimiser without weight decay.
+        variant: "out" or "in".
+        reduction: "mean", "sum" or "none".
+        backend: "auto" or a name, see ``which_backend``.
+
+    Raises:
+        ValueError: for a temperature out of range, an unknown ``variant``, ``reduction`` or
+            ``backend``.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit import SupCon
+        >>> loss_fn = SupCon()
+        >>> z1, z2 = torch.randn(2, 8, 16)
+        >>> loss_fn(z1, z2, labels=torch.arange(8) // 2).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable_temperature: bool = False,
+        variant: str = "out",
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(temperature, learnable_temperature, reduction, backend)
+        check_choice("variant", variant, VARIANTS)
+        self.variant = variant
+
+    def forward(self, *views: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss of one or more views, (N, D) each: see ``sup_con``."""
+        self._limit_log_scale()
+        return sup_con(
+            *views,
+            labels=labels,
+            temperature=self.temperature,
+            variant=self.variant,
+            weights=weights,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as the constructor takes them."""
+        return f"{super().extra_repr()}, variant={self.variant!r}"

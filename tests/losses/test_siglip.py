@@ -1,0 +1,270 @@
+"""SigLIP and its primitive against loops, the reference and float64.
+
+Equations (17) to (19) of docs/nt_xent.md.
+"""
+
+import copy
+import math
+
+import algorithm1
+import pytest
+import torch
+from budgets import VALUE, assert_within, gradient_budget
+
+from contrastive_kit import SigLIP, reference
+from contrastive_kit.functional import siglip
+from contrastive_kit.ops import SOFTPLUS_BACKENDS, Exclusion, _tiled, kept_softplus_sum
+from contrastive_kit.ops._sigmoid import softplus_sum_backward, softplus_sum_forward
+
+backends = pytest.mark.parametrize("backend", SOFTPLUS_BACKENDS)
+IDS = torch.tensor([3, 3, -1, 8, 5, 8, 8])
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Small problems get many tiles, with ragged edges."""
+    monkeypatch.setattr(_tiled, "_CPU_TILE", (16, 48))
+
+
+def random_pairs(n, d, dtype=torch.float64):
+    z1 = torch.randn(n, d, dtype=torch.float64)
+    return z1.to(dtype), (z1 + torch.randn(n, d, dtype=torch.float64)).to(dtype)
+
+
+def wanting(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+@backends
+@pytest.mark.parametrize("ids", [None, IDS], ids=["", "ids"])
+@pytest.mark.parametrize("bias", [-10.0, 0.0, 3.0])
+def test_equals_its_loop(bias, ids, backend):
+    z1, z2 = random_pairs(7, 5)
+    expected = torch.from_numpy(algorithm1.siglip(z1, z2, 0.2, bias, ids))
+    call = {"temperature": 0.2, "bias": bias, "ids": ids, "backend": backend}
+    each = siglip(z1, z2, reduction="none", **call)
+    torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(siglip(z1, z2, reduction="sum", **call), expected.sum())
+    torch.testing.assert_close(siglip(z1, z2, **call), expected.mean())
+    weights = torch.rand(7, dtype=torch.float64)
+    torch.testing.assert_close(
+        siglip(z1, z2, weights=weights, **call), reference.weighted_mean(expected, weights)
+    )
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (3, 1), (63, 60), (65, 128), (252, 100)])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_value_and_every_gradient_at_odd_sizes(temperature, n, d, dtype, backend):
+    pair = random_pairs(n, d, dtype)
+    scalars = [torch.tensor(math.log(1 / temperature)), torch.tensor(-10.0)]
+    exact = wanting(*(x.double() for x in (*pair, *scalars)))
+    expected = reference.siglip(exact[0], exact[1], (-exact[2]).exp(), exact[3]).mean()
+    expected_grads = torch.autograd.grad(expected, exact)
+    inputs = wanting(*pair, *scalars)
+    # The temperature is exact: what is tested is not how float32 rounds an exponential.
+    log_scale = inputs[2].double()
+    loss = siglip(*inputs[:2], temperature=(-log_scale).exp(), bias=inputs[3], backend=backend)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # A logit of size 1 / temperature brings its rounding into the exponential.
+    assert_within(loss, expected, 0.2 / temperature * VALUE[dtype])
+    grads = torch.autograd.grad(loss, inputs)
+    budget = gradient_budget(dtype, temperature)
+    for grad, expected_grad in zip(grads[:2], expected_grads[:2], strict=True):
+        assert grad.dtype == dtype
+        if d > 1:  # with one dimension every cosine is a sign, and there is no gradient
+            assert_within(grad, expected_grad, budget)
+        else:
+            assert grad.abs().max() < 1e-5
+    for grad, expected_grad in zip(grads[2:], expected_grads[2:], strict=True):
+        assert_within(grad, expected_grad, 2e-5)
+
+
+def test_gradcheck():
+    inputs = wanting(*random_pairs(5, 3), torch.tensor(0.3), torch.tensor(-1.0))
+    inputs = wanting(*(x.double() for x in inputs))
+
+    def losses(z1, z2, t, b):
+        return siglip(z1, z2, temperature=t, bias=b, reduction="none")
+
+    assert torch.autograd.gradcheck(losses, inputs)
+
+
+def test_swapping_the_sides_changes_no_sum():
+    z1, z2 = random_pairs(70, 5)
+    torch.testing.assert_close(siglip(z2, z1), siglip(z1, z2))
+
+
+def test_one_pair_is_a_binary_cross_entropy():
+    z1, z2 = random_pairs(1, 4)
+    cosine = torch.nn.functional.cosine_similarity(z1, z2)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        cosine / 0.1 - 10, torch.ones(1, dtype=torch.float64)
+    )
+    torch.testing.assert_close(siglip(z1, z2), expected)
+
+
+def test_a_weight_of_zero_takes_a_row_out_but_not_its_column():
+    z1, z2 = random_pairs(5, 4)
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
+    each = siglip(z1, z2, bias=-1.0, reduction="none")
+    expected = each[[0, 2, 3, 4]].mean()
+    torch.testing.assert_close(siglip(z1, z2, bias=-1.0, weights=weights), expected)
+    assert siglip(z1, z2, weights=torch.zeros(5)) == 0
+
+
+@pytest.mark.parametrize("weight", [1e-12, 1e12])
+def test_the_weight_of_a_loss_only_scales_its_gradient(weight):
+    inputs = wanting(*random_pairs(63, 60, torch.float32))
+    expected = torch.autograd.grad(siglip(*inputs), inputs)
+    actual = torch.autograd.grad(weight * siglip(*inputs), inputs)
+    for got, want in zip(actual, expected, strict=True):
+        assert_within(got.double() / weight, want, 1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_finite_embeddings_show_in_the_loss(bad):
+    z1, z2 = random_pairs(7, 5)
+    z2[3, 1] = bad
+    assert siglip(z1, z2).isnan()
+
+
+def test_zero_rows_have_a_zero_gradient():
+    z1, z2 = random_pairs(7, 5)
+    z1[3] = 0
+    inputs = wanting(z1, z2)
+    loss = siglip(*inputs)
+    torch.testing.assert_close(loss, reference.siglip(z1, z2, 0.1, -10.0).mean())
+    grads = torch.autograd.grad(loss, inputs)
+    assert torch.equal(grads[0][3], torch.zeros(5, dtype=torch.float64))
+    assert grads[1].isfinite().all()
+
+
+def test_large_logits_neither_overflow_nor_saturate():
+    z1, z2 = torch.eye(4), -torch.eye(4)
+    inputs = wanting(z1, z2)
+    loss = siglip(*inputs, temperature=0.005, bias=0.0)
+    assert loss.item() == pytest.approx(200 + 3 * math.log(2), rel=1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, inputs))
+
+
+def test_double_backward_raises():
+    inputs = wanting(*random_pairs(9, 5))
+    grad = torch.autograd.grad(siglip(*inputs), inputs[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        grad.sum().backward()
+
+
+class TestPrimitive:
+    @backends
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 65), (65, 3), (50, 131)])
+    @pytest.mark.usefixtures("poisoned_empty")
+    def test_equals_the_mask_written_out(self, rows, columns, dtype, backend):
+        q, k = torch.randn(rows, 13, dtype=dtype), torch.randn(columns, 13, dtype=dtype)
+        row_ids, column_ids = torch.randint(0, 9, (rows,)), torch.randint(0, 9, (columns,))
+        grad = torch.randn(rows, dtype=dtype)
+        for exclusion in (Exclusion(), Exclusion(7), Exclusion(0, row_ids, column_ids)):
+            mask = exclusion.mask(rows, columns, q.device)
+            exact = wanting(q.double(), k.double(), torch.tensor(-0.7, dtype=torch.float64))
+            logits = exact[0] @ exact[1].T + exact[2]
+            expected = torch.logaddexp(logits, torch.zeros_like(logits)).masked_fill(mask, 0).sum(1)
+            expected_grads = torch.autograd.grad(expected, exact, grad.double())
+            inputs = wanting(q, k, torch.tensor(-0.7, dtype=dtype))
+            actual = kept_softplus_sum(*inputs, exclusion=exclusion, backend=backend)
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+            for got, want in zip(
+                torch.autograd.grad(actual, inputs, grad), expected_grads, strict=True
+            ):
+                torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+    def test_each_input_alone_gets_its_gradient(self):
+        tensors = torch.randn(33, 5), torch.randn(50, 5), torch.tensor(-0.5)
+        inputs = wanting(*tensors)
+        expected = torch.autograd.grad(kept_softplus_sum(*inputs).sum(), inputs)
+        for wanted in range(3):
+            inputs = [x.clone() for x in tensors]
+            inputs[wanted].requires_grad_()
+            (grad,) = torch.autograd.grad(kept_softplus_sum(*inputs).sum(), [inputs[wanted]])
+            torch.testing.assert_close(grad, expected[wanted])
+
+    @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+    def test_opcheck(self, layout):
+        def rows(n):
+            x = torch.randn(n, 6)
+            return x if layout == "contiguous" else x.T.contiguous().T
+
+        ids = torch.arange(40) // 2
+        shared = (rows(40), rows(23), torch.tensor(-1.0), ids, ids[:23], 0)
+        torch.library.opcheck(softplus_sum_forward, shared)
+        for needs in ((True, False), (False, True), (True, True)):
+            torch.library.opcheck(softplus_sum_backward, (torch.randn(40), *shared, *needs))
+
+    def test_fake_tensors_on_cuda_have_the_right_shapes_without_a_gpu(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            q, k = torch.empty(6, 3, device="cuda"), torch.empty(9, 3, device="cuda")
+            sums = kept_softplus_sum(q, k, -1.0)
+        assert sums.shape == (6,)
+        assert sums.device.type == "cuda"
+
+    def test_runs_are_identical_bit_for_bit(self):
+        q, k = torch.randn(300, 17), torch.randn(200, 17)
+        runs = []
+        for _ in range(3):
+            inputs = wanting(q, k)
+            sums = kept_softplus_sum(*inputs, -1.0)
+            runs.append((sums, *torch.autograd.grad(sums.sum(), inputs)))
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+class TestModule:
+    def test_starts_as_the_paper_does(self):
+        loss_fn = SigLIP()
+        assert loss_fn.log_scale.item() == pytest.approx(math.log(10))
+        assert loss_fn.bias.item() == -10
+        z1, z2 = random_pairs(9, 5)
+        torch.testing.assert_close(loss_fn(z1, z2), siglip(z1, z2), rtol=1e-6, atol=0)
+
+    def test_passes_its_options_on(self):
+        z1, z2 = random_pairs(7, 5)
+        weights = torch.rand(7)
+        loss_fn = SigLIP(0.5, -1.0, reduction="sum", backend="reference")
+        expected = siglip(
+            z1, z2, temperature=0.5, bias=-1.0, ids=IDS, weights=weights, reduction="sum"
+        )
+        torch.testing.assert_close(
+            loss_fn(z1, z2, ids=IDS, weights=weights), expected, rtol=1e-6, atol=0
+        )
+
+    def test_scale_and_bias_learn_and_are_saved(self):
+        z1, z2 = random_pairs(16, 8, torch.float32)
+        loss_fn = SigLIP()
+        optimiser = torch.optim.SGD(loss_fn.parameters(), lr=0.05)
+        losses = []
+        for _ in range(20):
+            loss = loss_fn(z1, z2)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        assert loss_fn.bias.item() != -10
+        restored = SigLIP()
+        restored.load_state_dict(loss_fn.state_dict())
+        assert torch.equal(restored(z1, z2), loss_fn(z1, z2))
+        assert repr(copy.deepcopy(loss_fn)) == repr(loss_fn)
+
+    def test_repr_tells_the_present_values(self):
+        assert repr(SigLIP()) == (
+            "SigLIP(temperature=0.1, bias=-10, reduction='mean', backend='auto')"
+        )
+
+    def test_half_precision_modules_keep_their_scalars_in_float32(self):
+        loss_fn = SigLIP().half()
+        assert loss_fn.temperature.dtype == torch.float32
+        assert loss_fn(*random_pairs(5, 3, torch.float16)).dtype == torch.float32

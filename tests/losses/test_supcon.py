@@ -1,0 +1,289 @@
+"""SupCon against loops, the reference and the published formula; and where it meets NT-Xent.
+
+Equations (15), (16) and (20) of docs/nt_xent.md.
+"""
+
+import algorithm1
+import pytest
+import torch
+import torch.nn.functional as F
+from budgets import VALUE, assert_within, gradient_budget, relative_error
+
+from contrastive_kit import SupCon, reference
+from contrastive_kit.functional import nt_xent, sup_con
+from contrastive_kit.ops import BACKENDS, same_class_logsumexp
+
+backends = pytest.mark.parametrize("backend", list(BACKENDS))
+variants = pytest.mark.parametrize("variant", ["out", "in"])
+LABELS = torch.tensor([3, 3, -1, 8, 5, 8, 8])  # two images are alone with their label
+
+
+def random_views(n_views, n, d, dtype=torch.float64):
+    image = torch.randn(n, d, dtype=torch.float64)
+    return (image + 0.7 * torch.randn(n_views, n, d, dtype=torch.float64)).to(dtype)
+
+
+def wanting(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+@backends
+@variants
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_equals_its_loop(n_views, variant, backend):
+    views = random_views(n_views, 7, 5)
+    expected = torch.from_numpy(algorithm1.sup_con(views, LABELS, 0.2, variant))
+    call = {"labels": LABELS, "temperature": 0.2, "variant": variant, "backend": backend}
+    each = sup_con(*views, reduction="none", **call)
+    torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sup_con(*views, reduction="sum", **call), expected.sum())
+    # With one view, the two anchors without positives are not part of the mean.
+    count = 5 if n_views == 1 else 7 * n_views
+    torch.testing.assert_close(sup_con(*views, **call), expected.sum() / count)
+
+
+@backends
+@variants
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (3, 7), (63, 60), (65, 128), (252, 17)])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_value_and_gradient_at_odd_sizes(n, d, dtype, variant, backend):
+    views = random_views(2, n, d, dtype)
+    labels = torch.arange(n).roll(1) % max(2, n // 4)
+    inputs = wanting(*views.double())
+    expected = reference.sup_con(torch.stack(inputs), labels, 0.1, variant).mean()
+    expected_grads = torch.autograd.grad(expected, inputs)
+    inputs = wanting(*views)
+    loss = sup_con(*inputs, labels=labels, variant=variant, backend=backend)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_within(loss, expected, 2 * VALUE[dtype])
+    for grad, expected_grad in zip(torch.autograd.grad(loss, inputs), expected_grads, strict=True):
+        assert grad.dtype == dtype
+        assert_within(grad, expected_grad, 2 * gradient_budget(dtype, 0.1))
+
+
+@backends
+@variants
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_gradients_with_labels_that_occur_once(n_views, variant, backend):
+    views = random_views(n_views, 7, 5)
+    inputs = wanting(*views)
+    each = reference.sup_con(torch.stack(inputs), LABELS, 0.2, variant)
+    weights = torch.rand(7, dtype=torch.float64)
+    has_positive = ~each.isnan()
+    alone = has_positive.logical_not()
+    assert alone.any() == (n_views == 1)
+    shares = weights.expand_as(each)[has_positive]
+    expected_grads = torch.autograd.grad((each[has_positive] * shares).sum() / shares.sum(), inputs)
+    inputs = wanting(*views)
+    loss = sup_con(
+        *inputs, labels=LABELS, temperature=0.2, variant=variant, weights=weights, backend=backend
+    )
+    for grad, expected_grad in zip(torch.autograd.grad(loss, inputs), expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+@variants
+def test_gradcheck_with_a_learned_temperature(variant):
+    views = wanting(*random_views(2, 5, 3))
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def losses(t, *views):
+        return sup_con(*views, labels=LABELS[:5], temperature=t, variant=variant, reduction="none")
+
+    assert torch.autograd.gradcheck(losses, (temperature, *views))
+
+
+@backends
+@pytest.mark.parametrize("n_views", [2, 3])
+def test_a_label_for_each_image_is_nt_xent(n_views, backend):
+    views = random_views(n_views, 9, 5)
+    labels = torch.randperm(9) - 4
+    expected = nt_xent(*views, temperature=0.1)
+    torch.testing.assert_close(sup_con(*views, labels=labels, backend=backend), expected)
+
+
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_both_variants_coincide_at_one_positive(n_views):
+    """T14 of our notes on other libraries: three meanings with several positives, one with one."""
+    views = random_views(n_views, 8, 5)
+    labels = torch.arange(8) // (3 - n_views)
+    out = sup_con(*views, labels=labels, reduction="none")
+    inside = sup_con(*views, labels=labels, variant="in", reduction="none")
+    torch.testing.assert_close(out, inside)
+    fewer = sup_con(*views, labels=labels // 2, reduction="none")
+    fewer_inside = sup_con(*views, labels=labels // 2, variant="in", reduction="none")
+    assert (fewer > fewer_inside + 1e-6).all()  # Jensen
+
+
+def test_views_are_images_of_the_same_label():
+    """Stacking the views and repeating the labels is the same loss of one view."""
+    views = random_views(3, 7, 5)
+    expected = sup_con(*views, labels=LABELS)
+    torch.testing.assert_close(sup_con(views.flatten(0, 1), labels=LABELS.repeat(3)), expected)
+    inside = sup_con(*views, labels=LABELS, variant="in")
+    stacked = sup_con(views.flatten(0, 1), labels=LABELS.repeat(3), variant="in")
+    torch.testing.assert_close(stacked, inside)
+
+
+def test_is_the_published_formula_of_the_authors_code():
+    """SupContrast: temperature over base temperature in front, features normalised by the caller.
+
+    With its defaults, 0.07 and 0.07, the factor is 1.
+    """
+    temperature, base_temperature = 0.1, 0.07
+    views = random_views(2, 9, 5)
+    labels = torch.arange(9) // 3
+    features = F.normalize(views, dim=2).transpose(0, 1)  # [batch, views, dim]
+    contrast = torch.cat(torch.unbind(features, dim=1))
+    mask = (labels[:, None] == labels[None, :]).double().repeat(2, 2)
+    others = 1 - torch.eye(18, dtype=torch.float64)
+    logits = contrast @ contrast.T / temperature
+    log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    mean_log_prob = (mask * others * log_prob).sum(1) / (mask * others).sum(1)
+    published = -(temperature / base_temperature) * mean_log_prob.mean()
+    ours = sup_con(*views, labels=labels, temperature=temperature)
+    torch.testing.assert_close(published, temperature / base_temperature * ours)
+
+
+@backends
+@variants
+def test_anchors_without_positives_are_silent(variant, backend):
+    (view,) = wanting(random_views(1, 5, 4)[0])
+    for reduction in ("mean", "sum"):
+        loss = sup_con(
+            view, labels=torch.arange(5), variant=variant, reduction=reduction, backend=backend
+        )
+        assert loss == 0
+        assert torch.equal(torch.autograd.grad(loss, view)[0], torch.zeros_like(view))
+
+
+@backends
+@variants
+def test_a_batch_of_one_label_has_no_negatives_but_is_defined(variant, backend):
+    views = random_views(2, 5, 4)
+    labels = torch.full((5,), 7)
+    inputs = wanting(*views)
+    expected = reference.sup_con(torch.stack(inputs), labels, 0.1, variant).mean()
+    expected_grads = torch.autograd.grad(expected, inputs)
+    inputs = wanting(*views)
+    loss = sup_con(*inputs, labels=labels, variant=variant, backend=backend)
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(loss, inputs)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-11)
+
+
+def test_a_loss_of_1e_minus_12_keeps_its_digits_where_an_image_is_alone():
+    image = torch.randn(1, 32, 60)
+    views = image + 0.1 * torch.randn(2, 32, 60)
+    labels = torch.arange(32)
+    exact = wanting(*views.double())
+    expected = nt_xent(*exact, temperature=0.02)
+    assert 1e-16 < expected < 1e-10
+    for variant in ("out", "in"):
+        inputs = wanting(*views)
+        loss = sup_con(*inputs, labels=labels, temperature=0.02, variant=variant)
+        assert abs(loss.item() - expected.item()) <= 1e-3 * expected.item()
+        grads = torch.stack(torch.autograd.grad(loss, inputs))
+        expected_grads = torch.stack(torch.autograd.grad(expected, exact, retain_graph=True))
+        assert relative_error(grads, expected_grads) <= gradient_budget(torch.float32, 0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.005])
+@variants
+def test_the_worst_pairs_keep_their_gradient(variant, temperature):
+    """The only positive is opposed: the loss is about 2 / temperature and must not saturate."""
+    z = torch.cat([torch.eye(4), -torch.eye(4)]) + 1e-3
+    labels = torch.arange(4).repeat(2)
+    (exact,) = wanting(z.double())
+    expected = reference.sup_con(exact[None], labels, temperature, variant).mean()
+    (expected_grad,) = torch.autograd.grad(expected, exact)
+    (view,) = wanting(z)
+    loss = sup_con(view, labels=labels, temperature=temperature, variant=variant)
+    assert loss > 0.9 / temperature
+    assert_within(loss, expected, 1e-6)
+    assert_within(torch.autograd.grad(loss, view)[0], expected_grad, 1e-4)
+
+
+@variants
+def test_nan_shows_in_the_loss(variant):
+    views = random_views(2, 7, 3)
+    views[1, 2, 0] = torch.nan
+    assert sup_con(*views, labels=LABELS, variant=variant).isnan()
+
+
+@variants
+def test_zero_rows_count_as_cosine_zero(variant):
+    views = random_views(2, 7, 3)
+    views[0, 2] = 0
+    inputs = wanting(*views)
+    loss = sup_con(*inputs, labels=LABELS, variant=variant)
+    expected = reference.sup_con(views, LABELS, 0.1, variant).mean()
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(loss, inputs)
+    assert torch.equal(grads[0][2], torch.zeros(3, dtype=torch.float64))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("logit_size", [1.0, 12.0])
+def test_the_logsumexp_over_a_class_equals_that_of_its_mask(logit_size, symmetric, monkeypatch):
+    from contrastive_kit.ops import _tiled
+
+    monkeypatch.setattr(_tiled, "_CPU_TILE", (8, 24))
+    n = 61
+    q = torch.randn(n, 5, dtype=torch.float64) * logit_size
+    k = q if symmetric else torch.randn(n, 5, dtype=torch.float64)
+    row_class = torch.randint(0, 9, (n,))
+    column_class = row_class if symmetric else torch.randint(0, 9, (n,))
+    row_id = torch.randperm(n)
+    column_id = row_id if symmetric else torch.randperm(n)
+    kept = row_class[:, None] == column_class[None, :]
+    kept &= row_id[:, None] != column_id[None, :]
+    inputs = wanting(q) if symmetric else wanting(q, k)
+    logits = inputs[0] @ inputs[-1].T
+    expected = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
+    some = kept.any(1)
+    expected_grads = torch.autograd.grad(expected[some].sum(), inputs)
+    actual = same_class_logsumexp(
+        inputs[0],
+        None if symmetric else inputs[1],
+        row_class * n + row_id,
+        column_class * n + column_id,
+        n,
+    )
+    assert (actual[~some] == -torch.inf).all()
+    torch.testing.assert_close(actual[some], expected[some])
+    torch.testing.assert_close(
+        torch.autograd.grad(actual[some].sum(), inputs), expected_grads, rtol=1e-9, atol=1e-12
+    )
+
+
+class TestModule:
+    @variants
+    def test_is_the_function_with_its_options(self, variant):
+        views, weights = random_views(2, 7, 5), torch.rand(7)
+        loss_fn = SupCon(0.2, variant=variant, reduction="sum", backend="reference")
+        expected = sup_con(
+            *views,
+            labels=LABELS,
+            temperature=0.2,
+            variant=variant,
+            weights=weights,
+            reduction="sum",
+        )
+        torch.testing.assert_close(loss_fn(*views, labels=LABELS, weights=weights), expected)
+
+    def test_repr_tells_the_options(self):
+        assert repr(SupCon(0.2, variant="in")) == (
+            "SupCon(temperature=0.2, reduction='mean', backend='auto', variant='in')"
+        )
+
+    def test_a_learnable_temperature_gets_its_gradient(self):
+        views = random_views(2, 7, 5, torch.float32)
+        loss_fn = SupCon(0.2, learnable_temperature=True)
+        loss_fn(*views, labels=LABELS).backward()
+        log_scale = loss_fn.log_scale.detach().double().requires_grad_()
+        loss = reference.sup_con(views.double(), LABELS, (-log_scale).exp()).mean()
+        (expected,) = torch.autograd.grad(loss, log_scale)
+        assert_within(loss_fn.log_scale.grad, expected, 1e-5)
