@@ -1,7 +1,13 @@
 """The primitive behind the losses, and the choice of its backend."""
 
 from contrastive_kit.ops._exclusion import Exclusion
-from contrastive_kit.ops._lse import BACKENDS, BackendChoice, kept_logsumexp, which_backend
+from contrastive_kit.ops._lse import (
+    BACKENDS,
+    BackendChoice,
+    kept_logsumexp,
+    operand_dtype,
+    which_backend,
+)
 from contrastive_kit.ops._same_class import same_class_logsumexp
 from contrastive_kit.ops._sigmoid import SOFTPLUS_BACKENDS, kept_softplus_sum
 from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
@@ -15,6 +21,7 @@ __all__ = [
     "LogitStatistics",
     "kept_logsumexp",
     "kept_softplus_sum",
+    "operand_dtype",
     "row_statistics",
     "same_class_logsumexp",
     "scaled_unit_rows",

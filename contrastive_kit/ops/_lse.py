@@ -12,6 +12,7 @@ from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.ops._exclusion import Exclusion
 from contrastive_kit.ops._registered import KeptLogSumExp
 from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
+from contrastive_kit.ops._triton import refusal as triton_refusal
 
 
 class Backend(NamedTuple):
@@ -19,8 +20,9 @@ class Backend(NamedTuple):
 
     Attributes:
         refuse: why it cannot run on these tensors, or None if it can.
-        run: called as ``run(q, k, exclusion, both, bound, statistics)``, differentiable in ``q``
-            and ``k``; returns the logsumexp and its statistics.
+        run: called as ``run(q, k, exclusion, both, bound, statistics, operands)``, differentiable
+            in ``q`` and ``k``; returns the logsumexp and its statistics. ``operands`` is the dtype
+            that tensor cores may round rows to before they multiply.
     """
 
     refuse: Callable[[Tensor, Tensor | None], str | None]
@@ -45,8 +47,8 @@ def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") 
     Args:
         q: embeddings (N, D), or one matrix of rows.
         k: the other matrix (C, D), or None for NT-Xent and the like, which compare rows of ``q``.
-        backend: "auto", or the name of a backend: "tiled" (any device, torch only, memory of a few
-            tiles) or "reference" (the formula, memory N²).
+        backend: "auto", or the name of a backend: "triton" (fused kernels on a GPU), "tiled" (any
+            device, torch only, memory of a few tiles) or "reference" (the formula, memory N²).
 
     Raises:
         ValueError: for an unknown backend, or a named one that refuses; the message says why.
@@ -56,6 +58,8 @@ def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") 
         >>> from contrastive_kit import which_backend
         >>> which_backend(torch.randn(8, 4)).name
         'tiled'
+        >>> which_backend(torch.randn(8, 4)).refusals
+        {'triton': 'it needs tensors on a CUDA device, got cpu'}
     """
     check_choice("backend", backend, ["auto", *BACKENDS])
     if backend != "auto":
@@ -72,6 +76,12 @@ def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") 
     raise ValueError(f"no backend can run here: {refusals}")
 
 
+def operand_dtype(*embeddings: Tensor) -> torch.dtype:
+    """What tensor cores may round rows of these to: the half precision all are in, or float32."""
+    dtypes = {x.dtype for x in embeddings}
+    return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+
+
 def kept_logsumexp(
     q: Tensor,
     k: Tensor | None = None,
@@ -80,14 +90,16 @@ def kept_logsumexp(
     both: bool = False,
     bound: float = torch.inf,
     statistics: bool = False,
+    operands: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, LogitStatistics | None]:
     """Logsumexp over the kept entries of each row of the logits ``q @ k.T``, equation (2).
 
     A row that keeps no entry has logsumexp -inf and a zero gradient. NaN and inf propagate.
     Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except with the
-    ``reference`` backend). Deterministic. Memory beyond the result: a few tiles of 2 MiB on a CPU
-    (64 MiB on an accelerator), and R·C for the ``reference`` backend.
+    ``reference`` backend). Deterministic. Memory beyond the result: for ``triton`` a copy of the
+    rows and at most 256 MiB; for ``tiled`` a few tiles of 2 MiB on a CPU (64 MiB on an
+    accelerator); and R·C for the ``reference`` backend.
 
     Args:
         q: rows (R, D), floating; computed in float64 if float64, else in float32.
@@ -97,6 +109,9 @@ def kept_logsumexp(
         bound: a number that no logit exceeds in magnitude, if one is known. A small bound spares
             the passes that guard against overflow.
         statistics: also return ``LogitStatistics``, detached.
+        operands: the dtype that tensor cores may round rows to before they multiply, float32,
+            bfloat16 or float16; None for ``operand_dtype`` of ``q`` and ``k``. Only ``triton``
+            rounds to half precision. With float32, ``torch.get_float32_matmul_precision()`` rules.
         backend: "auto" or a name, see ``which_backend``.
 
     Returns:
@@ -104,15 +119,28 @@ def kept_logsumexp(
         order, or None.
     """
     choice = which_backend(q, k, backend=backend)
-    dtype = compute_dtype(q) if k is None else compute_dtype(q, k)
+    inputs = (q,) if k is None else (q, k)
+    dtype = compute_dtype(*inputs)
     lse, stats = BACKENDS[choice.name].run(
-        q.to(dtype), None if k is None else k.to(dtype), exclusion, both, bound, statistics
+        q.to(dtype),
+        None if k is None else k.to(dtype),
+        exclusion,
+        both,
+        bound,
+        statistics,
+        operands or operand_dtype(*inputs),
     )
     return lse, LogitStatistics(*stats.unbind(0)) if statistics else None
 
 
 def _run_reference(
-    q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, bound: float, statistics: bool
+    q: Tensor,
+    k: Tensor | None,
+    exclusion: Exclusion,
+    both: bool,
+    bound: float,
+    statistics: bool,
+    operands: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     keys = q if k is None else k
     excluded = exclusion.mask(len(q), len(keys), q.device)
@@ -133,7 +161,9 @@ def _run_reference(
     return torch.cat(lse), stats
 
 
-def _run_registered(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _run_registered(
+    kernels_for: Callable[[torch.dtype], str],
+) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(
         q: Tensor,
         k: Tensor | None,
@@ -141,14 +171,22 @@ def _run_registered(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
         both: bool,
         bound: float,
         statistics: bool,
+        operands: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         period, row_ids, column_ids = exclusion
         lse, _, stats = KeptLogSumExp.apply(
-            q, k, row_ids, column_ids, period, both, bound, statistics, name
+            q, k, row_ids, column_ids, period, both, bound, statistics, kernels_for(operands)
         )
         return lse, stats
 
     return run
+
+
+def _triton_kernels(operands: torch.dtype) -> str:
+    if operands != torch.float32:
+        return f"triton {str(operands).removeprefix('torch.')}"
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return "triton float32" if exact else "triton tf32"
 
 
 def _never_refuses(q: Tensor, k: Tensor | None) -> None:
@@ -156,6 +194,7 @@ def _never_refuses(q: Tensor, k: Tensor | None) -> None:
 
 
 BACKENDS = {
-    "tiled": Backend(_never_refuses, _run_registered("tiled")),
+    "triton": Backend(triton_refusal, _run_registered(_triton_kernels)),
+    "tiled": Backend(_never_refuses, _run_registered(lambda operands: "tiled")),
     "reference": Backend(_never_refuses, _run_reference),
 }

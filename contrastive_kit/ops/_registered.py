@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kit.ops import _tiled
+from contrastive_kit.ops import _tiled, _triton
 from contrastive_kit.ops._differentiable_once import differentiable_once
 from contrastive_kit.ops._exclusion import Exclusion
 
-_KERNELS = {"tiled": _tiled}
+# By the name the ops are given. A backend that rounds what it multiplies has a name for each way.
+_KERNELS: dict[str, Any] = {
+    "tiled": _tiled,
+    **{f"triton {name}": _triton.Kernels(name) for name in _triton.OPERANDS},
+}
 
 # The period is the size of the batch: as a SymInt it does not recompile for each.
 _SHARED_ARGUMENTS = (

@@ -1,0 +1,170 @@
+"""Tiles of the Triton kernels by architecture, operands and width: a table, no search at run time.
+
+Chosen ahead of time from what the compiler makes of the kernels (registers, shared memory, spills;
+``tests/ops/test_triton_aot.py`` compiles every row of the table): no row spills inside its loop,
+and each leaves room for as many programs on a multiprocessor as its comment says. Not yet from
+timings on a device.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+# Whose tiles the interpreter takes; it has no architecture of its own.
+INTERPRETED = "sm_90"
+
+
+class Tile(NamedTuple):
+    """Shape of a tile and how a kernel runs it.
+
+    Attributes:
+        rows: of the tile.
+        columns: of the tile.
+        warps: of a program.
+        stages: loads in flight of the pipelined loop.
+        step: slice of the width that is read at a time, or 0 to keep a row block whole on chip.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    step: int = 0
+
+    def slice_of(self, depth: int) -> int:
+        """How much of ``depth`` is read at a time."""
+        return min(self.step or depth, depth)
+
+    def options(self) -> dict[str, Any]:
+        """The tile as arguments of a launch."""
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            # Fused multiply-adds round once instead of twice; their default differs by release.
+            "enable_fp_fusion": True,
+        }
+
+
+# The first row whose width is not exceeded counts; None: the weights are stored in strips instead.
+_Rows = tuple[tuple[float, Tile | None], ...]
+_ANY = float("inf")
+
+# Ampere and Ada have fewer registers to spare for wide tiles than Hopper, whose operands stay in
+# shared memory; those other than sm_80 also have only 99 KiB of shared memory.
+_FORWARD_HALF: dict[str, _Rows] = {
+    # 163 registers and 49 KiB: 3 programs; 174 and 64 KiB: 1.
+    "sm_80": ((128, Tile(128, 64, 4, 2)), (_ANY, Tile(128, 128, 8, 3, 64))),
+    "sm_86": ((128, Tile(128, 64, 4, 2)), (_ANY, Tile(128, 128, 8, 3, 64))),
+    # 131 registers and 80 KiB: 2; 115 and 160 KiB: 1; 243 and 96 KiB: 2, so that the exponentials
+    # of one program overlap the products of the other. With tensor descriptors instead of pointers
+    # they take 133, 98 and 231 registers: no program more, for a dearer launch.
+    "sm_90": (
+        (128, Tile(128, 64, 4, 3)),
+        (256, Tile(128, 64, 8, 3)),
+        (_ANY, Tile(128, 128, 4, 3, 64)),
+    ),
+    # 138, 128 and 184 registers; 4 warps would spill in the loop of the last.
+    "sm_100": (
+        (128, Tile(128, 64, 4, 3)),
+        (256, Tile(128, 64, 8, 3)),
+        (_ANY, Tile(128, 128, 8, 3, 64)),
+    ),
+    # 110 and 182 registers, 32 KiB.
+    "hip": ((128, Tile(128, 64, 8, 2)), (_ANY, Tile(128, 128, 8, 2, 64))),
+}
+_FORWARD_FLOAT = {
+    # 168 registers; a tile of 128 x 128 spills in its loop.
+    "sm_80": Tile(128, 64, 8, 3, 32),
+    "sm_86": Tile(128, 64, 8, 3, 32),
+    # 216 to 218 registers, 96 KiB.
+    "sm_90": Tile(128, 128, 8, 3, 32),
+    "sm_100": Tile(128, 64, 8, 3, 32),
+    "hip": Tile(128, 128, 8, 2, 32),
+}
+# 209 to 215 registers; with 4 warps it spills.
+_FORWARD_STATISTICS = {torch.float32: Tile(128, 64, 8, 2, 32)}
+_FORWARD_STATISTICS_HALF = Tile(128, 64, 8, 2, 64)
+
+_BACKWARD_HALF: dict[str, _Rows] = {
+    # 165 registers and 40 KiB: 3; 162 and 72 KiB: 1.
+    "sm_80": ((128, Tile(64, 64, 4, 2)), (256, Tile(64, 64, 8, 2)), (_ANY, None)),
+    "sm_86": ((128, Tile(64, 64, 4, 2)), (256, Tile(64, 64, 8, 2)), (_ANY, None)),
+    # 167 registers and 64 KiB: 3; 230 and 128 KiB: 1.
+    "sm_90": ((128, Tile(64, 64, 4, 3)), (256, Tile(128, 64, 8, 2)), (_ANY, None)),
+    # 121 registers and 80 KiB: 2; 234 and 160 KiB: 1.
+    "sm_100": ((128, Tile(64, 64, 4, 3)), (256, Tile(128, 64, 8, 2)), (_ANY, None)),
+    # 218 and 236 registers, 16 and 32 KiB.
+    "hip": ((128, Tile(64, 32, 4, 2)), (256, Tile(64, 32, 8, 1)), (_ANY, None)),
+}
+# TensorFloat-32 only, 118 to 172 registers. What float32 proper needs beyond it, three products and
+# their parts, does not fit beside a row block of gradients.
+_BACKWARD_TF32: dict[str, _Rows] = {
+    "sm_80": ((128, Tile(64, 32, 8, 2)), (_ANY, None)),
+    "sm_86": ((128, Tile(64, 32, 8, 2)), (_ANY, None)),
+    "sm_90": ((128, Tile(64, 64, 8, 2)), (_ANY, None)),
+    "sm_100": ((128, Tile(64, 64, 8, 2)), (_ANY, None)),
+    "hip": ((_ANY, None),),
+}
+
+_WEIGHTS_HALF = {
+    "sm_80": Tile(128, 128, 8, 3, 64),
+    "sm_86": Tile(128, 128, 8, 3, 64),
+    # 189 registers, 144 KiB: the fewest bytes read for each product.
+    "sm_90": Tile(128, 256, 8, 3, 64),
+    # 214 registers; 128 x 256 spills in its loop.
+    "sm_100": Tile(128, 128, 8, 3, 64),
+    "hip": Tile(128, 128, 8, 2, 64),
+}
+_WEIGHTS_FLOAT = {
+    "sm_80": Tile(128, 64, 8, 3, 32),
+    "sm_86": Tile(128, 64, 8, 3, 32),
+    "sm_90": Tile(128, 128, 8, 3, 32),
+    "sm_100": Tile(128, 64, 8, 3, 32),
+    "hip": Tile(128, 64, 8, 2, 32),
+}
+
+ARCHITECTURES = tuple(_FORWARD_HALF)
+
+
+def architecture(major: int, minor: int) -> str:
+    """The row of the table for a compute capability."""
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    # 12.x has the shared memory and the instructions of Ada, not of sm_100.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")
+
+
+def packed_depth(width: int) -> int:
+    """The width of packed rows: a power of two up to 256, above that a multiple of 64."""
+    if width > 256:
+        return -(-width // 64) * 64
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def forward(arch: str, dtype: torch.dtype, precision: str, depth: int, statistics: bool) -> Tile:
+    """The tile of the forward kernel."""
+    if statistics:
+        return _FORWARD_STATISTICS.get(dtype, _FORWARD_STATISTICS_HALF)
+    if dtype == torch.float32:
+        return _FORWARD_FLOAT[arch]
+    tile = _first(_FORWARD_HALF[arch], depth)
+    assert tile is not None
+    return tile
+
+
+def backward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Tile | None:
+    """The tile of the backward kernel, or None where it does not fit."""
+    if dtype == torch.float32:
+        return _first(_BACKWARD_TF32[arch], depth) if precision == "tf32" else None
+    return _first(_BACKWARD_HALF[arch], depth)
+
+
+def weights(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Tile:
+    """The tile of the kernel that stores weights."""
+    return (_WEIGHTS_FLOAT if dtype == torch.float32 else _WEIGHTS_HALF)[arch]
+
+
+def _first(rows: _Rows, depth: int) -> Tile | None:
+    return next(tile for largest, tile in rows if depth <= largest)
