@@ -11,6 +11,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 
 pytest.importorskip("matplotlib")
@@ -20,7 +21,7 @@ def run(*arguments, **environment):
     return subprocess.run(
         ["bash", SCRIPT, *map(str, arguments)],
         check=False, capture_output=True, text=True,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        env={**ENVIRONMENT, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
