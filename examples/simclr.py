@@ -261,6 +261,8 @@ class Run:
         self.sums = torch.zeros(2, device=world.device)  # loss and accuracy of its steps
         self.epoch_order = self.order.get_state()
         self.stopwatch = Stopwatch(world.device)
+        self.seconds = 0.0  # of training, over all sessions
+        self.started: float | None = None
 
     def make_views(self, images: Tensor) -> Tensor:
         """All views of this process's images, view by view.
@@ -306,6 +308,7 @@ class Run:
         progress = tqdm(
             batches, f"epoch {epoch}", self.steps, initial=self.step, leave=False, disable=hidden
         )
+        self.started = time.perf_counter()
         self.stopwatch.mark("start")
         for images, labels in progress:
             self.stopwatch.mark("data")
@@ -339,9 +342,14 @@ class Run:
         loss, accuracy = (self.world.mean(self.sums) / self.steps).tolist()
         row = {"epoch": len(self.history) + 1, "loss": loss, "accuracy": accuracy}
         self.history.append(row)
+        self.seconds, self.started = self.seconds_so_far(), None
         self.step = 0
         self.sums.zero_()
         return row
+
+    def seconds_so_far(self) -> float:
+        """The time that training took, evaluations apart."""
+        return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
 
     def check_finite(self) -> None:
         """Raise if training has diverged, so that no such state is saved."""
@@ -364,6 +372,7 @@ class Run:
         return {
             "history": self.history,
             "baselines": {name: tuple(scores) for name, scores in self.baselines.items()},
+            "seconds": self.seconds_so_far(),
             "step": self.step,
             "sums": self.world.mean(self.sums).cpu(),
             "random": {
@@ -387,6 +396,7 @@ class Run:
             torch.cuda.set_rng_state(state["random"]["device"], self.world.device)
         self.order.set_state(state["random"]["order"])
         self.views.set_state(state["random"]["views"])
+        self.seconds = state["seconds"]
         self.step = state["step"]
         self.sums = state["sums"].to(self.world.device)
         self.history = state["history"]
@@ -525,6 +535,10 @@ def finish(run: Run, folder: Path) -> dict[str, Scores]:
         plot_map(features[2], features[3], run.data.classes, config.seed, folder / "map.png")
         results: dict[str, Any] = {key: value._asdict() for key, value in scores.items()}
         results["kNN settings"] = {"k": config.knn_k, "temperature": KNN_TEMPERATURE}
+        results["training"] = {
+            "seconds": run.seconds,
+            "images per second": config.epochs * run.steps * config.batch_size / run.seconds,
+        }
         results["history"] = run.history
         write_json(folder / "results.json", results)
     world.say(table(scores, config))

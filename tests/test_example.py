@@ -76,7 +76,9 @@ def options(root, **changes):
 
 
 def checkpoint(run):
-    return torch.load(run / "checkpoint.pt", weights_only=True)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state.pop("seconds") >= 0
+    return state
 
 
 def assert_same(a, b):
@@ -157,6 +159,8 @@ def test_run_folder(root, tmp_path, capsys):
     assert config["about"]["commit"] == simclr_session.git("rev-parse", "HEAD")
     results = json.loads((run / "results.json").read_text())
     assert results.pop("kNN settings") == {"k": 5, "temperature": 0.1}
+    assert results["training"]["images per second"] > 0
+    assert results.pop("training")["seconds"] > 0
     assert results.pop("history") == checkpoint(run)["history"]
     assert list(results) == ["raw pixels", "random encoder", "SimCLR"]
     assert results["SimCLR"] == scores["SimCLR"]._asdict()
@@ -595,6 +599,14 @@ def test_checkpoints_that_cannot_be_resumed(stopped, tmp_path):
         simclr.main(["--resume", str(stopped)])
     path.write_bytes(whole)
     assert simclr.main(["--resume", str(stopped), "--device", "cpu"]) is not None
+
+
+def test_batches_that_processes_cannot_share(root):
+    config = simclr.make_config({"data": "imagefolder", "root": str(root), "size": 8,
+                                 "encoder": "convnet", "batch_size": 9, "knn_k": 5})  # fmt: skip
+    data = simclr.load_data(config, CPU, 0)
+    with pytest.raises(simclr.UserError, match=r"must be a multiple of .* processes \(2\), got 9"):
+        simclr.Run(config, data, simclr_session.World(CPU, rank=1, size=2))
 
 
 def test_resume_takes_no_new_settings(stopped):
