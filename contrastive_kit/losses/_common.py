@@ -79,6 +79,7 @@ def negative_logsumexp(
     hardness: float = 0.0,
     bound: float = torch.inf,
     statistics: bool = False,
+    operands: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, LogitStatistics | None]:
     """``kept_logsumexp``, with each negative weighted by its hardness: equation (13).
@@ -97,6 +98,7 @@ def negative_logsumexp(
             both=both,
             bound=bound * scale,
             statistics=statistics,
+            operands=operands,
             backend=backend,
         )
 

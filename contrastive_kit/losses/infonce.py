@@ -23,6 +23,7 @@ from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
+    operand_dtype,
     row_statistics,
     scaled_unit_rows,
 )
@@ -157,6 +158,7 @@ def info_nce(
         hardness=hardness,
         bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
         statistics=return_stats,
+        operands=operand_dtype(query, key if negatives is None else negatives),
         backend=backend,
     )
     if columns[0].ndim == 3:
@@ -184,6 +186,7 @@ class _Options(TypedDict):
     hardness: float
     bound: float
     statistics: bool
+    operands: torch.dtype
     backend: str
 
 

@@ -20,7 +20,7 @@ from contrastive_kit.losses._common import (
 from contrastive_kit.losses._gathered import gather_batch, several_processes
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
-from contrastive_kit.ops import Exclusion, scaled_unit_rows
+from contrastive_kit.ops import Exclusion, operand_dtype, scaled_unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -149,6 +149,7 @@ def nt_xent(
         hardness=hardness,
         bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
         statistics=return_stats,
+        operands=operand_dtype(*views),
         backend=backend,
     )
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
