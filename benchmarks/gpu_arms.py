@@ -47,7 +47,7 @@ class GpuArm(NamedTuple):
         formula: what it computes, a subject of ``parity.oracle``.
         compiled: whether it compiles for every size, which takes seconds.
         largest_n: pairs beyond which its memory is out of proportion, or None.
-        operands: the precision of its products if not the setting's.
+        operands: the precision of its products where that is coarser than the setting's.
     """
 
     build: Callable[[Setting], Loss]
@@ -187,7 +187,7 @@ _SELF = "nt_xent_with_self"
 GPU_SUBJECTS = {
     "nt_xent": {
         OURS: GpuArm(_ours("nt_xent", "auto"), "nt_xent"),
-        TILED: GpuArm(_ours("nt_xent", "tiled"), "nt_xent", operands="fp32"),
+        TILED: GpuArm(_ours("nt_xent", "tiled"), "nt_xent"),
         EAGER: GpuArm(_plain(eager_nt_xent), "nt_xent"),
         COMPILED: GpuArm(_compiled(eager_nt_xent), "nt_xent", compiled=True),
         "FlexAttention": GpuArm(_flex_attention, "nt_xent", compiled=True),
@@ -198,16 +198,16 @@ GPU_SUBJECTS = {
         ),
         # These two have no mask for the anchor itself: another loss, of the same cost.
         "inf_cl": GpuArm(_inf_cl(_same), _SELF, operands="tf32"),
-        "cut-cross-entropy": GpuArm(_cut_cross_entropy(_same), _SELF),
+        "cut-cross-entropy": GpuArm(_cut_cross_entropy(_same), _SELF, operands="tf32"),
     },
     "clip": {
         OURS: GpuArm(_ours("clip", "auto"), "clip"),
-        TILED: GpuArm(_ours("clip", "tiled"), "clip", operands="fp32"),
+        TILED: GpuArm(_ours("clip", "tiled"), "clip"),
         EAGER: GpuArm(_plain(eager_clip), "clip"),
         COMPILED: GpuArm(_compiled(eager_clip), "clip", compiled=True),
         "open_clip": GpuArm(_peer(CLIP["open_clip"].build), "clip"),
         "inf_cl": GpuArm(_inf_cl(_apart), "clip", operands="tf32"),
-        "cut-cross-entropy": GpuArm(_cut_cross_entropy(_apart), "clip"),
+        "cut-cross-entropy": GpuArm(_cut_cross_entropy(_apart), "clip", operands="tf32"),
     },
 }
 
@@ -217,7 +217,8 @@ def gate(arm: GpuArm, setting: Setting) -> float:
 
     Wide for half precision: it tells a different loss apart, and the errors stand in the report.
     """
-    operands = arm.operands or setting.precision
+    per_logit = {"fp32": 1e-6, "tf32": 1e-3, "bf16": 8e-3}
+    coarsest = max(per_logit[setting.precision], per_logit[arm.operands or "fp32"])
     # Embeddings in bfloat16 take their gradient in bfloat16.
     rounding = 8e-3 if setting.precision == "bf16" else 0.0
-    return rounding + {"fp32": 1e-6, "tf32": 1e-3, "bf16": 8e-3}[operands] / setting.temperature
+    return rounding + coarsest / setting.temperature

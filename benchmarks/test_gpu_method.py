@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_augment, gpu_loss
-from benchmarks.gpu_arms import EAGER, GPU_SUBJECTS, GpuArm
+from benchmarks.gpu_arms import EAGER, GPU_SUBJECTS, PRECISIONS, GpuArm, Setting, gate
 from benchmarks.gpu_check_losses import poisoned
 from benchmarks.gpu_correctness import _outcome
 from benchmarks.gpu_device import Device
@@ -81,6 +81,19 @@ def test_another_loss_is_not_timed(monkeypatch, store):
     result = gpu_loss.measure(CASE, store(), DEVICE)
     assert "Disagreement: relative errors" in result["absent"]["other"]
     assert "other" not in result["times"]["forward"]["milliseconds"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("subject", GPU_SUBJECTS)
+def test_the_gate_is_as_wide_as_the_products_are_coarse(subject, precision):
+    gates = {
+        name: gate(arm, Setting(0.1, precision, "cpu"))
+        for name, arm in GPU_SUBJECTS[subject].items()
+    }
+    exact = {"fp32": 1e-5, "tf32": 1e-2, "bf16": 8.8e-2}[precision]
+    assert gates[OURS] == gates[EAGER] == pytest.approx(exact)
+    assert gates["inf_cl"] == pytest.approx(max(exact, 1e-2))
+    assert max(gates.values()) < 0.1, "a loss that is a tenth off would pass"
 
 
 def test_ours_failing_leaves_the_others_their_times(monkeypatch, store):
