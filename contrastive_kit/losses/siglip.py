@@ -1,6 +1,7 @@
 """SigLIP: every pair of a batch is its own yes-or-no question, with no softmax over the batch."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,16 @@ from contrastive_kit._checks import (
     check_temperature,
 )
 from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce
+from contrastive_kit.losses._gathered import check_gathering, gather_batch, several_processes
 from contrastive_kit.ops import (
     SOFTPLUS_BACKENDS,
     Exclusion,
     kept_softplus_sum,
     scaled_unit_rows,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def siglip(
@@ -32,6 +37,8 @@ def siglip(
     ids: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: str = "mean",
+    gather_distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""The sigmoid loss of SigLIP: is this pair a match, asked of every pair of a batch.
@@ -56,6 +63,12 @@ def siglip(
         weights: floating numbers (N,) ≥ 0 that multiply the losses; the mean is weighted,
             Σ w·ℓ / Σ w; 0 if all are 0. The sign is not checked.
         reduction: "mean" or "sum" over the rows of ``z1``, or "none" for the losses (N,).
+        gather_distributed: compare the rows of ``z1`` with the ``z2`` of all processes. "mean" is
+            then the share of this process, so that the mean over processes, which
+            ``DistributedDataParallel`` takes of the gradients, is that of the whole batch, exactly,
+            also for batches of different sizes. A learnable temperature and bias belong in a
+            ``DistributedDataParallel`` too. "sum" and "none" are of the own rows.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto" or "tiled" (any device), or "reference" (the formula, memory N²). No fused
             kernel computes this loss: on a GPU the tiles run through cuBLAS.
 
@@ -66,10 +79,13 @@ def siglip(
         TypeError: for embeddings or weights that are not floating tensors, ids that are not
             integers, a bias that is no number.
         ValueError: for shapes or devices that do not match, a temperature that is not positive and
-            finite, a bias that is not finite, an unknown ``reduction`` or ``backend``.
+            finite, a bias that is not finite, an unknown ``reduction`` or ``backend``; on every
+            process, if their embeddings do not match.
+        RuntimeError: for ``gather_distributed`` without an initialised process group.
 
     Memory:
-        O(N·D) and a few tiles, in the backward too, which computes the logits again.
+        O(N·D) and a few tiles, in the backward too, which computes the logits again. With
+        ``gather_distributed`` N is the number of pairs of all processes.
 
     References:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv 2303.15343, equation 1 and
@@ -93,13 +109,20 @@ def siglip(
     _check_bias(bias, z1)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+    gather = several_processes(gather_distributed, process_group)
 
     rows = scaled_unit_rows((z1,), temperature)[0]
     columns = scaled_unit_rows((z2,), temperature)[0]
     match = (rows * columns).sum(1) + _as(bias, rows)
-    others = kept_softplus_sum(rows, columns, bias, exclusion=Exclusion(n, ids), backend=backend)
+    candidates, exclusion, weight_per_process = columns, Exclusion(n, ids), None
+    if gather:
+        batch = gather_batch(columns[None], ids, weights, process_group)
+        candidates, exclusion = batch.rows.flatten(0, 1), batch.exclusion(1, 1)
+        weight_per_process = batch.weight_per_process
+    others = kept_softplus_sum(rows, candidates, bias, exclusion=exclusion, backend=backend)
     # By default softplus is linear above 20, which float64 would notice.
-    return reduce(F.softplus(-match, threshold=50) + others, reduction, weights)
+    loss = F.softplus(-match, threshold=50) + others
+    return reduce(loss, reduction, weights, weight_per_process)
 
 
 def _as(bias: float | Tensor, rows: Tensor) -> float | Tensor:
@@ -133,6 +156,8 @@ class SigLIP(nn.Module):
         temperature: the initial τ > 0.
         bias: the initial b.
         reduction: "mean", "sum" or "none".
+        gather_distributed: compare with the ``z2`` of all processes.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto", "tiled" or "reference", see ``siglip``.
 
     Raises:
@@ -154,6 +179,8 @@ class SigLIP(nn.Module):
         bias: float = -10.0,
         *,
         reduction: str = "mean",
+        gather_distributed: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -163,6 +190,9 @@ class SigLIP(nn.Module):
         _check_bias(bias)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+        check_gathering(gather_distributed, process_group)
+        self.gather_distributed = gather_distributed
+        self.process_group = process_group
         self.reduction = reduction
         self.backend = backend
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
@@ -185,14 +215,17 @@ class SigLIP(nn.Module):
             ids=ids,
             weights=weights,
             reduction=self.reduction,
+            gather_distributed=self.gather_distributed,
+            process_group=self.process_group,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
         """The options, as the constructor takes them, with the present temperature and bias."""
+        gathering = "gather_distributed=True, " if self.gather_distributed else ""
         return (
             f"temperature={float(self.temperature.detach()):.4g}, "
-            f"bias={float(self.bias.detach()):.4g}, "
+            f"bias={float(self.bias.detach()):.4g}, {gathering}"
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )
 

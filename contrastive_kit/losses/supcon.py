@@ -1,26 +1,32 @@
 """SupCon: all images of the same label are positives of each other."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kit._checks import check_alike, check_choice, check_embeddings, check_ids
+from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
 from contrastive_kit.losses._common import (
     TemperatureLoss,
     check_options,
     check_weights,
     reduce,
 )
+from contrastive_kit.losses._gathered import several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
 from contrastive_kit.losses.ntxent import _positive_logits as positive_logits
 from contrastive_kit.ops import (
     Exclusion,
     kept_logsumexp,
+    operand_dtype,
     same_class_logsumexp,
     scaled_unit_rows,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 VARIANTS = ("out", "in")
 
@@ -32,6 +38,8 @@ def sup_con(
     variant: str = "out",
     weights: Tensor | None = None,
     reduction: str = "mean",
+    gather_distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""SupCon, the supervised contrastive loss: L_out, or L_in by name.
@@ -60,6 +68,13 @@ def sup_con(
             anchors; the mean is weighted, Σ w·ℓ / Σ w. The sign is not checked.
         reduction: "mean" over the anchors that have a positive (0 if none has), "sum", or "none"
             for the losses (V, N), 0 for an anchor without positive.
+        gather_distributed: take the images of all processes as positives and negatives. The
+            anchors are those of this process. "mean" is then the share of this process, so that
+            the mean over processes, which ``DistributedDataParallel`` takes of the gradients, is
+            that of the whole batch, exactly, also for batches of different sizes. A learnable
+            temperature belongs in a ``DistributedDataParallel`` too. "sum" and "none" are of the
+            own anchors.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``.
 
     Returns:
@@ -70,10 +85,12 @@ def sup_con(
             integers.
         ValueError: for no view, shapes or devices that do not match, fewer than two rows, a
             temperature that is not positive and finite, an unknown ``variant``, ``reduction`` or
-            ``backend``.
+            ``backend``; on every process, if their embeddings do not match.
+        RuntimeError: for ``gather_distributed`` without an initialised process group.
 
     Memory:
-        O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``).
+        O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``). With
+        ``gather_distributed`` N is the number of images of all processes.
         "out" costs what ``nt_xent`` does. "in" costs twice that; its sum over positives runs in
         tiles on every backend.
 
@@ -98,7 +115,8 @@ def sup_con(
         check_embeddings(f"views[{i}]", view)
         check_alike(f"views[{i}]", view, "views[0]", views[0])
     n = len(views[0])
-    if n < 2:
+    gather = several_processes(gather_distributed, process_group)
+    if n < 2 and not gather:
         raise ValueError(f"views[0] must have at least 2 rows, or there are no negatives; got {n}")
     check_ids("labels", labels, n, "views[0]", views[0])
     if weights is not None:
@@ -106,22 +124,53 @@ def sup_con(
     check_choice("variant", variant, VARIANTS)
     check_options(temperature, reduction, backend, views[0])
 
-    batch = _one_process(scaled_unit_rows(views, temperature), labels)
-    bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
+    rows = scaled_unit_rows(views, temperature)
+    weight_per_process = None
+    if gather:
+        batch, weight_per_process = _gather(rows, labels, weights, process_group)
+    else:
+        images = torch.arange(n, device=rows.device)
+        batch = _Batch(rows, images.repeat(len(views)), labels.repeat(len(views)), n)
     n_positives = equal_id_counts(batch.labels, batch.candidate_labels) - 1
-    form = _outside if variant == "out" else _inside
-    loss = form(batch, n_positives.clamp(min=1), bound, backend)
+    loss = (_outside if variant == "out" else _inside)(
+        batch,
+        n_positives.clamp(min=1),
+        torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+        operand_dtype(*views),
+        backend,
+    )
     loss = torch.where(n_positives == 0, 0, loss).view(len(views), n)
     if reduction == "mean":
         anchors = (n_positives[:n] > 0).to(loss.dtype)
         weights = anchors if weights is None else weights.to(loss.dtype) * anchors
-    return reduce(loss, reduction, weights)
+    return reduce(loss, reduction, weights, weight_per_process)
 
 
-def _one_process(views: Tensor, labels: Tensor) -> "_Batch":
-    n_views, n, _ = views.shape
-    images = torch.arange(n, device=views.device)
-    return _Batch(views, images.repeat(n_views), labels.repeat(n_views), n)
+def _gather(
+    rows: Tensor, labels: Tensor, weights: Tensor | None, group: "ProcessGroup | None"
+) -> tuple["_Batch", Tensor]:
+    """The batch with the candidates of all processes, and the weight that divides the mean."""
+    n_views, n, _ = rows.shape
+    settings = f"labels {labels.dtype}, weights {None if weights is None else weights.dtype}"
+    counts = row_counts(rows.transpose(0, 1), group, settings=settings)
+    rank, size = rank_and_size(group)
+    candidates = gather_rows(rows.transpose(0, 1), group, counts)
+    everyones_labels = gather_rows(labels, group, counts)
+    images = torch.arange(len(candidates), device=rows.device)
+    batch = _Batch(
+        rows,
+        images[sum(counts[:rank]) :][:n].repeat(n_views),
+        labels.repeat(n_views),
+        len(candidates),
+        candidates.flatten(0, 1),
+        images.repeat_interleave(n_views),
+        everyones_labels.repeat_interleave(n_views),
+    )
+    has_positive = n_views * equal_id_counts(everyones_labels, everyones_labels) > 1
+    anchors = has_positive.to(rows.dtype)
+    if weights is not None:
+        anchors = anchors * gather_rows(weights.to(rows.dtype), group, counts)
+    return batch, anchors.sum() / size
 
 
 class _Batch(NamedTuple):
@@ -160,11 +209,18 @@ class _Batch(NamedTuple):
         return Exclusion(0, self.images, self.column_images)
 
 
-def _outside(batch: _Batch, n_positives: Tensor, bound: float, backend: str) -> Tensor:
+def _outside(
+    batch: _Batch, n_positives: Tensor, bound: float, operands: torch.dtype, backend: str
+) -> Tensor:
     """L_out of each anchor, equation (15), as (20): the own views are kept out of the tiles."""
     rows, n_views = batch.rows, len(batch.views)
     others, _ = kept_logsumexp(
-        rows, batch.columns, exclusion=batch.other_images(), bound=bound, backend=backend
+        rows,
+        batch.columns,
+        exclusion=batch.other_images(),
+        bound=bound,
+        operands=operands,
+        backend=backend,
     )
     candidates = rows if batch.columns is None else batch.columns
     same_label = equal_id_sums(candidates, batch.labels, batch.candidate_labels)
@@ -182,7 +238,9 @@ def _outside(batch: _Batch, n_positives: Tensor, bound: float, backend: str) -> 
     return F.softplus(others - own, threshold=50) + gap
 
 
-def _inside(batch: _Batch, n_positives: Tensor, bound: float, backend: str) -> Tensor:
+def _inside(
+    batch: _Batch, n_positives: Tensor, bound: float, operands: torch.dtype, backend: str
+) -> Tensor:
     """L_in of each anchor, equation (16)."""
     rows = batch.rows
     negatives, _ = kept_logsumexp(
@@ -190,6 +248,7 @@ def _inside(batch: _Batch, n_positives: Tensor, bound: float, backend: str) -> T
         batch.columns,
         exclusion=Exclusion(0, batch.labels, batch.column_labels),
         bound=bound,
+        operands=operands,
         backend=backend,
     )
     ordered = batch.candidate_labels.sort().values
@@ -223,6 +282,8 @@ class SupCon(TemperatureLoss):
             below log(100). Give it to the optimiser without weight decay.
         variant: "out" or "in".
         reduction: "mean", "sum" or "none".
+        gather_distributed: take the images of all processes as positives and negatives.
+        process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``.
 
     Raises:
@@ -245,9 +306,18 @@ class SupCon(TemperatureLoss):
         learnable_temperature: bool = False,
         variant: str = "out",
         reduction: str = "mean",
+        gather_distributed: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature, learnable_temperature, reduction, backend)
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            reduction,
+            backend,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
+        )
         check_choice("variant", variant, VARIANTS)
         self.variant = variant
 
@@ -261,6 +331,8 @@ class SupCon(TemperatureLoss):
             variant=self.variant,
             weights=weights,
             reduction=self.reduction,
+            gather_distributed=self.gather_distributed,
+            process_group=self.process_group,
             backend=self.backend,
         )
 
