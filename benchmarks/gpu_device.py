@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
@@ -168,15 +167,6 @@ def source_digest() -> str:
     for path in sorted((machine.REPOSITORY / "contrastive_kit").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, NaN for NaN."""
-    return (
-        a.dtype == b.dtype
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-    )
 
 
 def _driver() -> str | None:

@@ -48,7 +48,7 @@ def loss_report(results: Results, correctness: Results | None) -> str:
     dry = results["dry"]
     parts = [_introduction("The losses on a GPU", results)]
     parts.append(_targets(loss_targets(results), dry))
-    parts.append(_correctness(correctness, dry, views=False))
+    parts.append(_correctness(correctness, results, views=False))
     parts.append(
         "## Times\n\nMedian milliseconds a call, and how many times ours, with quartiles of the "
         "ratio in brackets: above 1 ours is faster. The roofline is the longer of the products at "
@@ -93,7 +93,7 @@ def augment_report(results: Results, correctness: Results | None) -> str:
     parts = [
         _introduction("SimCLR's views on a GPU", results),
         _targets(augment_targets(results), dry),
-        _correctness(correctness, dry, views=True),
+        _correctness(correctness, results, views=True),
         "## Views per second\n\nTwo views of each uint8 image on the device, images and views "
         "stay there: crop, mirror, colour jitter, grayscale, and blur from 64 pixels on. Behind "
         "the colon how many times longer than the first row it takes, with quartiles. The roofline "
@@ -153,10 +153,15 @@ def _targets(targets: Iterable[Target], dry: bool) -> str:
     )
 
 
-def _correctness(results: Results | None, dry: bool, *, views: bool) -> str:
+def _correctness(results: Results | None, timed: Results, *, views: bool) -> str:
     title = "## Correctness\n\n"
     if results is None:
         return title + "**Not checked: the stage `correctness` has not run.**"
+    if not results["complete"]:
+        title += "**Incomplete: the stage was stopped before its last check.**\n\n"
+    if any(results["machine"][k] != timed["machine"][k] for k in ("source", "device")):
+        title += "**Checked with another source or device than was timed.**\n\n"
+    dry = results["dry"]
     groups = defaultdict(list)
     for c in results["cases"]:
         name = c["case"]["check"]

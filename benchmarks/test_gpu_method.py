@@ -229,3 +229,21 @@ def test_targets_of_the_views_take_the_faster_kornia():
     assert rows["256 → 224, 256 images: views/s"].met
     assert rows["32 → 32, 256 images, against Kornia"].met is None
     assert json.dumps(rows["32 → 32, 256 images, against Kornia"].measured) == '"not measured"'
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_the_instruments():
+    device = Device(dry=False)
+    x = torch.randn(1024, 1024, device="cuda")
+    assert device.launches(lambda: x.exp().sin()) == {"kernels": 2, "copies": 0}
+    assert device.extra_mib(lambda: x + 1) == pytest.approx(4, abs=0.1)
+    assert device.extra_mib(lambda: x.add_(1)) == pytest.approx(0, abs=0.1)
+    replay, result = device.graphed(lambda: x * 2)
+    x.fill_(3)
+    replay()
+    assert result.eq(6).all()
+    product, flops = device.rate_calls("fp32")["GEMM"]
+    once, several = device.seconds(product, 1), device.seconds(product, 5)
+    assert once == pytest.approx(several, rel=0.5)
+    assert 1e11 < flops / several < 1e15

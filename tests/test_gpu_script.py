@@ -15,6 +15,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
 
 
 def run(*arguments, **environment):
