@@ -281,12 +281,12 @@ def _steps(steps: list[dict[str, Any]]) -> str:
     ]
     return "\n\n".join(
         [
-            f"One step, forward and backward, with NT-Xent. {ENCODER}; N images, two float32 views of "
-            "32 × 32 each. Memory is the peak of the resident set during the first step over its "
+            f"One step, forward and backward, with NT-Xent. {ENCODER}; N images, two float32 views "
+            "of 32 × 32 each. Memory is the peak of the resident set during the first step over its "
             "size just before (the views are there, the gradients are not), in a process of its "
-            "own; gathered, the larger of the two processes. Seconds are medians with quartiles, the ratios within "
-            "rounds of one process. Gathered processes hold N / 2 images each, and share the same "
-            "cores: on CPUs or GPUs of their own they would share the time too.",
+            "own; gathered, the larger of the two processes. Seconds are medians with quartiles, "
+            "the ratios within rounds of one process. Gathered processes hold N / 2 images each and "
+            "share the cores of this machine: on processors of their own they share the time too.",
             table(["N", "step", "memory, MiB per process", "seconds", "time over plain"], rows),
         ]
     )
