@@ -282,11 +282,12 @@ def _steps(steps: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             f"One step, forward and backward, with NT-Xent. {ENCODER}; N images, two float32 views "
-            "of 32 × 32 each. Memory is the peak of the resident set during the first step over its "
-            "size just before (the views are there, the gradients are not), in a process of its "
-            "own; gathered, the larger of the two processes. Seconds are medians with quartiles, "
-            "the ratios within rounds of one process. Gathered processes hold N / 2 images each and "
-            "share the cores of this machine: on processors of their own they share the time too.",
+            "of 32 × 32 each. Memory is the peak of the resident set during the first step over "
+            "its size just before (the views are there, the gradients are not), in a process of "
+            "its own; gathered, the larger of the two processes. Seconds are medians with "
+            "quartiles, the ratios within rounds of one process. Gathered processes hold N / 2 "
+            "images each and share the cores of this machine: on processors of their own they "
+            "share the time too.",
             table(["N", "step", "memory, MiB per process", "seconds", "time over plain"], rows),
         ]
     )
@@ -320,8 +321,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a large batch costs on a CPU.")
     parser.add_argument("--quick", action="store_true", help="a few small sizes, printed only")
     parser.add_argument("--out", type=Path, help="folder for the results (benchmarks/results)")
+    parser.add_argument("--report", type=Path, help="measure nothing, report on this JSON file")
     arguments = parser.parse_args()
-    results = run(QUICK if arguments.quick else FULL)
+    if arguments.report is None:
+        results = run(QUICK if arguments.quick else FULL)
+    else:
+        results = json.loads(arguments.report.read_text())
     report = markdown(results)
     print(report)
     out = arguments.out or (None if arguments.quick else RESULTS)
