@@ -41,14 +41,18 @@ def main() -> int:
     from benchmarks.gpu_device import Device
     from benchmarks.gpu_store import DeviceBroken, OutOfTime, Store
 
-    device = Device(arguments.dry)
-    store = Store(
-        arguments.out / STAGES[arguments.stage],
-        device.describe(),
-        dry=arguments.dry,
-        force=arguments.force,
-        limit_s=arguments.limit,
-    )
+    try:
+        device = Device(arguments.dry)
+        store = Store(
+            arguments.out / STAGES[arguments.stage],
+            device.describe(),
+            dry=arguments.dry,
+            force=arguments.force,
+            limit_s=arguments.limit,
+        )
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
     if store.complete:
         print(f"stage {arguments.stage}: results are there, --force measures again")
         return _verdict(store)

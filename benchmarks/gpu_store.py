@@ -36,7 +36,8 @@ class Store:
         limit_s: no case starts if it might end after this many seconds.
 
     Raises:
-        ValueError: if the unfinished file was begun on another device, driver or version.
+        ValueError: if the unfinished file was begun on another device, driver or version, or if a
+            dry run would go on with a real one or the other way.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class Store:
         if path.exists() and not force:
             self.results = json.loads(path.read_text())
             begun = self.results["machine"]
+            if self.results["dry"] != dry:
+                raise ValueError(f"{path} is of {'a real' if dry else 'a dry'} run")
             for name in _IDENTITY:
                 if not self.results["complete"] and begun.get(name) != about.get(name):
                     raise ValueError(

@@ -61,6 +61,12 @@ def test_an_unfinished_stage_goes_on_only_with_the_same_card_driver_and_code(tmp
         Store(tmp_path / "stage.json", {**ABOUT, name: "other"}, dry=True, force=False, limit_s=1)
 
 
+def test_a_dry_run_is_not_taken_for_a_real_one(store):
+    store().finish()
+    with pytest.raises(ValueError, match="is of a dry run"):
+        store(dry=False)
+
+
 def test_no_case_starts_that_would_not_fit(store):
     stage = store(limit_s=10)
     stage.check_time()
