@@ -96,8 +96,9 @@ def sup_con(
 
     Note:
         An image that is alone with its label keeps the relative precision of a tiny loss, as in
-        ``nt_xent``. With several positives a loss "out" is at least log |P(i)|. Only a single view
-        with pairs of equal label has losses that can be tiny and are rounded to 1e-7 / τ.
+        ``nt_xent``. With several positives, P of them, a loss "out" is at least log P. Only a
+        single view with pairs of equal label has losses that can be tiny and are rounded to
+        1e-7 / τ.
 
     References:
         Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362, equations 2 and 3.

@@ -9,6 +9,13 @@ average over anchors as we do, so the factor is 1 wherever none is noted:
   than two views the denominator of a pair leaves the other positives out, unlike L_out.
 * open_clip ``ClipLoss`` takes normalised embeddings and 1 / temperature.
 * lightly ``DCLLoss`` normalises; one logsumexp over the negatives of both views, as equation 6.
+* pytorch-metric-learning ``SupConLoss`` normalises, and averages over the anchors whose loss is
+  above 0: those with a positive, as we do, but also not those whose loss has come down to 0. It
+  is 0 for a batch of one label. Its mean of positives divides by their number plus 1e-38.
+* open_clip ``SigLipLoss`` takes normalised embeddings, 1 / temperature and the bias.
+* ``label_smoothing`` is compared with torch's own cross entropy and ``hardness`` with the authors'
+  estimator in test_options.py, L_out with the authors' code, which is no package, in
+  test_supcon.py.
 """
 
 import math
@@ -17,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from contrastive_kit.functional import info_nce, nt_xent
+from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 
 SIZES = [(2, 3), (3, 1), (63, 60), (252, 130)]
 TEMPERATURES = [1.0, 0.1, 0.05]
@@ -121,6 +128,34 @@ def test_decoupled_nt_xent_is_the_dcl_of_lightly(n, d, temperature):
     theirs = lightly_losses().DCLLoss(temperature)
     z1, z2 = views(n, d)
     assert_same(nt_xent(z1, z2, temperature=temperature, decoupled=True), theirs(z1, z2), (z1, z2))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_sup_con_is_that_of_pytorch_metric_learning(n_views, temperature):
+    theirs = metric_losses().SupConLoss(temperature)
+    z = views(23, 20, n_views)
+    labels = torch.arange(23) // 3 % 7
+    labels[5] = -1  # alone with its label: without a positive if there is one view
+    assert_same(
+        sup_con(*z, labels=labels, temperature=temperature),
+        theirs(torch.cat(z), labels.repeat(n_views)),
+        z,
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_siglip_is_that_of_open_clip(n, d, temperature):
+    theirs = open_clip_losses().SigLipLoss()
+    image, text = views(n, d)
+    log_scale = torch.tensor(math.log(1 / temperature), dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    assert_same(
+        siglip(image, text, temperature=(-log_scale).exp(), bias=bias),
+        theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), log_scale.exp(), bias),
+        (image, text, log_scale, bias),
+    )
 
 
 @pytest.mark.parametrize("subject", ["value", "gradient"])
