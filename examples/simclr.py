@@ -84,6 +84,18 @@ def use_group_norm(module: nn.Module) -> None:
         use_group_norm(child)
 
 
+def share_statistics(model: nn.Sequential, world: World) -> nn.Sequential:
+    """Normalise by the batch of all processes: by its own, a process could tell its images."""
+    if world.device.type == "cuda":
+        synchronised: nn.Sequential = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return synchronised
+    world.say(
+        "each process normalises by its own images, since SyncBatchNorm needs CUDA; "
+        "--norm group has no batch statistics"
+    )
+    return model
+
+
 def build_model(config: Config, classes: int) -> nn.Sequential:
     """Encoder and projection head (or classifier, if supervised), with random weights."""
     try:
@@ -223,9 +235,8 @@ class Run:
         model = build_model(config, len(data.classes)).to(world.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if world.size > 1 and world.device.type == "cuda":
-            # batch statistics of a process alone would tell it which images are its own
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if world.size > 1 and config.norm == "batch":
+            model = share_statistics(model, world)
         self.encoder, self.head = model
         self.optimizer = build_optimizer(config, model, fused=world.device.type == "cuda")
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -450,10 +461,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def begin(run: Run, folder: Path) -> None:
+def begin(run: Run, folder: Path, session: Session) -> None:
     """What precedes training: a picture of the pairs, and what training is to be compared with."""
     config, data, world = run.config, run.data, run.world
-    if world.rank == 0:
+    if world.rank == 0 and session.pictures:
         chosen = torch.linspace(0, len(data.train) - 1, 10).long()
         # a random stream of its own: whether a picture is drawn changes nothing
         augment = build_augment(config, generator=torch.Generator().manual_seed(config.seed))
@@ -470,7 +481,8 @@ def train(run: Run, folder: Path, session: Session, stop: StopRequest, save: Sav
     """Train to the end; False if stopped before."""
     config, world = run.config, run.world
     writer = open_tensorboard(folder) if session.tensorboard and world.rank == 0 else None
-    world.say(table(run.baselines, config))
+    if run.baselines:
+        world.say(table(run.baselines, config))
     first = len(run.history)
     while (epoch := len(run.history) + 1) <= config.epochs:
         if session.stop_after is not None and epoch > first + session.stop_after:
@@ -499,7 +511,7 @@ def train(run: Run, folder: Path, session: Session, stop: StopRequest, save: Sav
             ).knn
         save(run)
         shares = run.stopwatch.shares()
-        if world.rank == 0 and "knn" in row:
+        if world.rank == 0 and session.pictures and "knn" in row:
             baselines = {name: scores.knn for name, scores in run.baselines.items()}
             plot_curve(run.history, baselines, config, folder / "curve.png")
         if writer is not None:
@@ -519,7 +531,7 @@ def train(run: Run, folder: Path, session: Session, stop: StopRequest, save: Sav
     return True
 
 
-def finish(run: Run, folder: Path) -> dict[str, Scores]:
+def finish(run: Run, folder: Path, session: Session) -> dict[str, Scores]:
     """The final evaluation, its pictures and files."""
     config, world = run.config, run.world
     name = "supervised" if config.supervised else "SimCLR"
@@ -531,8 +543,9 @@ def finish(run: Run, folder: Path) -> dict[str, Scores]:
         scores[f"{name}, z"] = score(projected, config, linear=True)
     if world.rank == 0:
         write_atomically(folder / "encoder.pt", partial(torch.save, run.encoder.state_dict()))
-        plot_neighbours(features, run.data, folder / "neighbours.png")
-        plot_map(features[2], features[3], run.data.classes, config.seed, folder / "map.png")
+        if session.pictures:
+            plot_neighbours(features, run.data, folder / "neighbours.png")
+            plot_map(features[2], features[3], run.data.classes, config.seed, folder / "map.png")
         results: dict[str, Any] = {key: value._asdict() for key, value in scores.items()}
         results["kNN settings"] = {"k": config.knn_k, "temperature": KNN_TEMPERATURE}
         results["training"] = {
@@ -605,7 +618,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
     scores = None
     try:
         if checkpoint is None:
-            begin(run, folder)
+            begin(run, folder, session)
             save(run)  # from here on there is something to resume
         elif checkpoint["data"] != save.fingerprint:
             raise UserError("the data are not those that the run began with (classes or counts)")
@@ -614,7 +627,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
         with stop:
             complete = train(run, folder, session, stop, save)
         if complete:
-            scores = finish(run, folder)
+            scores = finish(run, folder, session)
     except KeyboardInterrupt:
         kept = (
             f"what was saved is kept: {way_back(folder)}"

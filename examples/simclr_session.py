@@ -84,6 +84,7 @@ def enter_world(device_name: str | None) -> World:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # batches have one size
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=datetime.timedelta(hours=1))
     return World(device, rank, size)

@@ -225,6 +225,7 @@ class Session:
     save_minutes: float = option(10.0, "minutes between checkpoints in long epochs", above=0)
     device: str | None = option(None, "torch device [cuda if there is one]")
     workers: int | None = option(None, "processes that decode images [cores, up to 16]", least=0)
+    pictures: bool = option(True, "draw the pictures")
     tensorboard: bool = option(False, "write the curves for TensorBoard too")
 
 

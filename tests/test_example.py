@@ -48,22 +48,11 @@ def root(tmp_path):
     return make_image_folder(tmp_path / "images")
 
 
-@pytest.fixture
-def pictures():
-    """A test that asks for this draws its pictures; the others save the seconds."""
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    if "pictures" not in request.fixturenames:
-        for name in ("plot_pairs", "plot_curve", "plot_neighbours", "plot_map"):
-            monkeypatch.setattr(simclr, name, lambda *_args: None)
-
-
 def options(root, **changes):
     given = {
         "data": "imagefolder", "root": root, "size": 8, "encoder": "convnet", "epochs": 4,
-        "batch_size": 8, "eval_every": 1, "knn_k": 5, "workers": 0, "device": "cpu", **changes,
+        "batch_size": 8, "eval_every": 1, "knn_k": 5, "workers": 0, "device": "cpu",
+        "pictures": False, **changes,
     }  # fmt: skip
     texts = []
     for name, value in given.items():
@@ -144,10 +133,9 @@ def test_other_seeds_give_other_runs(root, tmp_path):
         assert_same(*(checkpoint(tmp_path / str(seed))["encoder"] for seed in (0, 1)))
 
 
-@pytest.mark.usefixtures("pictures")
 def test_run_folder(root, tmp_path, capsys):
     run = tmp_path / "run"
-    scores = simclr.main(options(root, out=run, epochs=2))
+    scores = simclr.main(options(root, out=run, epochs=2, pictures=True))
     pictures = {"pairs.png", "curve.png", "neighbours.png", "map.png"}
     others = {"checkpoint.pt", "config.json", "encoder.pt", "results.json"}
     assert {path.name for path in run.iterdir()} == pictures | others
@@ -202,6 +190,29 @@ def test_both_views_go_through_the_encoder_in_one_forward(root, monkeypatch):
             votes[i, data.train.labels[top.indices[i, j]]] += (top.values[i, j] / 0.1).exp()
     assert 0.3 < scores.knn < 1
     assert scores.knn == pytest.approx((votes.argmax(1) == data.test.labels).float().mean().item())
+
+
+def test_processes_on_gpus_share_the_statistics_of_their_batches():
+    """T26; on the CPU, where SyncBatchNorm cannot run, the network stays and the user is told."""
+    model = simclr.build_model(simclr.make_config({}), 2)
+    several = simclr_session.World(torch.device("cuda", 0), rank=1, size=2)
+    shared = simclr.share_statistics(model, several)
+    kinds = [type(m) for m in shared.modules() if "Norm" in type(m).__name__]
+    assert kinds == [torch.nn.SyncBatchNorm] * 6
+    assert shared.state_dict().keys() == model.state_dict().keys()
+
+
+def test_batch_statistics_without_gpus(capsys):
+    model = simclr.build_model(simclr.make_config({}), 2)
+    assert simclr.share_statistics(model, simclr_session.World(CPU, rank=0, size=2)) is model
+    assert "--norm group" in capsys.readouterr().out
+
+
+def test_group_norm_knows_no_other_images():
+    config = simclr.make_config({"norm": "group"})
+    model = simclr.build_model(config, 2).train()
+    images = torch.rand(5, 3, 32, 32)
+    torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-4, atol=1e-5)
 
 
 def test_streamed_images_are_those_in_memory(root):

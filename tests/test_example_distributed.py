@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "simclr.py"
 SMALL = (
     *("--size", 16, "--train-images", 288, "--batch-size", 48, "--epochs", 4, "--stop-after", 2),
     *("--device", "cpu", "--norm", "group", "--optimizer", "sgd", "--no-baselines"),
+    "--no-pictures",
     # at a much larger rate a run is chaotic, and rounding alone parts it from its twin
     *("--lr", 0.005, "--temperature", 0.5, "--out", "run"),
 )
