@@ -1,5 +1,7 @@
 """SupCon: all images of the same label are positives of each other."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from contrastive_kit._checks import check_alike, check_choice, check_embeddings, check_ids
 from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
 from contrastive_kit.losses._common import (
+    LossOutput,
     TemperatureLoss,
     check_options,
     check_weights,
@@ -16,9 +19,11 @@ from contrastive_kit.losses._common import (
 )
 from contrastive_kit.losses._gathered import several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
+from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.losses.ntxent import _positive_logits as positive_logits
 from contrastive_kit.ops import (
     Exclusion,
+    LogitStatistics,
     kept_logsumexp,
     operand_dtype,
     same_class_logsumexp,
@@ -38,10 +43,11 @@ def sup_con(
     variant: str = "out",
     weights: Tensor | None = None,
     reduction: str = "mean",
+    return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
-) -> Tensor:
+) -> LossOutput:
     r"""SupCon, the supervised contrastive loss: L_out, or L_in by name.
 
     .. math::
@@ -68,6 +74,9 @@ def sup_con(
             anchors; the mean is weighted, Σ w·ℓ / Σ w. The sign is not checked.
         reduction: "mean" over the anchors that have a positive (0 if none has), "sum", or "none"
             for the losses (V, N), 0 for an anchor without positive.
+        return_stats: also return ``ContrastiveStats``: the accuracy over anchors that have a
+            positive, the similarities over pairs, the entropy over the candidates of all anchors.
+            It costs two more forward passes.
         gather_distributed: take the images of all processes as positives and negatives. The
             anchors are those of this process. "mean" is then the share of this process, so that
             the mean over processes, which ``DistributedDataParallel`` takes of the gradients, is
@@ -78,7 +87,8 @@ def sup_con(
         backend: "auto" or a name, see ``which_backend``.
 
     Returns:
-        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast.
+        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast;
+        with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, labels that are not
@@ -133,18 +143,27 @@ def sup_con(
         images = torch.arange(n, device=rows.device)
         batch = _Batch(rows, images.repeat(len(views)), labels.repeat(len(views)), n)
     n_positives = equal_id_counts(batch.labels, batch.candidate_labels) - 1
-    loss = (_outside if variant == "out" else _inside)(
-        batch,
-        n_positives.clamp(min=1),
-        torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
-        operand_dtype(*views),
-        backend,
+    bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
+    logsumexp = partial(
+        kept_logsumexp,
+        rows.flatten(0, 1),
+        batch.columns,
+        bound=bound,
+        operands=operand_dtype(*views),
+        backend=backend,
     )
-    loss = torch.where(n_positives == 0, 0, loss).view(len(views), n)
+    if variant == "out":
+        per_anchor = _outside(batch, n_positives.clamp(min=1), logsumexp)
+    else:
+        per_anchor = _inside(batch, n_positives.clamp(min=1), logsumexp, bound)
+    per_anchor = torch.where(n_positives == 0, 0, per_anchor).view(len(views), n)
     if reduction == "mean":
-        anchors = (n_positives[:n] > 0).to(loss.dtype)
-        weights = anchors if weights is None else weights.to(loss.dtype) * anchors
-    return reduce(loss, reduction, weights, weight_per_process)
+        anchors = (n_positives[:n] > 0).to(rows.dtype)
+        weights = anchors if weights is None else weights.to(rows.dtype) * anchors
+    loss = reduce(per_anchor, reduction, weights, weight_per_process)
+    if not return_stats:
+        return loss
+    return loss, _statistics(batch, n_positives, logsumexp, temperature)
 
 
 def _gather(
@@ -210,19 +229,13 @@ class _Batch(NamedTuple):
         return Exclusion(0, self.images, self.column_images)
 
 
-def _outside(
-    batch: _Batch, n_positives: Tensor, bound: float, operands: torch.dtype, backend: str
-) -> Tensor:
+_LogSumExp = Callable[..., tuple[Tensor, LogitStatistics | None]]
+
+
+def _outside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp) -> Tensor:
     """L_out of each anchor, equation (15), as (20): the own views are kept out of the tiles."""
     rows, n_views = batch.rows, len(batch.views)
-    others, _ = kept_logsumexp(
-        rows,
-        batch.columns,
-        exclusion=batch.other_images(),
-        bound=bound,
-        operands=operands,
-        backend=backend,
-    )
+    others, _ = logsumexp(exclusion=batch.other_images())
     candidates = rows if batch.columns is None else batch.columns
     same_label = equal_id_sums(candidates, batch.labels, batch.candidate_labels)
     same_label = same_label - batch.views.sum(0).repeat(n_views, 1)
@@ -239,19 +252,10 @@ def _outside(
     return F.softplus(others - own, threshold=50) + gap
 
 
-def _inside(
-    batch: _Batch, n_positives: Tensor, bound: float, operands: torch.dtype, backend: str
-) -> Tensor:
+def _inside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, bound: float) -> Tensor:
     """L_in of each anchor, equation (16)."""
     rows = batch.rows
-    negatives, _ = kept_logsumexp(
-        rows,
-        batch.columns,
-        exclusion=Exclusion(0, batch.labels, batch.column_labels),
-        bound=bound,
-        operands=operands,
-        backend=backend,
-    )
+    negatives, _ = logsumexp(exclusion=Exclusion(0, batch.labels, batch.column_labels))
     ordered = batch.candidate_labels.sort().values
 
     def with_class(labels: Tensor, images: Tensor) -> Tensor:
@@ -272,6 +276,40 @@ def _inside(
         positives = torch.logaddexp(positives, positive_logits(batch.views).logsumexp(0))
     positives = positives.masked_fill(positives == -torch.inf, 0)  # an anchor without any
     return F.softplus(negatives - positives, threshold=50) + n_positives.to(rows.dtype).log()
+
+
+@torch.no_grad()
+def _statistics(
+    batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, temperature: float | Tensor
+) -> ContrastiveStats:
+    # Ids for both, which keeps equal logits equal: a positive is nearest where the largest of all
+    # logits is above that of the negatives.
+    lse, others = logsumexp(
+        exclusion=Exclusion(0, batch.images, batch.column_images), statistics=True
+    )
+    _, negatives = logsumexp(
+        exclusion=Exclusion(0, batch.labels, batch.column_labels), statistics=True
+    )
+    assert others is not None
+    assert negatives is not None
+    n_own = len(batch.views) - 1
+    own = positive_logits(batch.views) if n_own else lse.new_full((1, len(lse)), -torch.inf)
+    own_finite = own.masked_fill(own == -torch.inf, 0)
+    log_total = torch.logaddexp(lse, own.logsumexp(0))
+    expected = (lse - log_total).exp() * others.expected
+    expected += ((own - log_total).exp() * own_finite).sum(0)
+    nearest = torch.maximum(own.amax(0), others.maximum)
+    has_positive = n_positives > 0
+    hits = (nearest > negatives.maximum) & has_positive
+    positive_total = others.total - negatives.total + own_finite.sum(0)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(()).to(lse.dtype)
+    return ContrastiveStats(
+        accuracy=hits.sum() / has_positive.sum().to(lse.dtype),
+        positive_similarity=positive_total.sum() / n_positives.sum() * temperature,
+        negative_similarity=negatives.total.sum() / negatives.kept.sum() * temperature,
+        entropy=(log_total - expected).mean(),
+    )
 
 
 class SupCon(TemperatureLoss):
@@ -322,7 +360,13 @@ class SupCon(TemperatureLoss):
         check_choice("variant", variant, VARIANTS)
         self.variant = variant
 
-    def forward(self, *views: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        *views: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> LossOutput:
         """The loss of one or more views, (N, D) each: see ``sup_con``."""
         self._limit_log_scale()
         return sup_con(
@@ -332,6 +376,7 @@ class SupCon(TemperatureLoss):
             variant=self.variant,
             weights=weights,
             reduction=self.reduction,
+            return_stats=return_stats,
             gather_distributed=self.gather_distributed,
             process_group=self.process_group,
             backend=self.backend,

@@ -32,6 +32,10 @@ LOSSES = {
     ),
     "hardness": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True, hardness=0.5),
     "sup_con": lambda a, b, t: sup_con(a, b, labels=torch.arange(len(a)) // 2, temperature=t),
+    "sup_con stats": lambda a, b, t: sum(
+        sup_con(a, b, labels=torch.arange(len(a)) // 2, temperature=t, return_stats=True)[1],
+        sup_con(a, b, labels=torch.arange(len(a)) // 2, temperature=t),
+    ),
     "sup_con in": lambda a, b, t: sup_con(
         a, b, labels=torch.arange(len(a)) // 2, temperature=t, variant="in"
     ),

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import VALUE, assert_within, gradient_budget, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from contrastive_kit import SupCon, reference
 from contrastive_kit.functional import nt_xent, sup_con
@@ -259,6 +261,80 @@ def test_the_logsumexp_over_a_class_equals_that_of_its_mask(logit_size, symmetri
     )
 
 
+@backends
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_statistics(n_views, backend):
+    views, tau = random_views(n_views, 7, 5), 0.3
+    call = {"labels": LABELS, "temperature": tau, "backend": backend}
+    loss, stats = sup_con(*views, return_stats=True, **call)
+    torch.testing.assert_close(loss, sup_con(*views, **call))
+    u, label = F.normalize(views.flatten(0, 1), dim=1), LABELS.repeat(n_views)
+    accuracy, positive, negative, entropy = [], [], [], []
+    for i in range(len(u)):
+        cosines = {j: float(u[i] @ u[j]) for j in range(len(u)) if j != i}
+        mine = [c for j, c in cosines.items() if label[j] == label[i]]
+        others = [c for j, c in cosines.items() if label[j] != label[i]]
+        p = (torch.tensor(list(cosines.values()), dtype=torch.float64) / tau).softmax(0)
+        if mine:
+            accuracy.append(max(mine) > max(others))
+        positive += mine
+        negative += others
+        entropy.append(-(p * p.log()).sum())
+    expected = [torch.tensor(x, dtype=torch.float64).mean() for x in (accuracy, positive, negative)]
+    assert 0 < stats.accuracy < 1
+    torch.testing.assert_close(
+        torch.stack(stats), torch.stack([*expected, torch.stack(entropy).mean()])
+    )
+    assert not any(figure.requires_grad for figure in stats)
+
+
+def test_statistics_of_a_label_for_each_image_are_those_of_nt_xent():
+    views = random_views(3, 9, 5, torch.float32)
+    tau = torch.tensor([0.3])
+    expected = nt_xent(*views, temperature=tau, return_stats=True)[1]
+    for variant in ("out", "in"):
+        actual = sup_con(
+            *views, labels=torch.arange(9), temperature=tau, variant=variant, return_stats=True
+        )[1]
+        torch.testing.assert_close(torch.stack(actual), torch.stack(expected))
+
+
+class TestSymmetry:
+    """Properties that no choice of oracle can hide."""
+
+    @given(seed=st.integers(0, 2**31), n=st.integers(2, 20), variant=st.sampled_from(["out", "in"]))
+    @settings(max_examples=30, deadline=None)
+    def test_permuting_the_batch_permutes_the_losses(self, seed, n, variant):
+        torch.manual_seed(seed)
+        views, labels, order = random_views(2, n, 6), torch.randint(0, 4, (n,)), torch.randperm(n)
+        loss = sup_con(*views, labels=labels, variant=variant, reduction="none")
+        permuted = sup_con(
+            *views[:, order], labels=labels[order], variant=variant, reduction="none"
+        )
+        torch.testing.assert_close(permuted, loss[:, order])
+
+    @given(seed=st.integers(0, 2**31), variant=st.sampled_from(["out", "in"]))
+    @settings(max_examples=30, deadline=None)
+    def test_names_of_labels_do_not_matter(self, seed, variant):
+        torch.manual_seed(seed)
+        views, labels = random_views(2, 12, 6), torch.randint(0, 5, (12,))
+        names = torch.randint(-(2**40), 2**40, (5,)).unique()
+        assert len(names) == 5
+        loss = sup_con(*views, labels=labels, variant=variant)
+        renamed = sup_con(*views, labels=names[torch.randperm(5)][labels], variant=variant)
+        torch.testing.assert_close(renamed, loss)
+
+    @given(seed=st.integers(0, 2**31), variant=st.sampled_from(["out", "in"]))
+    @settings(max_examples=30, deadline=None)
+    def test_the_gradient_is_orthogonal_to_its_row(self, seed, variant):
+        torch.manual_seed(seed)
+        (views,) = wanting(random_views(2, 9, 5))
+        labels = torch.randint(0, 4, (9,))
+        (grad,) = torch.autograd.grad(sup_con(*views, labels=labels, variant=variant), views)
+        lengths = grad.norm(dim=-1) * views.norm(dim=-1)
+        assert ((grad * views).sum(-1).abs() <= 1e-12 * lengths + 1e-300).all()
+
+
 class TestModule:
     @variants
     def test_is_the_function_with_its_options(self, variant):
@@ -273,6 +349,9 @@ class TestModule:
             reduction="sum",
         )
         torch.testing.assert_close(loss_fn(*views, labels=LABELS, weights=weights), expected)
+        loss, stats = loss_fn(*views, labels=LABELS, weights=weights, return_stats=True)
+        torch.testing.assert_close(loss, expected)
+        assert 0 <= stats.accuracy <= 1
 
     def test_repr_tells_the_options(self):
         assert repr(SupCon(0.2, variant="in")) == (
