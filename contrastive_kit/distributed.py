@@ -207,3 +207,60 @@ def _pad(x: Tensor, length: int) -> Tensor:
     if len(x) == length:
         return x.contiguous()
     return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
+
+
+def average_gradient(x: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """``x`` itself, whose gradient is averaged over processes: for parameters outside of DDP.
+
+    Averaging once more, as ``DistributedDataParallel`` does, changes nothing. One all-reduce in the
+    backward; every process must run it.
+
+    Args:
+        x: tensor of any shape, the same on every process.
+        group: the processes; None for all of them.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as ``rank_and_size``.
+    """
+    _, size = rank_and_size(group)
+    if size == 1:
+        return x
+    averaged: Tensor = _AverageGradient.apply(x, group, size)
+    return averaged
+
+
+class _AverageGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: "dist.ProcessGroup | None", size: int) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group, ctx.size = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Average.apply(grad, ctx.group, ctx.size), None, None
+
+
+class _Average(torch.autograd.Function):
+    """The mean over processes, which is its own adjoint."""
+
+    @staticmethod
+    def forward(x: Tensor, group: "dist.ProcessGroup | None", size: int) -> Tensor:
+        # A temperature may be on the CPU while the processes talk through NCCL alone.
+        device = x.device
+        if f"{device.type}:" not in dist.get_backend_config(group):
+            accelerator = torch.accelerator.current_accelerator()
+            device = device if accelerator is None else accelerator
+        total = (x / size).to(device)
+        dist.all_reduce(total, group=group)
+        return total.to(x.device)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group, ctx.size = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Average.apply(grad, ctx.group, ctx.size), None, None

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrastive_kit._checks import check_choice, check_device, check_temperature
+from contrastive_kit.distributed import average_gradient
 from contrastive_kit.losses._gathered import check_gathering
 from contrastive_kit.losses._kept import kept_counts
 from contrastive_kit.losses._stats import ContrastiveStats
@@ -202,7 +204,8 @@ class TemperatureLoss(nn.Module):
     """Base of the losses that divide cosines by a temperature, fixed or learnable.
 
     A learnable temperature is the parameter ``log_scale`` = log(1 / temperature), kept at or below
-    log(100) at each call, as CLIP does.
+    log(100) at each call, as CLIP does. With ``gather_distributed`` its gradient is averaged over
+    processes, whether or not the loss is inside a ``DistributedDataParallel``.
     """
 
     def __init__(
@@ -246,7 +249,11 @@ class TemperatureLoss(nn.Module):
         if self.log_scale is None:
             return self._fixed_temperature
         dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
-        return (-self.log_scale.to(dtype).clamp(max=_LARGEST_LOG_SCALE)).exp()
+        log_scale = self.log_scale.to(dtype)
+        if self.gather_distributed and dist.is_available() and dist.is_initialized():
+            # Outside of DDP the copies of this parameter would drift apart without a word.
+            log_scale = average_gradient(log_scale, self.process_group)
+        return (-log_scale.clamp(max=_LARGEST_LOG_SCALE)).exp()
 
     def _limit_log_scale(self) -> None:
         """Bring the parameter back to its bound, beyond which it would get no gradient."""

@@ -294,7 +294,8 @@ class InfoNCE(TemperatureLoss):
         temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
         symmetric: average both directions: the loss of CLIP.
         learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay.
+            below log(100). Give it to the optimiser without weight decay. With
+            ``gather_distributed`` its gradient is averaged over processes.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``hardness``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.

@@ -82,8 +82,8 @@ def nt_xent(
             of this process. "mean" is then the share of this process: the sum of its losses over
             the mean number of anchors (or sum of weights) of a process, so that the mean over
             processes, which ``DistributedDataParallel`` takes of the gradients, is that of the
-            whole batch, exactly, also for batches of different sizes. A learnable temperature
-            belongs in a ``DistributedDataParallel`` too. "sum" and "none" are of the own anchors.
+            whole batch, exactly, also for batches of different sizes. So is that of a temperature
+            tensor, which ``NTXent`` takes by itself. "sum" and "none" are of the own anchors.
         process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``.
 
@@ -193,7 +193,8 @@ class NTXent(TemperatureLoss):
     Args:
         temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
         learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay.
+            below log(100). Give it to the optimiser without weight decay. With
+            ``gather_distributed`` its gradient is averaged over processes.
         decoupled: leave the positives out of the denominator.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``decoupled`` or ``hardness``.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from worlds import Failed
 
-from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
+from contrastive_kit.distributed import average_gradient, gather_rows, rank_and_size, row_counts
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -104,6 +104,34 @@ def check_collectives(rank, size):
 
 def test_one_collective_in_each_direction(pair):
     pair.run(check_collectives)
+
+
+def check_average(rank, size, dtype):
+    x = torch.randn(3).to(dtype).requires_grad_()
+    y = average_gradient(x)
+    assert torch.equal(y, x)
+    (grad,) = torch.autograd.grad(y, x, torch.full_like(x, 2.0 * rank), retain_graph=True)
+    assert torch.equal(grad, torch.full_like(x, size - 1.0))
+    x = x.detach().double().requires_grad_()
+    cube = (average_gradient(x) ** 3).sum() * (rank + 1)
+    (first,) = torch.autograd.grad(cube, x, create_graph=True)
+    torch.testing.assert_close(first, 3 * x**2 * (size + 1) / 2)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 6 * x * (size + 1) / 2)
+
+
+def check_average_twice(rank, size):
+    x = torch.randn(3, requires_grad=True)
+    y = average_gradient(x)
+    # Of what is already the mean, it is the mean.
+    (grad,) = torch.autograd.grad(average_gradient(y), x, torch.full_like(x, 2.0 * rank))
+    assert torch.equal(grad, torch.full_like(x, size - 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_average_of_gradients(world, dtype):
+    world.run(check_average, dtype)
+    world.run(check_average_twice)
 
 
 def check_subgroup(rank, size):

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_kit import InfoNCE, NTXent, reference
+from contrastive_kit.distributed import average_gradient
 from contrastive_kit.functional import info_nce, nt_xent
 
 TEMPERATURE = 0.2
@@ -246,23 +247,30 @@ def check_without_gathering(rank, size):
         assert_gradients(step.named_parameters(), expected, torch.float64)
 
 
-def check_temperature_outside_ddp(rank, size):
-    step, views, options, _, expected = training_problem(rank, size, "clip", False, torch.float64)
+def check_temperature_outside_ddp(rank, size, name):
+    """A forgotten DDP around the loss does not let the temperatures of the processes drift."""
+    step, views, options, _, expected = training_problem(rank, size, name, True, torch.float64)
     encoder = DistributedDataParallel(step.encoder)
-    step.loss(*encoder(views.flatten(0, 1)).view(*views.shape[:2], -1), **options).backward()
-    assert_gradients(step.encoder.named_parameters(), expected, torch.float64, "encoder.")
-    with pytest.raises(AssertionError):
-        assert_gradients(step.loss.named_parameters(), expected, torch.float64, "loss.")
-    step.loss.log_scale.grad = mean_over_ranks(step.loss.log_scale.grad, size)
-    assert_gradients(step.loss.named_parameters(), expected, torch.float64, "loss.")
+    z = encoder(views.flatten(0, 1)).view(*views.shape[:2], -1)
+    step.loss(*z, **options).backward(retain_graph=True)
+    assert_gradients(step.named_parameters(), expected, torch.float64)
+    # The function leaves it to its caller.
+    log_scale = step.loss.log_scale.detach().clone().requires_grad_()
+    fixed = {k: v for k, v in LOSSES[name][1].items() if k not in ("ids", "weights")}
+    call = partial(function_of(name), *z.detach(), gather_distributed=True, **options, **fixed)
+    for prepare, right in ((lambda x: x, False), (average_gradient, True)):
+        (grad,) = torch.autograd.grad(call(temperature=(-prepare(log_scale)).exp()), log_scale)
+        error = float((grad - expected["loss.log_scale"]).abs())
+        assert (error < 1e-13) == right, (error, right)
 
 
 def test_the_comparison_can_fail(several):
     several.run(check_without_gathering)
 
 
-def test_a_learnable_temperature_outside_ddp_must_be_averaged_by_hand(several):
-    several.run(check_temperature_outside_ddp)
+@pytest.mark.parametrize("name", SOME)
+def test_a_learnable_temperature_outside_ddp(several, name):
+    several.run(check_temperature_outside_ddp, name)
 
 
 def check_stats(rank, size, symmetric):
@@ -360,6 +368,20 @@ def check_compiled(rank, size, name):
         torch.testing.assert_close(fast, eager)
         expected = torch.autograd.grad(eager, z)
         torch.testing.assert_close(torch.autograd.grad(fast, z), expected)
+
+
+def check_compiled_step(rank, size):
+    """DDP, a learnable temperature and several views in one compiled step."""
+    step, views, options, _, expected = training_problem(
+        rank, size, "nt_xent of three views, ids, weights", False, torch.float64
+    )
+    ddp = DistributedDataParallel(step)
+    torch.compile(ddp, backend="aot_eager")(views, **options).backward()
+    assert_gradients(step.named_parameters(), expected, torch.float64)
+
+
+def test_a_step_under_compile(pair):
+    pair.run(check_compiled_step)
 
 
 @pytest.mark.parametrize("name", SOME[1::2])
