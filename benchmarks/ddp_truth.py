@@ -19,13 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import describe
 from benchmarks.markdown import table
-from contrastive_kit.functional import info_nce, nt_xent
-from contrastive_kit.reference import info_nce as reference_info_nce
-from contrastive_kit.reference import nt_xent as reference_nt_xent
+from contrastive_kit import reference
+from contrastive_kit.functional import info_nce, nt_xent, siglip
 
 RESULT = Path(__file__).parent / "results" / "ddp_truth.md"
 SIZES = (2, 3, 4)
 _PER_PROCESS, _IN, _OUT, _TEMPERATURE = 8, 6, 8, 0.2
+_BIAS = -2.0
 _EXACT = 1e-6
 
 # Takes both views of the own rows, unit rows (n, D), and the inverse temperature.
@@ -39,6 +39,7 @@ class Arm(NamedTuple):
         subject: which formula it must equal.
         name: library and options.
         loss: the call.
+        whole: whether it is a loss over the whole batch, or over that of each process.
         learnable: whether it takes the temperature that is learned; else it has its own number.
         unequal: whether it is also run with batches of different sizes.
     """
@@ -46,6 +47,7 @@ class Arm(NamedTuple):
     subject: str
     name: str
     loss: Loss
+    whole: bool = True
     learnable: bool = False
     unequal: bool = False
 
@@ -67,6 +69,15 @@ class Measured(NamedTuple):
     error: float
     temperature: float
     value: float
+
+
+class Result(NamedTuple):
+    """What an arm gave; ``whole`` if it is a loss over the whole batch."""
+
+    subject: str
+    name: str
+    whole: bool
+    figures: Measured
 
 
 class Model(nn.Module):
@@ -96,6 +107,7 @@ def arms(rank: int, size: int) -> Iterator[Arm]:
         "NT-Xent",
         "contrastive-kit, default: negatives of the own process only",
         lambda a, b, s: nt_xent(a, b, temperature=1 / s),
+        whole=False,
         learnable=True,
     )
     yield Arm(
@@ -109,6 +121,21 @@ def arms(rank: int, size: int) -> Iterator[Arm]:
         "CLIP",
         "contrastive-kit, default: negatives of the own process only",
         lambda a, b, s: info_nce(a, b, temperature=1 / s, symmetric=True),
+        whole=False,
+        learnable=True,
+    )
+    yield Arm(
+        "SigLIP",
+        "contrastive-kit, `gather_distributed=True`",
+        lambda a, b, s: siglip(a, b, temperature=1 / s, bias=_BIAS, gather_distributed=True),
+        learnable=True,
+        unequal=True,
+    )
+    yield Arm(
+        "SigLIP",
+        "contrastive-kit, default: negatives of the own process only",
+        lambda a, b, s: siglip(a, b, temperature=1 / s, bias=_BIAS),
+        whole=False,
         learnable=True,
     )
     for peer in (_lightly, _metric_learning, _open_clip):
@@ -127,6 +154,7 @@ def _lightly(rank: int, size: int) -> Iterator[Arm]:
             "NT-Xent",
             f"lightly, `gather_distributed={gather}`",
             lambda a, b, s, loss=loss: loss(a, b),  # type: ignore[misc]
+            whole=gather,
         )
 
 
@@ -145,7 +173,7 @@ def _metric_learning(rank: int, size: int) -> Iterator[Arm]:
 
 
 def _open_clip(rank: int, size: int) -> Iterator[Arm]:
-    from open_clip.loss import ClipLoss
+    from open_clip.loss import ClipLoss, SigLipLoss
 
     for local_loss in (False, True):
         for with_grad in (False, True):
@@ -159,16 +187,27 @@ def _open_clip(rank: int, size: int) -> Iterator[Arm]:
                 lambda a, b, s, loss=loss: loss(a, b, s),  # type: ignore[misc]
                 learnable=True,
             )
+    for exchange in ("bidir", "shift", "reduce", "gather"):
+        sigmoid_loss = SigLipLoss(rank=rank, world_size=size, dist_impl=exchange)
+        default = " (the default)" if exchange == "bidir" else ""
+        yield Arm(
+            "SigLIP",
+            f"open_clip, `dist_impl={exchange!r}`{default}",
+            lambda a, b, s, loss=sigmoid_loss: loss(a, b, s, _BIAS),  # type: ignore[misc]
+            learnable=True,
+        )
 
 
 def truth(subject: str, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients that one process finds on the whole batch, by the formula."""
     a, b, scale = model(x, y)
     if subject == "NT-Xent":
-        loss = reference_nt_xent(torch.stack([a, b]), 1 / scale).mean()
+        loss = reference.nt_xent(torch.stack([a, b]), 1 / scale).mean()
+    elif subject == "SigLIP":
+        loss = reference.siglip(a, b, 1 / scale, _BIAS).mean()
     else:
         ids = torch.arange(len(a))
-        both = [reference_info_nce(*pair, 1 / scale, ids).mean() for pair in ((a, b), (b, a))]
+        both = [reference.info_nce(*pair, 1 / scale, ids).mean() for pair in ((a, b), (b, a))]
         loss = (both[0] + both[1]) / 2
     return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
 
@@ -208,8 +247,8 @@ def unequal_counts(size: int) -> list[int]:
     return [5 + 3 * rank for rank in range(size)]
 
 
-def run(size: int) -> list[tuple[str, str, Measured]]:
-    """All arms in ``size`` processes: subject, name and figures of each."""
+def run(size: int) -> list[Result]:
+    """All arms in ``size`` processes."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +258,7 @@ def run(size: int) -> list[tuple[str, str, Measured]]:
         ]
         for process in processes:
             process.start()
-        results: list[tuple[str, str, Measured]] = queue.get()
+        results: list[Result] = queue.get()
         for process in processes:
             process.join()
     return results
@@ -231,16 +270,18 @@ def _process(rank: int, size: int, meeting_point: str, queue: Any) -> None:
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=size)
     results = []
     for arm in arms(rank, size):
-        results.append((arm.subject, arm.name, measure(arm, rank, [_PER_PROCESS] * size)))
+        figures = measure(arm, rank, [_PER_PROCESS] * size)
+        results.append(Result(arm.subject, arm.name, arm.whole, figures))
         if arm.unequal:
             name = f"{arm.name}, batches of different sizes"
-            results.append((arm.subject, name, measure(arm, rank, unequal_counts(size))))
+            figures = measure(arm, rank, unequal_counts(size))
+            results.append(Result(arm.subject, name, arm.whole, figures))
     if rank == 0:
         queue.put(results)
     dist.destroy_process_group()
 
 
-def markdown(results: dict[int, list[tuple[str, str, Measured]]], machine: dict[str, Any]) -> str:
+def markdown(results: dict[int, list[Result]], machine: dict[str, Any]) -> str:
     """The report."""
     sizes = list(results)
     packages = ", ".join(
@@ -265,21 +306,45 @@ def markdown(results: dict[int, list[tuple[str, str, Measured]]], machine: dict[
         f"- {_PER_PROCESS} images a process, temperature {_TEMPERATURE}; batches of different "
         "sizes: " + "; ".join(f"{counts} images" for counts in unequal.values()),
     ]
-    for subject in dict.fromkeys(subject for rows in results.values() for subject, _, _ in rows):
-        names = [name for s, name, _ in results[sizes[0]] if s == subject]
-        rows = []
-        for name in names:
-            for size in sizes:
-                (figures,) = (m for s, n, m in results[size] if (s, n) == (subject, name))
-                rows.append(_row(name, size, figures))
+    sections.append(_summary(results[sizes[-1]], sizes[-1]))
+    for subject in dict.fromkeys(r.subject for r in results[sizes[0]]):
+        names = [r.name for r in results[sizes[0]] if r.subject == subject]
+        rows = [
+            _row(name, size, r.figures)
+            for name in names
+            for size in sizes
+            for r in results[size]
+            if (r.subject, r.name) == (subject, name)
+        ]
         header = ["loss and options", "processes", "scale", "cosine", "error", "d τ", "loss", ""]
         sections.append(f"## {subject}\n\n{table(header, rows)}")
     return "\n\n".join(sections) + "\n"
 
 
+def _summary(results: list[Result], size: int) -> str:
+    """The losses over the whole batch in the largest number of processes, for the documentation."""
+    header = ["formula", "loss and options", f"gradient after DDP's mean, {size} processes"]
+    rows = [(r.subject, r.name, _verdict(r.figures)) for r in results if r.whole]
+    rows.sort(key=lambda row: row[0])
+    return f"<!-- summary start -->\n\n{table(header, rows)}\n\n<!-- summary end -->"
+
+
+def _verdict(m: Measured) -> str:
+    if _is_exact(m):
+        return "exact"
+    if m.cosine > 1 - _EXACT:
+        return f"{m.scale:.3g} times the true one"
+    return (
+        f"another direction (cosine {m.cosine:.3f}), {m.scale:.3g} times as long along the true one"
+    )
+
+
+def _is_exact(m: Measured) -> bool:
+    return m.error <= _EXACT and not abs(m.temperature - 1) > _EXACT
+
+
 def _row(name: str, size: int, m: Measured) -> list[object]:
     has_temperature = m.temperature == m.temperature
-    exact = m.error <= _EXACT and not (has_temperature and abs(m.temperature - 1) > _EXACT)
     return [
         name,
         size,
@@ -288,7 +353,7 @@ def _row(name: str, size: int, m: Measured) -> list[object]:
         f"{m.error:.1e}",
         f"{m.temperature:.4f}" if has_temperature else "",
         f"{m.value:.4f}",
-        "exact" if exact else "**not exact**",
+        "exact" if _is_exact(m) else "**not exact**",
     ]
 
 
