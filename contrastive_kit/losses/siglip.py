@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from contrastive_kit._checks import (
     check_ids,
     check_temperature,
 )
+from contrastive_kit.distributed import average_gradient
 from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce
 from contrastive_kit.losses._gathered import check_gathering, gather_batch, several_processes
 from contrastive_kit.ops import (
@@ -66,8 +68,8 @@ def siglip(
         gather_distributed: compare the rows of ``z1`` with the ``z2`` of all processes. "mean" is
             then the share of this process, so that the mean over processes, which
             ``DistributedDataParallel`` takes of the gradients, is that of the whole batch, exactly,
-            also for batches of different sizes. A learnable temperature and bias belong in a
-            ``DistributedDataParallel`` too. "sum" and "none" are of the own rows.
+            also for batches of different sizes. So is that of tensors given as temperature and
+            bias, which ``SigLIP`` takes by itself. "sum" and "none" are of the own rows.
         process_group: the processes to gather from; None for all of them.
         backend: "auto" or "tiled" (any device), or "reference" (the formula, memory N²). No fused
             kernel computes this loss: on a GPU the tiles run through cuBLAS.
@@ -150,7 +152,9 @@ class SigLIP(nn.Module):
 
     The parameters are ``log_scale`` = log(1 / τ) and ``bias``, from log 10 and -10 as in the paper.
     They are not bounded: published models end near a scale of 100. Give them to the optimiser
-    without weight decay; ``requires_grad_(False)`` on one freezes it.
+    without weight decay; ``requires_grad_(False)`` on one freezes it. With ``gather_distributed``
+    their gradients are averaged over processes, whether or not the loss is inside a
+    ``DistributedDataParallel``.
 
     Args:
         temperature: the initial τ > 0.
@@ -207,11 +211,16 @@ class SigLIP(nn.Module):
         self, z1: Tensor, z2: Tensor, *, ids: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
         """The loss of two batches of embeddings, (N, D) each: see ``siglip``."""
+        scalars = torch.stack([_at_least_float32(self.log_scale), _at_least_float32(self.bias)])
+        if self.gather_distributed and dist.is_available() and dist.is_initialized():
+            # Outside of DDP the copies of these parameters would drift apart without a word.
+            scalars = average_gradient(scalars, self.process_group)
+        log_scale, bias = scalars.unbind(0)
         return siglip(
             z1,
             z2,
-            temperature=self.temperature,
-            bias=_at_least_float32(self.bias),
+            temperature=(-log_scale).exp(),
+            bias=bias,
             ids=ids,
             weights=weights,
             reduction=self.reduction,

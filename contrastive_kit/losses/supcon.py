@@ -80,9 +80,9 @@ def sup_con(
         gather_distributed: take the images of all processes as positives and negatives. The
             anchors are those of this process. "mean" is then the share of this process, so that
             the mean over processes, which ``DistributedDataParallel`` takes of the gradients, is
-            that of the whole batch, exactly, also for batches of different sizes. A learnable
-            temperature belongs in a ``DistributedDataParallel`` too. "sum" and "none" are of the
-            own anchors.
+            that of the whole batch, exactly, also for batches of different sizes. So is that of a
+            temperature tensor, which ``SupCon`` takes by itself. "sum" and "none" are of the own
+            anchors.
         process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``.
 

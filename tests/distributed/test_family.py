@@ -164,7 +164,7 @@ class Step(nn.Module):
         return self.loss(*(self.encoder(v) for v in views), **options)
 
 
-def check_ddp(rank, size, family):
+def check_training(rank, size, family, ddp_around):
     counts, mine = share_of(rank, size, True)
     n = sum(counts)
     if family == "SigLIP":
@@ -181,15 +181,22 @@ def check_ddp(rank, size, family):
     else:
         mean = sup_con_oracle(embeddings, labels_of(n), single.loss.temperature, "out", None)[1]
     expected = torch.autograd.grad(mean, list(single.parameters()))
-    ddp = DistributedDataParallel(step)  # which must outlive the backward
-    ddp(images[:, mine], **options).backward()
+    if ddp_around == "the step":
+        ddp = DistributedDataParallel(step)  # which must outlive the backward
+        ddp(images[:, mine], **options).backward()
+    else:
+        ddp = DistributedDataParallel(step.encoder)
+        z = ddp(images[:, mine].flatten(0, 1)).unflatten(0, (2, -1))
+        step.loss(*z, **options).backward()
     for parameter, grad in zip(step.parameters(), expected, strict=True):
         assert_within(parameter.grad, grad, 1e-12)
 
 
+@pytest.mark.parametrize("ddp_around", ["the step", "the encoder alone"])
 @pytest.mark.parametrize("family", ["SupCon", "SigLIP"])
-def test_parameters_under_ddp(world, family):
-    world.run(check_ddp, family)
+def test_parameters_under_ddp(world, family, ddp_around):
+    """Scale and bias get their mean gradient, also where DDP does not know of them."""
+    world.run(check_training, family, ddp_around)
 
 
 def check_disagreement(rank, size):
