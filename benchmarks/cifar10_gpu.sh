@@ -7,7 +7,8 @@
 # --recipe cifar10_resnet18. A call ends by itself after about M (8.5) minutes; while there is more
 # to do it says so and exits with status 3: call it again with the same arguments, and it goes on
 # from where it was. The run is in --work (runs/cifar10_gpu), the result in
-# benchmarks/results/cifar10_gpu.{json,md,png}; with other OPTIONS than --epochs it stays in --work.
+# benchmarks/results/cifar10_gpu.{json,md,png}; a run with other settings than the recipe's stays in
+# --work, except for those of its length (-- --recipe cifar10_resnet18_1000), --seed and --compile.
 #
 # --wheels: packages that are missing (kornia, kornia_rs) are taken from the wheels in FOLDER.
 # --dry: the same from end to end at a size for a CPU, to see that it works; no result is written.
@@ -51,21 +52,17 @@ if [[ ! -d $work/images ]]; then
   echo "unpacking $archive"
   rm -rf "$work/images.part"
   mkdir "$work/images.part"
-  tar --extract --file "$archive" --directory "$work/images.part" --no-same-owner
+  tar --extract --file "$archive" --directory "$work/images.part" --no-same-owner 2>/dev/null ||
+    "$python" -m tarfile --extract "$archive" "$work/images.part"  # where there is no xz
   mv "$work/images.part" "$work/images"
 fi
-
-compiles() {  # torch.compile needs a C compiler beside CUDA
-  "$python" -c 'import torch; print(torch.compile(torch.sin)(torch.ones(9, device="cuda")).sum())' \
-    >/dev/null 2>&1
-}
 
 run=$work/run
 if [[ -f $run/results.json ]]; then
   echo "the run is complete"
 else
   # what is left of the time, less what the final evaluation takes
-  session=(--minutes "$("$python" -c "print(max(0.1, $minutes - 0.75 - $SECONDS / 60))")")
+  session=(--minutes "$("$python" -c "print(max(0.001, $minutes - 0.75 - $SECONDS / 60))")")
   if [[ -f $run/checkpoint.pt ]]; then
     arguments=(--resume "$run" "${session[@]}")
   else
@@ -76,7 +73,6 @@ else
       arguments+=(--eval-every 1 --device cpu)
     else
       arguments+=(--device cuda)
-      compiles && arguments+=(--compile)
     fi
     arguments+=("${options[@]}")
   fi

@@ -603,6 +603,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
     """Run the command line; returns the final scores, None if stopped before the end."""
     started = time.perf_counter()
     given, session = parse(argv)
+    stop = StopRequest(session.minutes)
     config, checkpoint = prepare(given, session)
     world = enter_world(session.device)
     data = load_data(config, world.device, session.workers)
@@ -614,7 +615,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
         f"of {len(data.classes)} classes, on {world.device}"
         + (f", {world.size} processes" if world.size > 1 else "")
     )
-    stop = StopRequest(session.minutes)
     scores = None
     try:
         if checkpoint is None:

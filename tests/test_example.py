@@ -452,6 +452,7 @@ def peak_lr(**given):
 
 def test_both_rules_of_the_learning_rate_agree_at_batch_4096_alone():
     """T29."""
+    pytest.importorskip("timm")
     linear = {"recipe": "imagenet_resnet50", "root": "x", "encoder": "convnet"}
     root = {**linear, "lr_rule": "sqrt", "lr": 0.075}
     assert peak_lr(**linear) == pytest.approx(4.8)
