@@ -36,6 +36,7 @@ def judge(claim: Claim, values: Values) -> dict[str, Any]:
     absent = sum(1 for label in wanted if not values.get(label))
     if absent:
         return {**result, "verdict": "open", "missing": absent, "of": len(wanted)}
+    result["seeds"] = min(len(values[label]) for label in wanted)
     if claim.rivals:
         rival = max(claim.rivals, key=lambda label: mean(values[label]))
         weights[rival] = weights.get(rival, 0.0) - 1.0
@@ -66,7 +67,9 @@ def sentence(judged: Mapping[str, Any]) -> str:
         difference += f" against {name_of(judged['rival'])}, the best of the others"
     if judged["verdict"] == "open":
         return f"{judged['claim']}: open, {difference}, with one seed a place and so no spread."
-    numbers = f"{difference}, error ± {100 * judged['error']:.1f}"
+    numbers = f"{difference}, error ± {100 * judged['error']:.1f}, {judged['seeds']} seeds"
+    if judged["seeds"] == 1:
+        numbers = numbers.replace("1 seeds", "of some only one seed")
     words = {
         "reproduced": f"reproduced ({numbers}).",
         "contradicted": f"**not reproduced: here it is the other way round** ({numbers}).",
@@ -122,6 +125,8 @@ def markdown(found: Mapping[str, Any], picture: str) -> str:
                 + (f"; failed: {len(found['failed'])}" if found["failed"] else ""),
                 f"- Base settings: `examples/simclr.py {found['base']}`",
                 f"- {versions or 'no run is finished'}",
+                f"- {found['machine']['processor']}, {found['machine']['cores']} cores; commit "
+                + (", ".join(found["commits"]) or "unknown"),
                 "- Accuracies are percentages on the test images, mean ± standard deviation over "
                 "the seeds, (n) how many where some are missing. Verdicts are on the linear probe: "
                 "the error is twice the standard error of the difference, from the deviation "

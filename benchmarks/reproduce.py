@@ -8,8 +8,8 @@
 
 Sections: baselines, augment, head, batch, temperature, encoder. Each is a list of runs of
 ``examples/simclr.py``; ``--list`` prints their command lines. Finished runs are kept in ``--out``
-and not repeated; one that ``--minutes`` or Ctrl-C interrupted goes on from where it was. The report,
-from whatever is finished, is ``reproduction_*.json``, ``.md`` and ``.png`` in ``--results``.
+and not repeated; one that ``--minutes`` or Ctrl-C interrupted goes on from where it was. From
+whatever is finished ``reproduction_*.json``, ``.md`` and ``.png`` are written into ``--results``.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from benchmarks._reproduce_sections import (
 
 NAMES = ("baselines", "augment", "head", "batch", "temperature", "encoder")
 PICTURES = ("plot_pairs", "plot_curve", "plot_neighbours", "plot_map")
-VERSIONS = ("device", "threads", "python", "torch", "torchvision", "contrastive_kit", "commit")
+VERSIONS = ("device", "threads", "python", "torch", "torchvision", "kornia", "contrastive_kit")
 
 
 def load_example(pictures: bool = False) -> Any:
@@ -169,19 +169,22 @@ def collect(
     planned = runs(scale, everything, seeds)
     finished = [run for run in planned if (out / run.key / "results.json").exists()]
     about: list[dict[str, Any]] = []
+    commits: list[str] = []
     for run in finished:
         of_run = json.loads((out / run.key / "config.json").read_text())["about"]
         chosen = {name: of_run[name] for name in VERSIONS}
+        commit = str(of_run["commit"] or "unknown")
         if of_run["uncommitted_changes"]:
-            chosen["commit"] += " with uncommitted changes"
-        if chosen not in about:
-            about.append(chosen)
+            commit += " with uncommitted changes"
+        about += [chosen] if chosen not in about else []
+        commits += [commit] if commit not in commits else []
     return {
         "scale": scale.name,
         "title": scale.title,
         "command": command,
         "machine": machine.describe(),
         "about": about,
+        "commits": commits,
         "base": shlex.join(Run(scale.base).arguments()),
         "jobs": jobs,
         "planned": len(planned),
