@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from budgets import gradient_budget, relative_error
 
-from contrastive_kit.functional import nt_xent
+from contrastive_kit.functional import nt_xent, siglip, sup_con
 
 TEMPERATURES = [
     1.0,
@@ -127,3 +127,80 @@ def test_float64_is_exact_where_the_loss_is_large():
     assert exact > 25
     assert loss == pytest.approx(exact, rel=1e-13)
     assert relative_error(grad, exact_grad) <= gradient_budget(torch.float64, 0.01)
+
+
+def softmax_family(z1, z2, temperature, positive, hardness=0.0):
+    """Log of one plus odds, for each anchor and set of positives: exact for tiny losses."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits = z @ z.T / temperature
+    itself = torch.eye(len(z), dtype=torch.bool)
+    negative = ~positive & ~itself
+    n_negatives = negative.sum(1).to(z.dtype)
+    kept = logits.masked_fill(~negative, -torch.inf)
+    nu = (kept * (1 + hardness)).logsumexp(1)
+    if hardness:
+        nu = nu + n_negatives.log() - (kept * hardness).logsumexp(1)
+    pi = logits.masked_fill(~(positive & ~itself), -torch.inf).logsumexp(1)
+    return (nu - pi).exp().log1p(), pi, logits
+
+
+def same(labels):
+    return labels[:, None] == labels[None, :]
+
+
+LABELS = torch.arange(126) // 3
+
+
+def sup_con_out(z1, z2, temperature):
+    odds, pi, logits = softmax_family(z1, z2, temperature, same(LABELS.repeat(2)))
+    positive = same(LABELS.repeat(2)) & ~torch.eye(252, dtype=torch.bool)
+    return (odds + pi - (logits * positive).sum(1) / 5).mean()
+
+
+def binary(z1, z2, temperature, bias):
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature + bias
+    sign = 1 - 2 * torch.eye(len(z1), dtype=z1.dtype)
+    return torch.logaddexp(sign * logits, torch.zeros_like(logits)).sum(1).mean()
+
+
+FAMILY = {
+    "hardness": (
+        lambda a, b, temperature: nt_xent(a, b, temperature=temperature, hardness=0.5),
+        lambda a, b, temperature: softmax_family(
+            a, b, temperature, same(torch.arange(126).repeat(2)), 0.5
+        )[0].mean(),
+        1.5,  # logits are multiplied by 1 + hardness
+    ),
+    "sup_con in": (
+        lambda a, b, temperature: sup_con(
+            a, b, labels=LABELS, temperature=temperature, variant="in"
+        ),
+        lambda a, b, temperature: (
+            softmax_family(a, b, temperature, same(LABELS.repeat(2)))[0].mean() + math.log(5)
+        ),
+        1.0,
+    ),
+    "sup_con out": (
+        lambda a, b, temperature: sup_con(a, b, labels=LABELS, temperature=temperature),
+        sup_con_out,
+        1.0,
+    ),
+    "siglip": (
+        lambda a, b, temperature: siglip(a, b, temperature=temperature, bias=-5.0),
+        lambda a, b, temperature: binary(a, b, temperature, -5.0),
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.02, 0.01, 0.005])
+@pytest.mark.parametrize("name", list(FAMILY))
+def test_float32_gradients_of_the_family_stay_within_their_budget(name, temperature):
+    loss_fn, exact_fn, factor = FAMILY[name]
+    for seed in range(3):
+        views = pairs("related", seed)
+        exact_loss, exact = gradient(exact_fn, views, temperature, torch.float64)
+        assert exact.norm() >= 1e-30
+        loss, grad = gradient(loss_fn, views, temperature, torch.float32)
+        assert relative_error(grad, exact) <= factor * gradient_budget(torch.float32, temperature)
+        assert abs(loss - exact_loss) <= factor * 1e-6 / temperature * abs(exact_loss)
