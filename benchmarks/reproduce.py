@@ -43,22 +43,17 @@ from benchmarks._reproduce_sections import (
 )
 
 NAMES = ("baselines", "augment", "head", "batch", "temperature", "encoder")
-PICTURES = ("plot_pairs", "plot_curve", "plot_neighbours", "plot_map")
 VERSIONS = ("device", "threads", "python", "torch", "torchvision", "kornia", "contrastive_kit")
 
 
-def load_example(pictures: bool = False) -> Any:
-    """The module examples/simclr.py, without its pictures, which cost more than a short run."""
+def load_example() -> None:
+    """Import examples/simclr.py; the photographs are then read once and not in every run."""
     folder = str(machine.REPOSITORY / "examples")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    example, data = importlib.import_module("simclr"), importlib.import_module("simclr_data")
-    if not pictures:
-        for name in PICTURES:
-            getattr(example, name)  # fails if there is none to leave out
-            setattr(example, name, lambda *_arguments: None)
+    importlib.import_module("simclr")
+    data: Any = importlib.import_module("simclr_data")
     data.load_photographs = functools.cache(data.load_photographs)
-    return example
 
 
 def start_worker(threads: int) -> None:
@@ -77,7 +72,7 @@ def train(arguments: Sequence[str], folder: Path, deadline: float | None) -> str
     example = sys.modules["simclr"]
     folder.mkdir(parents=True, exist_ok=True)
     session = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else None
-    command = session or [*arguments, "--out", str(folder)]
+    command = [*(session or [*arguments, "--out", str(folder)]), "--no-pictures"]
     if deadline is not None:
         left = (deadline - time.time()) / 60
         if left <= 0:

@@ -190,9 +190,9 @@ def test_an_interrupted_run_is_resumed(example, tmp_path):
     (run / "checkpoint.pt").touch()
     reproduce.train(["--epochs", "1"], run, time.time() + 600)
     first, second = example.commands
-    assert first == ["--epochs", "1", "--out", str(run)]
-    assert second[:3] == ["--resume", str(run), "--minutes"]
-    assert 9.9 < float(second[3]) <= 10
+    assert first == ["--epochs", "1", "--out", str(run), "--no-pictures"]
+    assert second[:4] == ["--resume", str(run), "--no-pictures", "--minutes"]
+    assert 9.9 < float(second[4]) <= 10
     assert (run / "checkpoint.pt").exists()
     example.scores = {"SimCLR": None}
     reproduce.train(["--epochs", "1"], run, None)
