@@ -14,6 +14,8 @@ from contrastive_kit.ops._registered import KeptLogSumExp
 from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
 from contrastive_kit.ops._triton import refusal as triton_refusal
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class Backend(NamedTuple):
     """A way to compute the primitive.
@@ -77,9 +79,13 @@ def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") 
 
 
 def operand_dtype(*embeddings: Tensor) -> torch.dtype:
-    """What tensor cores may round rows of these to: the half precision all are in, or float32."""
-    dtypes = {x.dtype for x in embeddings}
-    return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+    """What tensor cores may round unit rows of these embeddings to before they multiply.
+
+    Half precision where all embeddings are, and then float16: unit rows do not need the range of
+    bfloat16, and three more bits make logits and gradients eight times as exact at the same speed.
+    """
+    half = all(x.dtype in _HALF for x in embeddings)
+    return torch.float16 if half else torch.float32
 
 
 def kept_logsumexp(
@@ -110,8 +116,8 @@ def kept_logsumexp(
             the passes that guard against overflow.
         statistics: also return ``LogitStatistics``, detached.
         operands: the dtype that tensor cores may round rows to before they multiply, float32,
-            bfloat16 or float16; None for ``operand_dtype`` of ``q`` and ``k``. Only ``triton``
-            rounds to half precision. With float32, ``torch.get_float32_matmul_precision()`` rules.
+            bfloat16 or float16; None for the half precision both matrices are in, or float32. Only
+            ``triton`` rounds so. With float32, ``torch.get_float32_matmul_precision()`` decides.
         backend: "auto" or a name, see ``which_backend``.
 
     Returns:
@@ -121,6 +127,9 @@ def kept_logsumexp(
     choice = which_backend(q, k, backend=backend)
     inputs = (q,) if k is None else (q, k)
     dtype = compute_dtype(*inputs)
+    if operands is None:
+        same = k is None or k.dtype == q.dtype
+        operands = q.dtype if same and q.dtype in _HALF else torch.float32
     lse, stats = BACKENDS[choice.name].run(
         q.to(dtype),
         None if k is None else k.to(dtype),
@@ -128,7 +137,7 @@ def kept_logsumexp(
         both,
         bound,
         statistics,
-        operands or operand_dtype(*inputs),
+        operands,
     )
     return lse, LogitStatistics(*stats.unbind(0)) if statistics else None
 

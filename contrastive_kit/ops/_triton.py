@@ -67,11 +67,11 @@ def refusal(q: Tensor, k: Tensor | None) -> str | None:
     return None
 
 
-def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+def _missing(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
         return "it needs the package triton, which is not installed"
     try:
-        version = importlib.metadata.version("triton")
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None  # a build under another name, such as those for AMD
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
@@ -79,7 +79,7 @@ def _missing() -> str | None:
     return None
 
 
-_MISSING = _missing()
+_MISSING = _missing("triton")
 
 
 # float32 as exact as its arithmetic, or rounded on its way into the products.

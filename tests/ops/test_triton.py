@@ -1,0 +1,636 @@
+"""Backend ``triton`` against float64: every kernel, and every way through the host's part.
+
+The tests run on CUDA where there is a device. Elsewhere Triton's interpreter runs the same kernels
+on CPU tensors, in a process of its own: it must be chosen before the first import of triton. That
+process also runs what every backend must pass, test_lse.py.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budgets import VALUE, assert_within
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contrastive_kit.functional import info_nce, nt_xent
+from contrastive_kit.ops import (
+    BACKENDS,
+    Exclusion,
+    _triton,
+    kept_logsumexp,
+    which_backend,
+)
+from contrastive_kit.ops._registered import logsumexp_backward, logsumexp_forward
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HERE = Path(__file__).parent
+
+ALL = ("float32", "tf32", "bfloat16", "float16")
+# The largest |logit| for which no maximum is subtracted is 69.
+WITHOUT_SHIFT, WITH_SHIFT = 0.1, 0.01
+
+
+def on_device(test):
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+def not_interpreted(test):
+    return pytest.mark.skipif(INTERPRETED, reason="no kernel runs here")(test)
+
+
+def budget(operands, temperature):
+    """Relative error of a gradient. The interpreter multiplies tf32 in float32."""
+    least, slope = {
+        "float32": (2e-6, 2e-7),
+        "tf32": (2e-3, 1e-4),
+        "bfloat16": (4e-3, 2e-4),
+        "float16": (1e-3, 5e-5),
+    }[operands]
+    return max(least, slope / temperature)
+
+
+@not_interpreted
+def test_in_the_interpreter():
+    """All tests of kernels in this file, and those of every backend, on the CPU."""
+    files = [__file__, str(HERE / "test_lse.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *files],
+        check=False, capture_output=True, text=True, cwd=HERE.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 100, done.stdout
+
+
+def unit_rows(n, d, temperature):
+    return F.normalize(torch.randn(n, d, dtype=torch.float64), dim=1) / temperature**0.5
+
+
+def oracle(q, k, exclusion, both, grad):
+    """Logsumexp and gradients from the definition."""
+    q = q.clone().requires_grad_()
+    columns = q if k is None else k.clone().requires_grad_()
+    mask = exclusion.mask(len(q), len(columns), q.device)
+    logits = (q @ columns.T).masked_fill(mask, -torch.inf)
+    lse = logits.logsumexp(1)
+    if both:
+        lse = torch.cat([lse, logits.logsumexp(0)])
+    inputs = [q] if k is None else [q, columns]
+    return lse, torch.autograd.grad((lse * grad).sum(), inputs)
+
+
+def to_device(x):
+    return None if x is None else x.to(DEVICE)
+
+
+def run(q, k, exclusion, both, bound, grad, operands):
+    """Logsumexp and gradients by the kernels, on the CPU."""
+    q, k = to_device(q.float()), None if k is None else to_device(k.float())
+    exclusion = Exclusion(exclusion.period, *map(to_device, exclusion[1:]))
+    kernels = _triton.Kernels(operands)
+    lse, lost, _ = kernels.forward(q, k, exclusion, both, bound, False)
+    grad = to_device(grad.float())
+    dq, dk = kernels.backward(grad, lse, lost, q, k, exclusion, both, bound, (True, True))
+    return lse.cpu(), [dq.cpu()] + ([] if k is None else [dk.cpu()])
+
+
+def check(rows, columns, d, temperature, operands, exclusion, both=False):
+    q = unit_rows(rows, d, temperature).float().double()
+    k = None if columns is None else unit_rows(columns, d, temperature).float().double()
+    grad = torch.rand(rows + (columns if both else 0), dtype=torch.float64) / rows
+    expected_lse, expected = oracle(q, k, exclusion, both, grad)
+    lse, grads = run(q, k, exclusion, both, 1.001 / temperature, grad, operands)
+    exact = operands == "float32"
+    assert_within(lse, expected_lse, 1e-6 if exact else budget(operands, temperature))
+    for actual, wanted in zip(grads, expected, strict=True):
+        assert_within(actual, wanted, budget(operands, temperature))
+
+
+SELF = [
+    ("float32", 126, 63, 7),
+    ("float32", 300, 100, 100),
+    ("float32", 258, 129, 384),
+    ("tf32", 260, 130, 60),
+    ("tf32", 130, 65, 130),
+    ("bfloat16", 300, 150, 100),
+    ("bfloat16", 514, 257, 200),
+    ("bfloat16", 200, 50, 384),
+    ("float16", 130, 65, 128),
+    ("float16", 190, 95, 513),
+]
+
+
+@on_device
+@pytest.mark.parametrize("temperature", [WITHOUT_SHIFT, WITH_SHIFT])
+@pytest.mark.parametrize(("operands", "rows", "period", "d"), SELF)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_self_similarity_triton(operands, rows, period, d, temperature):
+    check(rows, None, d, temperature, operands, Exclusion(period))
+
+
+TWO = [
+    ("float32", 65, 200, 33, 65, True),
+    ("float32", 200, 65, 300, 0, True),
+    ("tf32", 131, 140, 100, 140, True),
+    ("tf32", 70, 300, 60, 0, False),
+    ("bfloat16", 150, 270, 100, 150, True),
+    ("bfloat16", 100, 300, 100, 0, False),
+    ("bfloat16", 129, 129, 384, 129, True),
+    ("float16", 270, 150, 250, 270, True),
+    ("float16", 64, 150, 320, 0, False),
+]
+
+
+@on_device
+@pytest.mark.parametrize("temperature", [WITHOUT_SHIFT, WITH_SHIFT])
+@pytest.mark.parametrize(("operands", "rows", "columns", "d", "period", "both"), TWO)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_two_matrices_triton(operands, rows, columns, d, period, both, temperature):
+    check(rows, columns, d, temperature, operands, Exclusion(period), both)
+
+
+@on_device
+@pytest.mark.parametrize("temperature", [WITHOUT_SHIFT, WITH_SHIFT])
+@pytest.mark.parametrize("d", [96, 300])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_equal_ids_triton(dtype, d, temperature):
+    ids = torch.randint(0, 40, (200,)).to(dtype)
+    check(200, None, d, temperature, "bfloat16", Exclusion(100, ids))
+    if dtype == torch.int64:
+        large = ids + 2**40
+        check(200, 130, d, temperature, "float16", Exclusion(0, large, large[:130]), True)
+
+
+@on_device
+@pytest.mark.parametrize("d", [60, 300])
+@pytest.mark.parametrize("temperature", [WITHOUT_SHIFT, WITH_SHIFT])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_many_panels_chunks_and_strips_triton(temperature, d, monkeypatch):
+    """What large batches are divided into, at a size the interpreter can bear."""
+    monkeypatch.setattr(_triton, "_PANEL_BYTES", 2000)
+    monkeypatch.setattr(_triton, "_STRIP_ROWS", 1)
+    monkeypatch.setattr(_triton, "_processors", lambda device: 4)
+    check(520, None, d, temperature, "bfloat16", Exclusion(260))
+    check(140, 400, d, temperature, "bfloat16", Exclusion(140), True)
+
+
+@on_device
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "hip"])
+def test_tiles_of_every_architecture_triton(architecture, monkeypatch):
+    if not INTERPRETED and architecture != _triton._architecture(torch.device(DEVICE)):
+        pytest.skip("the tiles of another architecture")
+    monkeypatch.setattr(_triton, "_architecture", lambda device: architecture)
+    for operands, d in (("float16", 100), ("float16", 200), ("float16", 300), ("tf32", 100)):
+        check(200, None, d, WITHOUT_SHIFT, operands, Exclusion(100))
+
+
+@on_device
+@pytest.mark.parametrize("operands", ["bfloat16", "float16"])
+@pytest.mark.parametrize("two_matrices", [False, True])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_statistics_in_half_precision_triton(two_matrices, operands, monkeypatch):
+    monkeypatch.setattr(_triton, "_PANEL_BYTES", 2000)
+    q = unit_rows(300, 70, 0.05)
+    k = unit_rows(170, 70, 0.05) if two_matrices else None
+    rule = Exclusion(150)
+    exact = kept_logsumexp(
+        q, k, exclusion=rule, both=two_matrices, statistics=True, backend="reference"
+    )[1]
+    columns = None if k is None else to_device(k.float())
+    rounded = getattr(torch, operands)
+    actual = kept_logsumexp(
+        to_device(q.float()), columns, exclusion=rule, both=two_matrices, statistics=True,
+        operands=rounded, backend="triton",
+    )[1]  # fmt: skip
+    assert torch.equal(actual.kept.cpu().double(), exact.kept)
+    for name in ("maximum", "expected", "total"):
+        assert_within(getattr(actual, name).cpu(), getattr(exact, name), 2e-2)
+
+
+@on_device
+@pytest.mark.parametrize("operands", ["float32", "float16"])
+def test_gradients_of_any_size_triton(operands):
+    """Neither a loss scaled for half precision nor a tiny weight leaves the range of a weight."""
+    q = unit_rows(150, 60, 0.1)
+    rule, bound, grad = Exclusion(75), 10.01, torch.rand(150, dtype=torch.float64)
+    _, (expected,) = run(q, None, rule, False, bound, grad, operands)
+    for power in (-100, 40):
+        _, (actual,) = run(q, None, rule, False, bound, grad * 2.0**power, operands)
+        torch.testing.assert_close(actual, expected * 2.0**power, rtol=1e-6, atol=0)
+    _, (zero,) = run(q, None, rule, False, bound, grad * 0, operands)
+    assert not zero.any()
+
+
+@on_device
+def test_logits_without_bound_triton():
+    """Rows of any length, no bound known: logits of thousands, and rows of zeros among them."""
+    q = torch.randn(130, 40, dtype=torch.float64) * torch.linspace(0, 12, 130)[:, None]
+    grad = torch.rand(130, dtype=torch.float64)
+    expected, (expected_grad,) = oracle(q, None, Exclusion(65), False, grad)
+    assert expected.abs().max() > 1000
+    lse, (dq,) = run(q, None, Exclusion(65), False, torch.inf, grad, "float32")
+    assert_within(lse, expected, VALUE[torch.float32])
+    assert_within(dq, expected_grad, 1e-4)
+
+
+@on_device
+def test_same_bits_every_run_and_any_stride_triton():
+    base = torch.randn(70, 2 * 300)
+    q = to_device(base).T[::2]
+    grad = to_device(torch.rand(())).expand(300)
+    runs = []
+    for rows in (q, q.contiguous(), q.contiguous()):
+        kernels = _triton.Kernels("bfloat16")
+        lse, lost, _ = kernels.forward(rows, None, Exclusion(150), False, torch.inf, False)
+        dq, _ = kernels.backward(
+            grad, lse, lost, rows, None, Exclusion(150), False, torch.inf, (True, False)
+        )
+        runs.append((lse, dq))
+    for lse, dq in runs[1:]:
+        assert torch.equal(lse, runs[0][0])
+        assert torch.equal(dq, runs[0][1])
+
+
+def pairs(kind, n, d):
+    first, second = torch.randn(2, n, d)
+    return first, first + {"related": 1.0, "close": 0.1}[kind] * second
+
+
+def exact_nt_xent(views, temperature):
+    """log(1 + Σ exp(s_in - s_ip)) in float64, exact for tiny losses."""
+    z = F.normalize(torch.cat([v.double() for v in views]), dim=1)
+    m = len(z)
+    logits = z @ z.T / temperature
+    positive = logits[torch.arange(m), torch.arange(m).roll(m // 2)]
+    same = (torch.arange(m)[:, None] - torch.arange(m)[None, :]) % (m // 2) == 0
+    return (logits - positive[:, None]).masked_fill(same, -torch.inf).exp().sum(1).log1p().mean()
+
+
+@on_device
+@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.05, 0.02, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_the_loss_stay_within_their_budget_triton(dtype, temperature):
+    views = [v.to(dtype) for v in pairs("related", 126, 60)]
+    wanting = [v.double().requires_grad_() for v in views]
+    exact_loss = exact_nt_xent(wanting, temperature)
+    exact = torch.autograd.grad(exact_loss, wanting)
+    leaves = [v.to(DEVICE).requires_grad_() for v in views]
+    loss = nt_xent(*leaves, temperature=temperature, backend="triton")
+    assert loss.dtype == torch.float32
+    operands = "float32" if dtype == torch.float32 else "bfloat16"
+    within = budget(operands, temperature)
+    assert float(loss.detach()) == pytest.approx(float(exact_loss.detach()), rel=within)
+    # As a gradient scaler does: float16 does not hold the gradient of a tiny loss.
+    scale = 2.0 ** -int(torch.stack(exact).abs().max().log2())
+    for actual, expected in zip(torch.autograd.grad(loss * scale, leaves), exact, strict=True):
+        assert actual.dtype == dtype
+        assert_within(actual.cpu(), expected * scale, within)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_tiny_loss_triton(dtype):
+    """Where a cross entropy in float32 is exactly 0."""
+    views = [v.to(dtype) for v in pairs("close", 32, 60)]
+    exact = float(exact_nt_xent(views, 0.02))
+    assert 1e-16 < exact < 1e-10
+    loss = nt_xent(*(v.to(DEVICE) for v in views), temperature=0.02, backend="triton")
+    # Logits of negatives up to 50 are rounded to half precision; those of positives never are.
+    within = 1e-3 if dtype == torch.float32 else 5e-3
+    assert float(loss) == pytest.approx(exact, rel=within)
+
+
+def with_stats(a, b, t, backend):
+    loss, stats = nt_xent(a, b, temperature=t, return_stats=True, backend=backend)
+    return loss + stats.entropy
+
+
+LOSSES = {
+    "nt_xent": lambda a, b, t, name: nt_xent(a, b, temperature=t, backend=name),
+    "three views": lambda a, b, t, name: nt_xent(a, b, a + b, temperature=t, backend=name),
+    "ids": lambda a, b, t, name: nt_xent(
+        a, b, temperature=t, ids=torch.arange(len(a), device=a.device) // 2, backend=name
+    ),
+    "stats": with_stats,
+    "clip": lambda a, b, t, name: info_nce(a, b, temperature=t, symmetric=True, backend=name),
+    "queue": lambda a, b, t, name: info_nce(a, b, b.detach() + 1, temperature=t, backend=name),
+}
+
+
+@on_device
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_equal_the_formula_triton(name):
+    a, b = pairs("related", 77, 45)
+    inputs = [x.double().requires_grad_() for x in (a, b, torch.tensor(0.2))]
+    exact = LOSSES[name](*inputs, "reference")
+    expected = torch.autograd.grad(exact, inputs)
+    inputs = [x.detach().float().to(DEVICE).requires_grad_() for x in inputs]
+    loss = LOSSES[name](*inputs, "triton")
+    assert_within(loss.cpu(), exact, 1e-6)
+    for actual, wanted in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+        assert_within(actual.cpu(), wanted, budget("float32", 0.2))
+
+
+@on_device
+@pytest.mark.parametrize("name", ["nt_xent", "clip"])
+def test_compiles_to_one_graph_triton(name):
+    torch.compiler.reset()
+    compiled = torch.compile(LOSSES[name], fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for n in (5, 33):
+        a, b = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in pairs("related", n, 7))
+        temperature = torch.tensor(0.2, device=DEVICE)
+        expected = LOSSES[name](a, b, temperature, "triton")
+        actual = compiled(a, b, temperature, "triton")
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, (a, b)), torch.autograd.grad(expected, (a, b))
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@on_device
+def test_functional_gradient_triton():
+    a, b = (x.to(DEVICE) for x in pairs("related", 9, 5))
+    wanting = a.clone().requires_grad_()
+    expected = torch.autograd.grad(nt_xent(wanting, b, backend="triton"), wanting)[0]
+    actual = torch.func.grad(lambda a, b: nt_xent(a, b, backend="triton"))(a, b)
+    torch.testing.assert_close(actual, expected)
+
+
+@on_device
+@pytest.mark.parametrize("name", ["triton bfloat16", "triton float32"])
+@pytest.mark.parametrize("two_matrices", [False, True])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_opcheck_triton(statistics, two_matrices, name):
+    q = to_device(torch.randn(40, 6)).T.contiguous().T
+    k = to_device(torch.randn(23, 6)) if two_matrices else None
+    ids = to_device(torch.arange(40) // 2)
+    shared = (q, k, ids, ids[:23] if two_matrices else None, 0, two_matrices, torch.inf)
+    torch.library.opcheck(logsumexp_forward, (*shared, statistics, name))
+    lse, saved, _ = logsumexp_forward(*shared, statistics, name)
+    grad = torch.randn_like(lse)
+    for wanted in ((True, False), (True, True)):
+        torch.library.opcheck(logsumexp_backward, (grad, lse, saved, *shared, *wanted, name))
+
+
+@on_device
+def test_matmul_precision_decides_what_float32_is_multiplied_as_triton(monkeypatch):
+    asked = []
+    original = _triton._operands
+    monkeypatch.setattr(_triton, "_operands", lambda *a: asked.append(a[0]) or original(*a))
+    q = to_device(torch.randn(9, 5))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            kept_logsumexp(q, exclusion=Exclusion(3), backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    kept_logsumexp(q.bfloat16(), exclusion=Exclusion(3), backend="triton")
+    assert asked == ["float32", "tf32", "tf32", "bfloat16"]
+
+
+@on_device
+def test_auto_takes_this_backend_triton():
+    q = to_device(torch.randn(4, 3))
+    assert which_backend(q) == ("triton", {})
+    assert which_backend(q.double()).refusals == {
+        "triton": "it computes in float32 at most, got float64"
+    }
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(monkeypatch, rows, columns, d, operands, bound):
+    """Names of the kernels and torch operations of a forward and backward, and their grids."""
+    from contrastive_kit.ops import _triton_kernels
+
+    kernels, grids = [], []
+
+    class Recorded:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            kernels.append(self.name.removesuffix("_kernel"))
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("pack", "forward", "reduce", "scale", "backward", "finish", "weights"):
+        monkeypatch.setattr(_triton_kernels, f"{name}_kernel", Recorded(f"{name}_kernel"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_triton, "_processors", lambda device: 132)
+    monkeypatch.setattr(_triton, "_architecture", lambda device: "sm_90")
+    with FakeTensorMode(), Operations() as operations:
+        q = torch.empty(rows, d, device="cuda")
+        k = None if columns is None else torch.empty(columns, d, device="cuda")
+        ways = _triton.Kernels(operands)
+        lse, lost, _ = ways.forward(q, k, Exclusion(rows), False, bound, False)
+        dq, dk = ways.backward(lse, lse, lost, q, k, Exclusion(rows), False, bound, (True, True))
+        assert (dq.shape, dk.shape) == (q.shape, (0,) if k is None else k.shape)
+    quiet = (
+        "empty",
+        "new_empty",
+        "empty_like",
+        "slice",
+        "view",
+        "transpose",
+        "t",
+        "alias",
+        "detach",
+        "device",
+    )
+    return kernels, grids, [x for x in operations.names if x not in quiet]
+
+
+FUSED = ["pack", "forward", "reduce", "scale", "pack", "backward", "finish"]
+
+
+@not_interpreted
+def test_launches_do_not_depend_on_the_batch_and_nothing_waits(monkeypatch):
+    """Fake CUDA tensors have no data: to read a value raises, to copy it to the host is listed."""
+    for rows in (8, 512, 16384):
+        kernels, _, operations = launches(monkeypatch, rows, None, 128, "bfloat16", 10.0)
+        assert sorted(kernels) == sorted(FUSED)
+        assert operations == ["linalg_vector_norm"]
+    kernels, _, operations = launches(monkeypatch, 1024, None, 512, "bfloat16", 10.0)
+    assert kernels.count("weights") == 1
+    assert set(operations) <= {"linalg_vector_norm", "zero_", "addmm", "mul_"}
+
+
+@not_interpreted
+def test_memory_stays_linear(monkeypatch):
+    """65,536 pairs: what is allocated beyond inputs and gradients is far below their logits."""
+    sizes = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and "empty" in str(func):
+                sizes.append(result.numel() * result.element_size())
+            return result
+
+    with Allocations():
+        launches(monkeypatch, 131072, None, 128, "bfloat16", 10.0)
+    assert sum(sizes) < 2**30
+
+
+@not_interpreted
+def test_a_huge_batch_has_grids_that_a_gpu_takes(monkeypatch):
+    for n, d, columns in ((2**20, 128, None), (2**17, 512, None), (2**20, 128, 2**20)):
+        _, grids, _ = launches(monkeypatch, n, columns, d, "bfloat16", 10.0)
+        assert all(0 < grid[0] < 2**31 for grid in grids)
+        assert all(0 < grid[1] < 2**16 for grid in grids if len(grid) > 1)
+
+
+@not_interpreted
+def test_reasons_to_refuse(monkeypatch):
+    refuse = BACKENDS["triton"].refuse
+    assert refuse(torch.ones(2, 2), None) == "it needs tensors on a CUDA device, got cpu"
+    with pytest.raises(ValueError, match="'triton' cannot run here: it needs tensors on a CUDA"):
+        nt_xent(torch.ones(2, 2), torch.ones(2, 2), backend="triton")
+    with FakeTensorMode():
+        q = torch.empty(6, 3, device="cuda")
+        assert refuse(q, None) is None
+        assert refuse(q.double(), None) == "it computes in float32 at most, got float64"
+        assert refuse(q, q.double()) == "it computes in float32 at most, got float64"
+        assert which_backend(q).name == "triton"
+        lse, stats = kept_logsumexp(q, q[:2], both=True, statistics=True)
+        assert lse.shape == stats.kept.shape == (8,)
+        monkeypatch.setattr(_triton, "_MISSING", _triton._missing("no_such_module"))
+        assert refuse(q, None) == "it needs the package triton, which is not installed"
+        monkeypatch.setattr(_triton.importlib.metadata, "version", lambda name: "3.1.0")
+        monkeypatch.setattr(_triton, "_MISSING", _triton._missing("triton"))
+        assert refuse(q, None) == "it needs triton 3.5 or later, version 3.1.0 is installed"
+        assert which_backend(q).name == "tiled"
+
+
+@not_interpreted
+def test_an_old_device_is_refused(monkeypatch):
+    class Turing:
+        name, major, minor = "Tesla T4", 7, 5
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Turing)
+    with FakeTensorMode():
+        reason = BACKENDS["triton"].refuse(torch.empty(6, 3, device="cuda"), None)
+    assert reason == "it needs compute capability 8.0 or higher, Tesla T4 has 7.5"
+
+
+@not_interpreted
+def test_losses_on_the_cpu_do_not_import_triton():
+    code = (
+        "import sys, torch, contrastive_kit.functional as f; a = torch.randn(4, 3);"
+        "f.nt_xent(a, a); f.info_nce(a, a, symmetric=True);"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestOnCuda:
+    """What only a device can show."""
+
+    pytestmark = pytest.mark.gpu
+
+    def step(self, a, b, **options):
+        leaves = [x.detach().requires_grad_() for x in (a, b)]
+        loss = nt_xent(*leaves, temperature=0.1, backend="triton", **options)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    def views(self, n, d, dtype=torch.bfloat16):
+        return [x.to("cuda", dtype) for x in pairs("related", n, d)]
+
+    @pytest.mark.parametrize("d", [128, 200, 512])
+    def test_nothing_waits(self, d):
+        views = self.views(300, d)
+        self.step(*views)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.step(*views)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("d", [128, 512])
+    def test_graph_capture(self, d):
+        views = self.views(300, d)
+        expected = self.step(*views)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(*views)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = self.step(*views)
+        graph.replay()
+        for actual, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+    def test_several_streams(self):
+        batches = [self.views(700, 128) for _ in range(4)]
+        expected = [self.step(*views) for views in batches]
+        streams = [torch.cuda.Stream() for _ in batches]
+        torch.cuda.synchronize()
+        results = []
+        for stream, views in zip(streams, batches, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(self.step(*views))
+        torch.cuda.synchronize()
+        for actual, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
+
+    def test_deterministic_algorithms(self, monkeypatch):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        try:
+            self.step(*self.views(300, 128))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+    def test_the_device_of_the_tensors_is_used(self):
+        views = [x.to("cuda:1") for x in self.views(65, 60)]
+        expected = self.step(*(x.to("cuda:0") for x in views))
+        for actual, wanted in zip(self.step(*views), expected, strict=True):
+            assert actual.device.index == 1
+            assert torch.equal(actual.cpu(), wanted.cpu())
+
+    def test_autocast_changes_nothing(self):
+        views = self.views(65, 60, torch.float32)
+        expected = self.step(*views)
+        with torch.autocast("cuda", torch.bfloat16):
+            for actual, wanted in zip(self.step(*views), expected, strict=True):
+                assert torch.equal(actual, wanted)
+
+    def test_a_large_batch(self):
+        """65,536 pairs in less than a GiB beyond inputs and gradients."""
+        views = self.views(65536, 128)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss, *grads = self.step(*views)
+        assert torch.cuda.max_memory_allocated() - before < 2**30
+        part = nt_xent(*(x.float() for x in views), temperature=0.1, backend="tiled")
+        assert float(loss) == pytest.approx(float(part), rel=1e-3)
+        assert all(g.isfinite().all() for g in grads)
