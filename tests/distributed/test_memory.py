@@ -1,6 +1,8 @@
 """Peak memory of a process that compares its rows with those of all: rows, never own × all."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,8 @@ from contrastive_kit.functional import info_nce, nt_xent
 
 
 def peak():
-    for line in open("/proc/self/status"):
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
 
 
 def check_memory(rank, size, clip, n):
@@ -23,8 +24,7 @@ def check_memory(rank, size, clip, n):
 
     step(64)()
     # The peak so far is that of earlier checks; from here it is that of this step.
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     step(n)()
     return peak() - before
