@@ -39,13 +39,20 @@ class Sizes(NamedTuple):
     """Numbers of images, each of which has two views."""
 
     step: tuple[int, ...]
+    timed: tuple[int, ...]
     chunks: tuple[int, ...]
     loss: tuple[int, ...]
     rounds: int
 
 
-FULL = Sizes(step=(128, 512, 2048), chunks=(128, 32), loss=(2048, 4096, 8192), rounds=3)
-QUICK = Sizes(step=(32, 64), chunks=(16,), loss=(512, 1024), rounds=2)
+FULL = Sizes(
+    step=(128, 512, 2048),
+    timed=(128, 512),
+    chunks=(128, 32),
+    loss=(2048, 4096, 8192),
+    rounds=5,
+)
+QUICK = Sizes(step=(32, 64), timed=(32,), chunks=(16,), loss=(512, 1024), rounds=2)
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "NT-Xent": nt_xent,
@@ -159,7 +166,7 @@ def gathered(rank: int, store: str, n: int, chunk_size: int | None, rounds: int)
         dist.barrier()
         seconds.append(time.perf_counter() - start)
     dist.destroy_process_group()
-    return result | {"seconds": spread(seconds)._asdict()}
+    return result | {"seconds": spread(seconds)._asdict() if rounds else None}
 
 
 def parity(n: int = 48, chunk_size: int = 10) -> float:
@@ -219,16 +226,17 @@ def run(sizes: Sizes) -> dict[str, Any]:
     steps = []
     for n in sizes.step:
         chunks = [chunk for chunk in sizes.chunks if chunk < n]
-        timed = _child("times", n, sizes.rounds, *chunks)
+        rounds = sizes.rounds if n in sizes.timed else 0
+        timed = _child("times", n, rounds, *chunks) if rounds else {}
         for chunk in (None, *chunks):
             measured = _child("step", n, chunk or 0)
             steps.append(
                 {"n": n, "arm": label(chunk), "extra_mib": measured["extra_mib"]}
-                | timed[label(chunk)]
+                | timed.get(label(chunk), {"seconds": None})
             )
         for chunk in (None, sizes.chunks[-1]):
             name = "gathered over 2 processes" + ("" if chunk is None else f", {label(chunk)}")
-            steps.append({"n": n, "arm": name} | _pair(n, chunk, sizes.rounds))
+            steps.append({"n": n, "arm": name} | _pair(n, chunk, rounds))
     results["steps"] = steps
     results["losses"] = [
         {"loss": name, "n": n} | _child("loss", name, n) for name in LOSSES for n in sizes.loss
@@ -274,7 +282,7 @@ def _steps(steps: list[dict[str, Any]]) -> str:
             step["n"],
             step["arm"],
             f"{step['extra_mib']:.0f}",
-            interval(step["seconds"]),
+            interval(step["seconds"]) if step["seconds"] else "–",
             times(step["ratio"]) if "ratio" in step else "–",
         )
         for step in steps
