@@ -50,7 +50,7 @@ FULL = Sizes(
     timed=(128, 512),
     chunks=(128, 32),
     loss=(2048, 4096, 8192),
-    rounds=5,
+    rounds=3,
 )
 QUICK = Sizes(step=(32, 64), timed=(32,), chunks=(16,), loss=(512, 1024), rounds=2)
 
