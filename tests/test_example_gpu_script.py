@@ -68,9 +68,10 @@ def test_only_the_recipe_becomes_the_result():
     assert differences(config) == []
     assert differences({**config, "batch_size": 64}) == ["batch_size 64 instead of 512"]
     scores = {"knn": 0.83, "linear": 0.849, "l2": 0.1}
+    names = ("device", "torch", "python", "platform", "commit", "uncommitted_changes", "date")
     page = markdown(
         {"data": "some images", "config": config, "SimCLR": scores,
-         "about": dict.fromkeys(("device", "torch", "python", "platform", "commit", "uncommitted_changes", "date"), "x"),
+         "about": dict.fromkeys(names, "x"),
          "training": {"seconds": 300.0, "images per second": 1.0},
          "kNN settings": {"k": 200, "temperature": 0.1}}
     )  # fmt: skip
