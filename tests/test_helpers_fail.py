@@ -59,3 +59,52 @@ def test_the_loop_oracle_tells_wrong_formulas(wrong):
     oracle = algorithm1.nt_xent(views, 0.5)
     np.testing.assert_allclose(reference.nt_xent(views, 0.5), oracle, rtol=1e-12)
     assert not np.allclose(wrong(views, 0.5), oracle, rtol=1e-3)
+
+
+def with_itself(views, labels, temperature):
+    u = torch.nn.functional.normalize(views.flatten(0, 1), dim=1)
+    label = labels.repeat(len(views))
+    log_p = (u @ u.T / temperature).log_softmax(1)
+    positive = (label[:, None] == label[None, :]).double()
+    return (-(log_p * positive).sum(1) / positive.sum(1)).view(views.shape[:2])
+
+
+def other_variant(views, labels, temperature):
+    return reference.sup_con(views, labels, temperature, "in")
+
+
+def other_labels(views, labels, temperature):
+    return reference.sup_con(views, labels.roll(1), temperature)
+
+
+@pytest.mark.parametrize("wrong", [with_itself, other_variant, other_labels])
+def test_the_loop_of_sup_con_tells_wrong_formulas(wrong):
+    views, labels = torch.randn(2, 6, 5, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 2])
+    oracle = algorithm1.sup_con(views, labels, 0.5)
+    np.testing.assert_allclose(reference.sup_con(views, labels, 0.5), oracle, rtol=1e-12)
+    assert not np.allclose(wrong(views, labels, 0.5), oracle, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda a, b: reference.siglip(a, b, 0.5, 1.0),
+        lambda a, b: reference.siglip(a, b.roll(1, 0), 0.5, -1.0),
+        lambda a, b: reference.siglip(b, a, 0.5, -1.0),
+        lambda a, b: reference.siglip(a, b, 0.5, -1.0) / len(a),
+    ],
+    ids=["sign of the bias", "other pairs", "columns for rows", "mean over candidates"],
+)
+def test_the_loop_of_siglip_tells_wrong_formulas(wrong):
+    z1, z2 = torch.randn(2, 6, 5, dtype=torch.float64)
+    oracle = algorithm1.siglip(z1, z2, 0.5, -1.0)
+    np.testing.assert_allclose(reference.siglip(z1, z2, 0.5, -1.0), oracle, rtol=1e-12)
+    assert not np.allclose(wrong(z1, z2), oracle, rtol=1e-3)
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing": 0.1}, {"hardness": 0.5}], ids=str)
+def test_the_loops_tell_a_forgotten_option(option):
+    views = torch.randn(2, 6, 5, dtype=torch.float64)
+    oracle = algorithm1.nt_xent(views, 0.5, **option)
+    np.testing.assert_allclose(reference.nt_xent(views, 0.5, **option), oracle, rtol=1e-12)
+    assert not np.allclose(reference.nt_xent(views, 0.5), oracle, rtol=1e-3)
