@@ -250,9 +250,10 @@ class _Average(torch.autograd.Function):
     def forward(x: Tensor, group: "dist.ProcessGroup | None", size: int) -> Tensor:
         # A temperature may be on the CPU while the processes talk through NCCL alone.
         device = x.device
-        if f"{device.type}:" not in dist.get_backend_config(group):
-            accelerator = torch.accelerator.current_accelerator()
-            device = device if accelerator is None else accelerator
+        if f"{device.type}:" not in dist.get_backend_config(group) and (
+            torch.accelerator.is_available()
+        ):
+            device = torch.accelerator.current_accelerator() or device
         total = (x / size).to(device)
         dist.all_reduce(total, group=group)
         return total.to(x.device)

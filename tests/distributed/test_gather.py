@@ -134,6 +134,24 @@ def test_average_of_gradients(world, dtype):
     world.run(check_average_twice)
 
 
+def check_without_a_backend_for_the_cpu(rank, size):
+    """As with NCCL alone: the exchange is made where the rows are. Here that is the CPU again."""
+    original = dist.get_backend_config
+    dist.get_backend_config = lambda group: "cuda:nccl"
+    try:
+        assert row_counts(torch.ones(rank + 1, 2)) == tuple(range(1, size + 1))
+        x = torch.ones((), requires_grad=True)
+        (average_gradient(x) * rank).backward()
+        assert x.grad == (size - 1) / 2
+    finally:
+        dist.get_backend_config = original
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo is asked for what NCCL would do")
+def test_without_a_backend_for_the_cpu(pair):
+    pair.run(check_without_a_backend_for_the_cpu)
+
+
 def check_subgroup(rank, size):
     groups = [dist.new_group([r for r in range(size) if r % 2 == odd]) for odd in (0, 1)]
     mine, other = groups[rank % 2], groups[1 - rank % 2]
