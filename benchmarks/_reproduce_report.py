@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from benchmarks._reproduce_sections import Claim, Label, Section
@@ -13,23 +14,21 @@ Values = Mapping[Label, Sequence[float]]
 MEASURES = {"linear": "linear probe", "knn": "kNN"}
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def deviation(values: Values) -> float | None:
-    """Standard deviation between seeds, pooled over all places that have more than one."""
-    squares = sum((x - mean(row)) ** 2 for row in values.values() for x in row if row)
+def deviation(values: Values) -> tuple[float, int] | None:
+    """Standard deviation between seeds, pooled over all places, and its degrees of freedom."""
+    squares = sum((x - mean(row)) ** 2 for row in values.values() for x in row)
     freedom = sum(len(row) - 1 for row in values.values() if row)
-    return math.sqrt(squares / freedom) if freedom else None
+    return (math.sqrt(squares / freedom), freedom) if freedom else None
 
 
 def judge(claim: Claim, values: Values) -> dict[str, Any]:
     """The sum that the claim says is positive, its error, and what follows.
 
-    The error is twice the standard error, from the deviation pooled over the section: with two or
-    three seeds a place that of a single place is a matter of luck.
+    The error is half the width of the 95 % interval, from the deviation pooled over the section:
+    with two or three seeds a place that of a single place is a matter of luck.
     """
+    from scipy.stats import t as student
+
     weights = dict(claim.weights)
     result: dict[str, Any] = {"claim": claim.text}
     wanted = [*weights, *claim.rivals]
@@ -45,7 +44,9 @@ def judge(claim: Claim, values: Values) -> dict[str, Any]:
     spread = deviation(values)
     if spread is None:
         return {**result, "verdict": "open", "difference": difference}
-    error = 2 * spread * math.sqrt(sum(w * w / len(values[label]) for label, w in weights.items()))
+    sigma, freedom = spread
+    variance = sum(w * w / len(values[label]) for label, w in weights.items())
+    error = float(student.ppf(0.975, freedom)) * sigma * math.sqrt(variance)
     if difference > error:
         verdict = "reproduced"
     elif difference < -error:
@@ -67,15 +68,18 @@ def sentence(judged: Mapping[str, Any]) -> str:
         difference += f" against {name_of(judged['rival'])}, the best of the others"
     if judged["verdict"] == "open":
         return f"{judged['claim']}: open, {difference}, with one seed a place and so no spread."
-    numbers = f"{difference}, error ± {100 * judged['error']:.1f}, {judged['seeds']} seeds"
-    if judged["seeds"] == 1:
-        numbers = numbers.replace("1 seeds", "of some only one seed")
+    numbers = f"{difference}, error ± {100 * judged['error']:.1f}, {number(judged['seeds'])}"
     words = {
         "reproduced": f"reproduced ({numbers}).",
         "contradicted": f"**not reproduced: here it is the other way round** ({numbers}).",
         "undecided": f"**not reproduced: no difference beyond the spread** ({numbers}).",
     }
     return f"{judged['claim']}: {words[judged['verdict']]}"
+
+
+def number(seeds: int) -> str:
+    """So many seeds."""
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def name_of(label: Label) -> str:
@@ -100,7 +104,9 @@ def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[st
         "seeds": seeds,
         "missing": expected - sum(map(len, scores.values())),
         "expected": expected,
-        "deviation": {measure: deviation(rows) for measure, rows in values.items()},
+        "deviation and its degrees of freedom": {
+            measure: deviation(rows) for measure, rows in values.items()
+        },
         "places": [
             {"label": label, **{measure: rows[label] for measure, rows in values.items()}}
             for label in scores
@@ -120,8 +126,7 @@ def markdown(found: Mapping[str, Any], picture: str) -> str:
         "\n".join(
             [
                 f"- {found['finished']} of {found['planned']} runs are finished, "
-                f"{found['seconds'] / 60:.0f} minutes of training and evaluation in all, up to "
-                f"{found['jobs']} at a time"
+                f"{found['seconds'] / 60:.0f} minutes of training and evaluation in all"
                 + (f"; failed: {len(found['failed'])}" if found["failed"] else ""),
                 f"- Base settings: `examples/simclr.py {found['base']}`",
                 f"- {versions or 'no run is finished'}",
@@ -129,8 +134,8 @@ def markdown(found: Mapping[str, Any], picture: str) -> str:
                 + (", ".join(found["commits"]) or "unknown"),
                 "- Accuracies are percentages on the test images, mean ± standard deviation over "
                 "the seeds, (n) how many where some are missing. Verdicts are on the linear probe: "
-                "the error is twice the standard error of the difference, from the deviation "
-                "between seeds pooled over the section. Against the best of several others a claim "
+                "the error is the 95 % interval of the difference, from the deviation between "
+                "seeds pooled over the section. Against the best of several others a claim "
                 "has the luck of the draw against it.",
             ]
         ),
@@ -162,10 +167,10 @@ def _section(section: Mapping[str, Any], picture: str) -> list[str]:
     if section["missing"]:
         parts.append(
             f"**{section['missing']} of {section['expected']} accuracies are missing.** "
-            f"Planned: {section['seeds']} seeds."
+            f"Planned: {number(section['seeds'])}."
         )
     else:
-        parts.append(f"{section['seeds']} seeds.")
+        parts.append(f"{number(section['seeds'])}.".capitalize())
     if section["name"] == "augment" and section["places"]:
         parts.append(f"![heat map of the linear probe]({picture})")
     if len(section["axes"]) == 2 and section["places"]:
@@ -182,7 +187,7 @@ def _figure(values: Sequence[float] | None, seeds: int) -> str:
         return "–"
     text = f"{100 * mean(values):.1f}"
     if len(values) > 1:
-        text += f" ± {100 * (deviation({(): values}) or 0.0):.1f}"
+        text += f" ± {100 * stdev(values):.1f}"
     return text if len(values) == seeds else f"{text} ({len(values)})"
 
 
@@ -223,8 +228,7 @@ def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:
     places = {tuple(p["label"][:2]): 100 * mean(p["linear"]) for p in section["places"]}
     names = list(dict.fromkeys(name for label in places for name in label))
     grid = [
-        [places.get((a, b), places.get((b, a), math.nan)) for b in names[: i + 1]]
-        + [math.nan] * (len(names) - i - 1)
+        [math.nan] * i + [places.get((a, b), math.nan) for b in names[i:]]
         for i, a in enumerate(names)
     ]
     figure, axes = plt.subplots(figsize=(6.4, 5.4))

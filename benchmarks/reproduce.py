@@ -157,7 +157,7 @@ def read_scores(
 
 
 def collect(
-    scale: Scale, out: Path, *, command: str, jobs: int, seeds: int | None, failed: dict[str, str]
+    scale: Scale, out: Path, *, command: str, seeds: int | None, failed: dict[str, str]
 ) -> dict[str, Any]:
     """Everything that the report says."""
     everything = sections(scale)
@@ -181,7 +181,6 @@ def collect(
         "about": about,
         "commits": commits,
         "base": shlex.join(Run(scale.base).arguments()),
-        "jobs": jobs,
         "planned": len(planned),
         "finished": len(finished),
         "failed": failed,
@@ -265,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = "python -m benchmarks.reproduce"
     if scale.name != "photos":
         command += f" --scale {scale.name} --root FOLDER"
-    found = collect(scale, out, command=command, jobs=given.jobs, seeds=given.seeds, failed=failed)
+    found = collect(scale, out, command=command, seeds=given.seeds, failed=failed)
     path = write_report(found, scale, given.results or machine.REPOSITORY / "benchmarks/results")
     print(f"{found['finished']} of {found['planned']} runs are finished; the report is {path}")
 

@@ -88,7 +88,9 @@ def test_a_key_depends_on_every_setting_and_not_on_their_order():
 def test_deviation_is_pooled():
     rows = {A: [0.1, 0.3], B: [0.5, 0.6, 0.9], C: [0.7]}
     squares = np.var([0.1, 0.3], ddof=1) + 2 * np.var([0.5, 0.6, 0.9], ddof=1)
-    assert report.deviation(rows) == pytest.approx(math.sqrt(squares / 3))
+    sigma, freedom = report.deviation(rows)
+    assert sigma == pytest.approx(math.sqrt(squares / 3))
+    assert freedom == 3
     assert report.deviation({A: [0.1], B: [0.2]}) is None
     assert report.deviation({}) is None
 
@@ -98,7 +100,8 @@ def test_verdicts_go_both_ways():
     won = report.judge(A_ABOVE_B, {A: far, B: near})
     assert won["verdict"] == "reproduced"
     assert won["difference"] == pytest.approx(0.10)
-    assert won["error"] == pytest.approx(2 * 0.02 * math.sqrt(1 / 3 + 1 / 3))
+    quantile = 2.776  # of Student's t, 97.5 %, 4 degrees of freedom
+    assert won["error"] == pytest.approx(quantile * 0.02 * math.sqrt(1 / 3 + 1 / 3), rel=1e-3)
     lost = report.judge(A_ABOVE_B, {A: near, B: far})
     assert lost["verdict"] == "contradicted"
     assert lost["difference"] == pytest.approx(-0.10)
@@ -134,10 +137,10 @@ def test_what_is_missing_is_open():
 @pytest.mark.parametrize(
     ("a", "b", "said"),
     [
-        ([0.8, 0.82], [0.7, 0.72], "a is above b: reproduced (+10.0, error ± 2.8, 2 seeds)."),
-        ([0.7, 0.72], [0.8, 0.82], "the other way round** (-10.0, error ± 2.8, 2 seeds)."),
+        ([0.8, 0.82], [0.7, 0.72], "a is above b: reproduced (+10.0, error ± 6.1, 2 seeds)."),
+        ([0.7, 0.72], [0.8, 0.82], "the other way round** (-10.0, error ± 6.1, 2 seeds)."),
         ([0.8, 0.82], [0.8, 0.81], "not reproduced: no difference beyond the spread** (+0.5"),
-        ([0.8, 0.82], [0.7], "reproduced (+11.0, error ± 3.5, of some only one seed)."),
+        ([0.8, 0.82], [0.5], "reproduced (+31.0, error ± 22.0, one seed)."),
         ([0.8], [0.7], "a is above b: open, +10.0, with one seed a place and so no spread."),
         ([0.8], [], "a is above b: open, 1 of the 2 accuracies that it needs are missing."),
     ],
