@@ -358,10 +358,14 @@ def _encoder(scale: Scale) -> Section:
 
 
 def runs(scale: Scale, chosen: list[Section], seeds: int | None = None) -> list[Run]:
-    """All runs of these sections without repetition, the first seed of each cell first."""
+    """All runs of these sections without repetition.
+
+    The first seed of every place comes first, and small tables before large ones: what is stopped
+    early has whole tables.
+    """
     found: dict[str, Run] = {}
     for seed in range(max((count(s, seeds) for s in chosen), default=0)):
-        for section in chosen:
+        for section in sorted(chosen, key=lambda s: len(s.cells)):
             if seed < count(section, seeds):
                 for cell in section.cells:
                     run = scale.run(cell.changes, seed)

@@ -71,6 +71,7 @@ def test_runs_are_made_once_and_the_first_seeds_first():
     seeds = [run.settings["seed"] for run in everything]
     assert seeds == sorted(seeds)
     assert set(seeds) == {0, 1, 2}
+    assert [run.settings.get("augment") is None for run in everything[:20]] == [True] * 20
     base = scale.run({}, 0)
     assert [run.settings for run in everything].count(base.settings) == 1
     in_three_sections = [
