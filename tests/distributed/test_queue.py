@@ -54,6 +54,19 @@ def test_evaluation_on_one_process_waits_for_nobody(several):
     several.run(check_evaluation)
 
 
+def check_subgroup(rank, size):
+    groups = [dist.new_group([r for r in range(size) if r % 2 == odd]) for odd in (0, 1)]
+    queue = NegativeQueue(3, 8, gather_distributed=True, process_group=groups[rank % 2])
+    queue(torch.full((rank + 1, 3), float(rank + 1)))
+    assert len(queue) == sum(r + 1 for r in range(size) if r % 2 == rank % 2)
+    with pytest.raises(ValueError, match="process_group must contain this process"):
+        NegativeQueue(3, 8, gather_distributed=True, process_group=groups[1 - rank % 2])
+
+
+def test_subgroups(several):
+    several.run(check_subgroup)
+
+
 class MoCo(nn.Module):
     def __init__(self, dim, queue):
         super().__init__()
