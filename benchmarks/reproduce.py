@@ -56,19 +56,25 @@ def load_example() -> None:
     data.load_photographs = functools.cache(data.load_photographs)
 
 
-def start_worker(threads: int) -> None:
-    """Prepare a process that trains one run after the other: to import costs as much as to train.
+class Worker:
+    """What a process that trains one run after the other knows of the command."""
 
-    Ctrl-C reaches the example, which saves and stops.
-    """
-    import torch
+    stopping: Any = None  # an event: start nothing more
 
-    torch.set_num_threads(threads)
-    load_example()
+    @classmethod
+    def start(cls, threads: int, stopping: Any) -> None:
+        """Import once, which costs as much as a short run."""
+        import torch
+
+        cls.stopping = stopping
+        torch.set_num_threads(threads)
+        load_example()
 
 
 def train(arguments: Sequence[str], folder: Path, deadline: float | None) -> str | None:
     """Train, or go on training, into `folder`; returns what went wrong, None if nothing did."""
+    if Worker.stopping is not None and Worker.stopping.is_set():
+        return None
     example = sys.modules["simclr"]
     folder.mkdir(parents=True, exist_ok=True)
     session = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else None
@@ -86,17 +92,23 @@ def train(arguments: Sequence[str], folder: Path, deadline: float | None) -> str
         except (Exception, SystemExit) as error:
             log.write(f"{type(error).__name__}: {error}\n")
             return str(error) or type(error).__name__
-    spent = folder / "seconds.txt"
-    before = float(spent.read_text()) if spent.exists() else 0.0
-    spent.write_text(f"{before + time.perf_counter() - started:.1f}\n")
+        finally:
+            spent = seconds_of(folder) + time.perf_counter() - started
+            (folder / "seconds.txt").write_text(f"{spent:.1f}\n")
     if scores is not None:  # nothing to resume any more
         for name in ("checkpoint.pt", "encoder.pt"):
             (folder / name).unlink(missing_ok=True)
     return None
 
 
+def seconds_of(folder: Path) -> float:
+    """How long a run has taken, over all sessions that had the time to say so."""
+    path = folder / "seconds.txt"
+    return float(path.read_text() or 0) if path.exists() else 0.0
+
+
 def pass_on(*_: object) -> None:
-    """End like Ctrl-C, which reaches the workers too, when only this process is told to."""
+    """End like Ctrl-C, which reaches the workers too, when only this process is told to end."""
     for child in multiprocessing.active_children():
         child.terminate()
     raise KeyboardInterrupt
@@ -113,7 +125,9 @@ def train_all(
         return {}
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(waiting)), context, start_worker, (threads,)) as pool:
+    stopping = context.Event()
+    workers = min(jobs, len(waiting))
+    with ProcessPoolExecutor(workers, context, Worker.start, (threads, stopping)) as pool:
         futures: dict[Future[str | None], Run] = {
             pool.submit(train, [*run.arguments(), *extra], out / run.key, deadline): run
             for run in waiting
@@ -131,6 +145,7 @@ def train_all(
                     done += 1
                     print(f"{done} of {len(wanted)}: {line}", flush=True)
         except KeyboardInterrupt:
+            stopping.set()
             pool.shutdown(wait=True, cancel_futures=True)
             print("interrupted; what is finished is kept", flush=True)
         except BrokenProcessPool:
@@ -184,7 +199,7 @@ def collect(
         "planned": len(planned),
         "finished": len(finished),
         "failed": failed,
-        "seconds": sum(float((out / run.key / "seconds.txt").read_text()) for run in finished),
+        "seconds": sum(seconds_of(out / run.key) for run in finished),
         "sections": [
             summary(s, count(s, seeds), read_scores(scale, s, count(s, seeds), out))
             for s in everything

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,6 +207,15 @@ def test_an_interrupted_run_is_resumed(example, tmp_path):
 def test_nothing_starts_when_the_time_is_over(example, tmp_path):
     assert reproduce.train([], tmp_path / "run", time.time() - 1) is None
     assert example.commands == []
+
+
+def test_nothing_starts_once_it_is_to_stop(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.Worker, "stopping", threading.Event())
+    reproduce.train([], tmp_path / "run", None)
+    assert len(example.commands) == 1
+    reproduce.Worker.stopping.set()
+    assert reproduce.train([], tmp_path / "run", None) is None
+    assert len(example.commands) == 1
 
 
 @pytest.mark.parametrize("error", [SystemExit("no such folder"), ValueError("no such folder")])
