@@ -164,6 +164,8 @@ def _overview(sections: Sequence[Mapping[str, Any]]) -> str:
 
 def _section(section: Mapping[str, Any], picture: str) -> list[str]:
     parts = [f"## {section['title']}", section["question"]]
+    if not section["places"]:
+        return [*parts, "**No run of this section is finished**: its claims are open."]
     if section["missing"]:
         parts.append(
             f"**{section['missing']} of {section['expected']} accuracies are missing.** "
@@ -171,15 +173,16 @@ def _section(section: Mapping[str, Any], picture: str) -> list[str]:
         )
     else:
         parts.append(f"{number(section['seeds'])}.".capitalize())
-    if section["name"] == "augment" and section["places"]:
+    if section["name"] == "augment":
         parts.append(f"![heat map of the linear probe]({picture})")
-    if len(section["axes"]) == 2 and section["places"]:
+    if len(section["axes"]) == 2:
         for measure, name in MEASURES.items():
             parts.append(f"**{name}**\n\n" + _grid(section, measure))
-    elif section["places"]:
+    else:
         parts.append(_list(section))
-    parts += ["\n".join(f"- {sentence(claim)}" for claim in section["claims"])]
-    return [part for part in parts if part]
+    if section["claims"]:
+        parts.append("\n".join(f"- {sentence(claim)}" for claim in section["claims"]))
+    return parts
 
 
 def _figure(values: Sequence[float] | None, seeds: int) -> str:

@@ -173,6 +173,13 @@ def test_tables_say_what_is_missing():
     assert "| b | 50.0 (1) | 40.0 (1) |" in page
 
 
+def test_a_section_without_runs_makes_no_statement():
+    page = "\n".join(report._section(summary_of({}), "x.png"))
+    assert "No run of this section is finished" in page
+    assert "|" not in page
+    assert "a is above b" not in page
+
+
 @pytest.fixture
 def example(monkeypatch):
     """In the place of the example: remembers its command lines, and finishes if it is told to."""
