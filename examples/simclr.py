@@ -265,7 +265,7 @@ class Run:
             dtype=torch.bfloat16 if config.amp else torch.float32,
             memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         )
-        self.criterion = NTXent(config.temperature, **gathered(world))
+        self.criterion = NTXent(config.temperature, gather_distributed=world.size > 1)
         self.history: list[dict[str, float]] = []
         self.baselines: dict[str, Scores] = {}
         self.step = 0  # of the epoch that is under way
@@ -412,11 +412,6 @@ class Run:
         self.sums = state["sums"].to(self.world.device)
         self.history = state["history"]
         self.baselines = {name: Scores(*scores) for name, scores in state["baselines"].items()}
-
-
-def gathered(world: World) -> dict[str, bool]:
-    """The option of the losses that compares with the rows of all processes."""
-    return {"gather_distributed": True} if world.size > 1 else {}
 
 
 class Saver:
