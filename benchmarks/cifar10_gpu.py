@@ -52,7 +52,7 @@ def markdown(found: dict[str, Any]) -> str:
     about, config, training = found["about"], found["config"], found["training"]
     minutes = training["seconds"] / 60
     lines = [
-        f"# {found['data']}, ResNet-18, {config['epochs']} epochs",
+        f"# {found['data']}, {config['encoder']}, {config['epochs']} epochs",
         "",
         "Written by `benchmarks/cifar10_gpu.sh`. The images were re-encoded as JPEG, so accuracies "
         "do not compare to the last point with those of the lossless set.",
