@@ -616,6 +616,7 @@ def test_wrong_options(options, error, message):
         GradCache(**{"encoder": nn.Identity(), "chunk_size": 4, **options})
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 def test_only_backward_into_all_parameters():
     module = encoder()
     loss = nt_xent(*GradCache(module, chunk_size=4).views(*images(11)))
@@ -754,9 +755,16 @@ def rank_main(rank, size, store):
     for part in (sharded[1], sharded[3], sharded):
         fully_shard(part, mesh=mesh)
     encode = GradCache(sharded, chunk_size=4)
+    shards, reduced_before = list(sharded.parameters()), []
+    hook = sharded.register_forward_pre_hook(
+        lambda *_: reduced_before.append(any(shard.grad is not None for shard in shards))
+    )
     for times in (1, 2):
         loss(*encode.views(*local), offset).backward()
         check(sharded.parameters(), times)
+        if times == 1:
+            assert reduced_before == [False] * 4, "no gradient before that of the last chunk"
+            hook.remove()
 
     dist.barrier()
     dist.destroy_process_group()
