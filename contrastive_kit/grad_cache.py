@@ -58,8 +58,8 @@ class GradCache:
     Args:
         encoder: a module from tensors of N rows to tensors of N rows, in any structure of tuples,
             lists and dicts. Row i of the result must depend on row i of the arguments alone (batch
-            norm excepted). An argument or result of no dimension is not split: a result such
-            as CLIP's logit scale must be the same for each chunk.
+            norm excepted). An argument or result of no dimension is not split; such a
+            result, CLIP's logit scale for one, must be the same for each chunk.
         chunk_size: samples in one forward pass, at least 1. The last chunk may be shorter.
 
     Raises:
@@ -157,25 +157,22 @@ class GradCache:
         # Ranks of unequal batches have to take the same steps, one chunk or many.
         if n <= self.chunk_size and not _synchronised(self.encoder):
             return call(*args, **kwargs)
-        is_batch = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]
-        batches = [leaf for leaf, split in zip(leaves, is_batch, strict=True) if split]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         def encode_rows(rows: list[Tensor]) -> Any:
             parts = iter(rows)
-            chunk = [
-                next(parts) if split else leaf for leaf, split in zip(leaves, is_batch, strict=True)
-            ]
+            chunk = [next(parts) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             chunk_args, chunk_kwargs = tree_unflatten(chunk, structure)
             return call(*chunk_args, **chunk_kwargs)
 
-        passes = _Passes(self, encode_rows, n, {batch.device for batch in batches})
-        wants_gradient = any(x.requires_grad for x in (*self.encoder.parameters(), *batches))
+        passes = _Passes(self, encode_rows, n, {x.device for x in tensors})
+        wants_gradient = any(x.requires_grad for x in (*self.encoder.parameters(), *tensors))
         if torch.is_grad_enabled() and wants_gradient:
             anchor = torch.zeros(0, requires_grad=True)
-            outputs = _EncodeTwice.apply(passes, anchor, *batches)
+            outputs = _EncodeTwice.apply(passes, anchor, *tensors)
         else:
             with torch.no_grad():
-                outputs = passes.first(batches)
+                outputs = passes.first(tensors)
         return tree_unflatten(list(outputs), passes.structure)
 
 
@@ -187,12 +184,12 @@ class _EncodeTwice(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, passes: "_Passes", anchor: Tensor, *batches: Tensor) -> tuple[Any, ...]:
-        outputs = passes.first(batches)
+    def forward(ctx: Any, passes: "_Passes", anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
+        outputs = passes.first(tensors)
         ctx.passes = passes
-        ctx.save_for_backward(*batches)
-        tensors = (x for x in outputs if isinstance(x, Tensor))
-        ctx.mark_non_differentiable(*(x for x in tensors if not _can_have_gradient(x)))
+        ctx.save_for_backward(*tensors)
+        results = (x for x in outputs if isinstance(x, Tensor))
+        ctx.mark_non_differentiable(*(x for x in results if not _can_have_gradient(x)))
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -248,12 +245,13 @@ class _Passes:
             if torch.amp.is_autocast_available(device_type)
         ]
 
-    def first(self, batches: tuple[Tensor, ...] | list[Tensor]) -> tuple[Any, ...]:
+    def first(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[Any, ...]:
         """Encode without a graph; returns the leaves of the encoder's results."""
         results: list[list[Any]] = []
         for rows in self._chunks:
             self._random_states.append([generator.get() for generator in self._generators])
-            leaves, self.structure = tree_flatten(self._encode_rows([x[rows] for x in batches]))
+            chunk = [_part(x, rows) for x in tensors]
+            leaves, self.structure = tree_flatten(self._encode_rows(chunk))
             _check_results(leaves, rows.stop - rows.start)
             results.append(leaves)
         if not self._cache._verified:
@@ -264,13 +262,13 @@ class _Passes:
 
     def second(
         self,
-        batches: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
         wanted: tuple[bool, ...],
         grads: tuple[Tensor | None, ...],
     ) -> list[Tensor | None]:
-        """Encode with a graph and send the gradients through; returns those of the batches."""
-        batch_grads = [
-            torch.zeros_like(x) if want else None for x, want in zip(batches, wanted, strict=True)
+        """Encode with a graph and send the gradients through; returns those of the arguments."""
+        tensor_grads = [
+            torch.zeros_like(x) if want else None for x, want in zip(tensors, wanted, strict=True)
         ]
         with _restored(self._generators, self._buffers), torch.enable_grad():
             for i, rows in enumerate(self._chunks):
@@ -278,8 +276,8 @@ class _Passes:
                 for generator, state in zip(self._generators, self._random_states[i], strict=True):
                     generator.set(state)
                 chunk = [
-                    x[rows].detach().requires_grad_(want)
-                    for x, want in zip(batches, wanted, strict=True)
+                    _part(x, rows).detach().requires_grad_(want)
+                    for x, want in zip(tensors, wanted, strict=True)
                 ]
                 with _gradient_reduction(self._cache.encoder, is_last):
                     with ExitStack() as stack:
@@ -289,11 +287,11 @@ class _Passes:
                     if self._first_results:
                         self._verify(i, leaves)
                     _backward(leaves, grads, rows, is_last)
-                for x, grad in zip(chunk, batch_grads, strict=True):
+                for x, grad in zip(chunk, tensor_grads, strict=True):
                     if grad is not None and x.grad is not None:
-                        grad[rows] = x.grad
+                        _part(grad, rows).add_(x.grad)
         self._cache._verified = True
-        return batch_grads
+        return tensor_grads
 
     def _verify(self, i: int, second: list[Any]) -> None:
         """Raise unless chunk ``i`` of the second pass is that of the first."""
@@ -451,6 +449,11 @@ def _check_results(leaves: list[Any], n: int) -> None:
             )
 
 
+def _part(x: Tensor, rows: slice) -> Tensor:
+    """The rows of one chunk; what has no rows belongs to each chunk."""
+    return x[rows] if x.ndim else x
+
+
 def _can_have_gradient(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
@@ -467,7 +470,7 @@ def _backward(
 ) -> None:
     """Backward of one chunk; a result that has no rows gets its gradient in the last one."""
     present = [
-        (leaf, grad[rows] if leaf.ndim else grad)
+        (leaf, _part(grad, rows))
         for leaf, grad in zip(leaves, grads, strict=True)
         if grad is not None and (leaf.ndim or is_last)
     ]

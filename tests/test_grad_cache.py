@@ -314,6 +314,20 @@ def test_gradients_of_the_arguments():
         torch.testing.assert_close(view.grad, grad, rtol=1e-11, atol=1e-15)
 
 
+def test_gradient_of_an_argument_without_rows():
+    """It belongs to each chunk, and may have a graph of its own behind it."""
+
+    class Scaled(nn.Module):
+        def forward(self, x, scale):
+            return x * scale
+
+    x = torch.randn(11, D, dtype=torch.float64)
+    logs = [torch.tensor(0.5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for encode, log in zip((Scaled(), GradCache(Scaled(), chunk_size=4)), logs, strict=True):
+        encode(x, log.exp()).square().sum().backward()
+    torch.testing.assert_close(logs[1].grad, logs[0].grad, rtol=1e-12, atol=0)
+
+
 def test_results_that_the_loss_leaves_unused():
     (x,) = images(11, 1)
     expected, actual = encoder(), encoder()
