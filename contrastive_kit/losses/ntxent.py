@@ -20,7 +20,7 @@ from contrastive_kit.losses._common import (
 from contrastive_kit.losses._gathered import gather_batch, several_processes
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
-from contrastive_kit.ops import Exclusion, operand_dtype, scaled_unit_rows
+from contrastive_kit.ops import Exclusion, operand_dtype, pair_loss, scaled_unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -133,6 +133,12 @@ def nt_xent(
     )
     _check_decoupled(decoupled, label_smoothing)
 
+    unusual = more_views or gather or decoupled or label_smoothing or hardness or return_stats
+    given = ids is not None or weights is not None or isinstance(temperature, Tensor)
+    if not (unusual or given) and reduction == "mean":
+        loss = pair_loss(z1, z2, temperature, backend)
+        if loss is not None:
+            return loss
     views_of_rows = scaled_unit_rows(views, temperature)
     positive_logits = _positive_logits(views_of_rows)
     rows = views_of_rows.flatten(0, 1)

@@ -8,6 +8,7 @@ from contrastive_kit.ops._lse import (
     operand_dtype,
     which_backend,
 )
+from contrastive_kit.ops._pair_loss import pair_loss
 from contrastive_kit.ops._same_class import same_class_logsumexp
 from contrastive_kit.ops._sigmoid import SOFTPLUS_BACKENDS, kept_softplus_sum
 from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
@@ -22,6 +23,7 @@ __all__ = [
     "kept_logsumexp",
     "kept_softplus_sum",
     "operand_dtype",
+    "pair_loss",
     "row_statistics",
     "same_class_logsumexp",
     "scaled_unit_rows",

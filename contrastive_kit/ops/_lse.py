@@ -191,11 +191,15 @@ def _run_registered(
     return run
 
 
+def operand_name(dtype: torch.dtype) -> str:
+    """What tensor cores multiply where rows may be rounded to ``dtype``, as ops are told."""
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def _triton_kernels(operands: torch.dtype) -> str:
-    if operands != torch.float32:
-        return f"triton {str(operands).removeprefix('torch.')}"
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return "triton float32" if exact else "triton tf32"
+    return f"triton {operand_name(operands)}"
 
 
 def _never_refuses(q: Tensor, k: Tensor | None) -> None:

@@ -32,7 +32,7 @@ _LARGEST_UNSHIFTED_LOGIT = 69.0
 _LOG2E = math.log2(math.e)
 
 # Packed rows come in whole tiles of any size in the table.
-_PADDING = 256
+PADDING = 256
 
 # Bytes of partial sums of a forward, partial gradients of a backward, and weights of a strip.
 _PANEL_BYTES = 2**26
@@ -42,9 +42,9 @@ _STRIP_BYTES = 2**28
 _STRIP_ROWS = 2048
 
 # Sizes of the small kernels and how they run.
-_PACK_ELEMENTS, _FINISH_ELEMENTS = 2048, 2048
-_SLOTS, _WIDTH, _BLOCK = 32, 64, 1024
-_SMALL: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+_PACK_ELEMENTS, FINISH_ELEMENTS = 2048, 2048
+SLOTS, WIDTH, _BLOCK = 32, 64, 1024
+SMALL: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 # Programs for each multiprocessor that even out unequal work; and tiles of one forward program.
 _WAVES = 8
@@ -86,7 +86,7 @@ _MISSING = _missing("triton")
 OPERANDS = ("float32", "tf32", "bfloat16", "float16")
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
     """What tensor cores multiply: dtype, the precision of their float32, and the scale of rows."""
 
     dtype: torch.dtype
@@ -124,12 +124,12 @@ class Kernels:
         lse, lost = q.new_empty(length), q.new_empty(length)
         stats = q.new_empty((4, length) if statistics else 0)
         if length > 0:
-            with _on(q.device):
+            with on_device(q.device):
                 _forward(
-                    _sides(q, k, exclusion, _operands(self.operands, q.device)),
+                    _sides(q, k, exclusion, operands_for(self.operands, q.device)),
                     k is None,
                     both,
-                    statistics or _needs_shift(bound),
+                    statistics or needs_shift(bound),
                     lse,
                     lost,
                     stats,
@@ -153,9 +153,9 @@ class Kernels:
         dq = q.new_empty(q.shape if needs_q else 0)
         dk = q.new_empty(k.shape if k is not None and needs_k else 0)
         if len(lse) > 0 and (needs_q or needs_k):
-            with _on(q.device):
-                sides = _sides(q, k, exclusion, _operands(self.operands, q.device))
-                forth, unit = _scales(sides, k is None, both, _needs_shift(bound), grad, lse, lost)
+            with on_device(q.device):
+                sides = _sides(q, k, exclusion, operands_for(self.operands, q.device))
+                forth, unit = _scales(sides, k is None, both, needs_shift(bound), grad, lse, lost)
                 tile = tiles.backward(*sides.key())
                 if tile is None:
                     _strips(forth, dq, dk, unit, k is None)
@@ -167,7 +167,7 @@ class Kernels:
         return dq, dk
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """Rows or columns of the logits: packed, and the ids that exclude."""
 
     packed: Tensor
@@ -175,12 +175,12 @@ class _Side(NamedTuple):
     ids: Tensor | None
 
 
-class _Sides(NamedTuple):
+class Sides(NamedTuple):
     """Both sides of the logits and which pairs are left out."""
 
-    rows: _Side
-    columns: _Side
-    kind: _Operands
+    rows: Side
+    columns: Side
+    kind: Operands
     architecture: str
     period: int
 
@@ -203,7 +203,7 @@ class _Sides(NamedTuple):
     def rule(self) -> tuple[int, int, int, int]:
         """Numbers of rows and columns, the period, and a multiple of it beyond all rows."""
         period = max(self.period, 1)
-        lift = _ceil(self.rows.n + _PADDING, period) * period
+        lift = ceil_div(self.rows.n + PADDING, period) * period
         return self.rows.n, self.columns.n, period, lift
 
     def constants(self) -> dict[str, Any]:
@@ -217,23 +217,23 @@ class _Sides(NamedTuple):
         }
 
 
-def _sides(q: Tensor, k: Tensor | None, exclusion: Exclusion, kind: _Operands) -> _Sides:
+def _sides(q: Tensor, k: Tensor | None, exclusion: Exclusion, kind: Operands) -> Sides:
     period, row_ids, column_ids = exclusion
     row_ids = None if row_ids is None else row_ids.contiguous()
-    rows = columns = _Side(_pack(q, kind), len(q), row_ids)
+    rows = columns = Side(_pack(q, kind), len(q), row_ids)
     if k is not None:
         column_ids = row_ids if column_ids is None else column_ids.contiguous()
-        columns = _Side(_pack(k, kind), len(k), column_ids)
-    return _Sides(rows, columns, kind, _architecture(q.device), period)
+        columns = Side(_pack(k, kind), len(k), column_ids)
+    return Sides(rows, columns, kind, architecture_of(q.device), period)
 
 
-def _pack(x: Tensor, kind: _Operands) -> Tensor:
+def _pack(x: Tensor, kind: Operands) -> Tensor:
     """Contiguous, padded, scaled and rounded, as the kernels read it."""
     from contrastive_kit.ops import _triton_kernels as kernels
 
     n, width = x.shape
     depth = tiles.packed_depth(width)
-    padded = _ceil(n, _PADDING) * _PADDING
+    padded = ceil_div(n, PADDING) * PADDING
     if (padded, depth) == (n, width) and x.dtype == kind.dtype and x.is_contiguous():
         return x
     packed = x.new_empty(padded, depth, dtype=kind.dtype)
@@ -241,13 +241,13 @@ def _pack(x: Tensor, kind: _Operands) -> Tensor:
     height = _PACK_ELEMENTS // block
     kernels.pack_kernel[(padded // height, depth // block)](
         x, *x.stride(), packed, n, width, kind.scale,
-        ROWS=height, COLUMNS=block, DEPTH=depth, **_SMALL,
+        ROWS=height, COLUMNS=block, DEPTH=depth, **SMALL,
     )  # fmt: skip
     return packed
 
 
 def _forward(
-    sides: _Sides,
+    sides: Sides,
     symmetric: bool,
     both: bool,
     shifted: bool,
@@ -261,14 +261,14 @@ def _forward(
     n_rows, n_columns = sides.rows.n, sides.columns.n
     length, statistics, by_column = len(lse), len(stats) > 0, symmetric or both
     tile = tiles.forward(*sides.key(), statistics)
-    blocks, across = _ceil(n_rows, tile.rows), _ceil(n_columns, tile.columns)
+    blocks = ceil_div(n_rows, tile.rows)
+    chunk, row_slots = chunks_of(tile, n_rows, n_columns, symmetric, lse.device)
     fields = 5 if statistics else 2 if shifted else 1
-    n_tiles = _ceil(blocks * across, 2 if symmetric else 1)
-    chunk = min(_ceil(n_tiles, _WAVES * _processors(lse.device)), _LONGEST_CHUNK, across)
-    row_slots = _ceil(across, chunk)
     panel = blocks
     if by_column:
-        panel = _ceil(blocks, min(_ceil(blocks * fields * n_columns * 4, _PANEL_BYTES), blocks))
+        panel = ceil_div(
+            blocks, min(ceil_div(blocks * fields * n_columns * 4, _PANEL_BYTES), blocks)
+        )
     row_partial = lse.new_empty(fields, row_slots, n_rows)
     column_partial = lse.new_empty(fields, panel if by_column else 0, n_columns)
     running = lse.new_empty((5, length) if panel < blocks else 0, dtype=torch.float64)
@@ -285,18 +285,28 @@ def _forward(
             **sides.constants(), **tile.options(),
         )  # fmt: skip
         for offset, n, by_row, mirrored in results:
-            kernels.reduce_kernel[(_ceil(n, _WIDTH),)](
+            kernels.reduce_kernel[(ceil_div(n, WIDTH),)](
                 row_partial, column_partial, running, lse, lost, stats, n, length, offset, first,
                 height, chunk, row_slots, panel, BY_ROW=by_row, BY_COLUMN=mirrored,
                 FIRST=first == 0, LAST=first + height == blocks, ROWS=tile.rows,
-                COLUMNS=tile.columns, SLOTS=_SLOTS, WIDTH=_WIDTH, **options, **_SMALL,
+                COLUMNS=tile.columns, SLOTS=SLOTS, WIDTH=WIDTH, **options, **SMALL,
             )  # fmt: skip
 
 
-class _Direction(NamedTuple):
+def chunks_of(
+    tile: tiles.Tile, n_rows: int, n_columns: int, symmetric: bool, device: torch.device
+) -> tuple[int, int]:
+    """How many tiles of a row block a program of the forward takes, and how many programs."""
+    blocks, across = ceil_div(n_rows, tile.rows), ceil_div(n_columns, tile.columns)
+    n_tiles = ceil_div(blocks * across, 2 if symmetric else 1)
+    chunk = min(ceil_div(n_tiles, _WAVES * _processors(device)), _LONGEST_CHUNK, across)
+    return chunk, ceil_div(across, chunk)
+
+
+class Direction(NamedTuple):
     """Whose gradient, from whom, and what scales the weights of equation (5) on both sides."""
 
-    sides: _Sides
+    sides: Sides
     shifted: bool
     row_scale: Tensor
     row_level: Tensor
@@ -305,11 +315,11 @@ class _Direction(NamedTuple):
     from_rows: bool
     from_columns: bool
 
-    def back(self) -> "_Direction":
+    def back(self) -> "Direction":
         """Rows and columns exchanged."""
         sides = self.sides._replace(rows=self.sides.columns, columns=self.sides.rows)
         scales = (self.column_scale, self.column_level, self.row_scale, self.row_level)
-        return _Direction(sides, self.shifted, *scales, self.from_columns, self.from_rows)
+        return Direction(sides, self.shifted, *scales, self.from_columns, self.from_rows)
 
     def pointers(self) -> tuple[Tensor, ...]:
         """What the kernels read."""
@@ -328,59 +338,71 @@ class _Direction(NamedTuple):
 
 
 def _scales(
-    sides: _Sides,
+    sides: Sides,
     symmetric: bool,
     both: bool,
     shifted: bool,
     grad: Tensor,
     lse: Tensor,
     lost: Tensor,
-) -> tuple[_Direction, Tensor]:
+) -> tuple[Direction, Tensor]:
     """The scales of the weights, and what their gradients are multiplied by at the end."""
     from contrastive_kit.ops import _triton_kernels as kernels
 
     length, kind = len(lse), sides.kind
     scale, unit = torch.empty_like(lse), lse.new_empty(1)
     level = lse.new_empty(length if shifted else 0)
-    kernels.scale_kernel[(_ceil(length, _BLOCK),)](
+    kernels.scale_kernel[(ceil_div(length, _BLOCK),)](
         grad, grad.stride(0), lse, lost, torch.linalg.vector_norm(grad, math.inf), scale, level,
         unit, length, kind.weight_scale, 1 / (kind.weight_scale * kind.scale),
-        SHIFTED=shifted, BLOCK=_BLOCK, **_SMALL,
+        SHIFTED=shifted, BLOCK=_BLOCK, **SMALL,
     )  # fmt: skip
     if symmetric:
-        return _Direction(sides, shifted, scale, level, scale, level, True, True), unit
+        return Direction(sides, shifted, scale, level, scale, level, True, True), unit
     n = sides.rows.n
     scales = (scale[:n], level[:n], scale[n:], level[n:])
-    return _Direction(sides, shifted, *scales, True, both), unit
+    return Direction(sides, shifted, *scales, True, both), unit
 
 
-def _fused(direction: _Direction, tile: tiles.Tile, unit: Tensor, gradient: Tensor) -> None:
+def _fused(direction: Direction, tile: tiles.Tile, unit: Tensor, gradient: Tensor) -> None:
     """The gradient of the rows, the weights never leaving the chip."""
     from contrastive_kit.ops import _triton_kernels as kernels
 
     sides = direction.sides
     n_rows, depth = sides.rows.n, sides.depth
-    blocks, across = _ceil(n_rows, tile.rows), _ceil(sides.columns.n, tile.columns)
+    partial = partial_gradients(direction, tile, unit, False)
+    height = FINISH_ELEMENTS // depth
+    kernels.finish_kernel[(ceil_div(n_rows, height),)](
+        partial, unit, gradient, n_rows, gradient.shape[1], len(partial),
+        ROWS=height, DEPTH=depth, **SMALL,
+    )  # fmt: skip
+
+
+def partial_gradients(
+    direction: Direction, tile: tiles.Tile, unit: Tensor, deferred: bool
+) -> Tensor:
+    """Gradients of the rows by chunk of columns, (chunks, R, depth)."""
+    from contrastive_kit.ops import _triton_kernels as kernels
+
+    sides = direction.sides
+    n_rows, depth = sides.rows.n, sides.depth
+    blocks, across = ceil_div(n_rows, tile.rows), ceil_div(sides.columns.n, tile.columns)
     slots = min(
-        _ceil(_WAVES * _processors(gradient.device), blocks),
+        ceil_div(_WAVES * _processors(unit.device), blocks),
         max(1, _PARTIAL_BYTES // (n_rows * depth * 4)),
         across,
     )
-    chunk = _ceil(across, slots)
-    slots = _ceil(across, chunk)
-    partial = gradient.new_empty(slots, n_rows, depth)
+    chunk = ceil_div(across, slots)
+    slots = ceil_div(across, chunk)
+    partial = unit.new_empty(slots, n_rows, depth)
     kernels.backward_kernel[(blocks, slots)](
-        *direction.pointers(), partial, *sides.rule(), chunk,
-        **direction.constants(), **tile.options(),
+        *direction.pointers(), unit, partial, *sides.rule(), chunk,
+        DEFERRED=deferred, **direction.constants(), **tile.options(),
     )  # fmt: skip
-    height = _FINISH_ELEMENTS // depth
-    kernels.finish_kernel[(_ceil(n_rows, height),)](
-        partial, unit, gradient, n_rows, gradient.shape[1], slots,
-        ROWS=height, DEPTH=depth, **_SMALL,
-    )  # fmt: skip
+    return partial
 
 
-def _strips(direction: _Direction, dq: Tensor, dk: Tensor, unit: Tensor, symmetric: bool) -> None:
+def _strips(direction: Direction, dq: Tensor, dk: Tensor, unit: Tensor, symmetric: bool) -> None:
     """Gradients from strips of stored weights, which the vendor's library multiplies.
 
     With ``symmetric`` a strip begins at its own diagonal block, and what is right of that block
@@ -392,9 +414,9 @@ def _strips(direction: _Direction, dq: Tensor, dk: Tensor, unit: Tensor, symmetr
     (rows, n_rows, _), (columns, n_columns, _) = sides.rows, sides.columns
     tile = tiles.weights(*sides.key())
     whole = math.lcm(tile.rows, tile.columns)
-    padded = _ceil(n_columns, whole) * whole
+    padded = ceil_div(n_columns, whole) * whole
     height = min(_STRIP_ROWS, _STRIP_BYTES // (padded * rows.element_size()), n_rows)
-    height = _ceil(max(height, 1), whole) * whole
+    height = ceil_div(max(height, 1), whole) * whole
     buffer = rows.new_empty(height * padded)
     mirrored = dq if symmetric else dk
     width = max(dq.shape[-1], dk.shape[-1])
@@ -404,7 +426,7 @@ def _strips(direction: _Direction, dq: Tensor, dk: Tensor, unit: Tensor, symmetr
         bottom = min(top + height, n_rows)
         left = top if symmetric else 0
         stride = padded - left
-        kernels.weights_kernel[(_ceil(bottom - top, tile.rows), stride // tile.columns)](
+        kernels.weights_kernel[(ceil_div(bottom - top, tile.rows), stride // tile.columns)](
             *direction.pointers(), buffer, stride, top, left, *sides.rule(),
             STEP=tile.slice_of(sides.depth), **direction.constants(), **tile.options(),
         )  # fmt: skip
@@ -429,23 +451,23 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _operands(name: str, device: torch.device) -> _Operands:
+def operands_for(name: str, device: torch.device) -> Operands:
     if name in ("bfloat16", "float16"):
-        return _Operands(getattr(torch, name), "ieee", math.sqrt(_LOG2E))
+        return Operands(getattr(torch, name), "ieee", math.sqrt(_LOG2E))
     # float32 is multiplied as three products of its parts, as exact as float32 arithmetic.
     precision = "ieee" if torch.version.hip else "tf32" if name == "tf32" else "tf32x3"
-    return _Operands(torch.float32, precision, 1.0)
+    return Operands(torch.float32, precision, 1.0)
 
 
-def _needs_shift(bound: float) -> bool:
+def needs_shift(bound: float) -> bool:
     return not bound <= _LARGEST_UNSHIFTED_LOGIT
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -456,7 +478,7 @@ def _processors(device: torch.device) -> int:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture_of(device: torch.device) -> str:
     if device.type != "cuda":
         return tiles.INTERPRETED
     if torch.version.hip:

@@ -349,39 +349,57 @@ def scale_kernel(grad, grad_stride, lse, lost, largest, scale, level, unit, n, w
 
 
 @triton.jit
-def _weights(logits, row_scale, row_level, column_scale, column_level, columns, n_columns,
-             FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr,
-             SHIFTED: tl.constexpr):  # fmt: skip
+def _scale_of(scale, level, unit, index, size, SHIFTED: tl.constexpr, DEFERRED: tl.constexpr):
+    """Scale and level of some rows or columns; the rest of a scale that is not complete."""
+    there = index < size
+    own_scale = tl.load(scale + index, mask=there, other=0.0)
+    own_level = tl.zeros_like(own_scale)
+    if SHIFTED or DEFERRED:
+        own_level = tl.load(level + index, mask=there, other=0.0)
+    if DEFERRED:
+        own_scale = own_scale / tl.load(unit)
+        if not SHIFTED:
+            own_scale *= tl.exp2(-own_level)
+    return own_scale, own_level
+
+
+@triton.jit
+def _weights(logits, row_scale, row_level, column_scale, column_level, unit, columns, n_columns,
+             FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
+             DEFERRED: tl.constexpr):  # fmt: skip
     """The weights of equation (5); ``row_scale`` and ``row_level`` are loaded already."""
-    there = columns < n_columns
     if FROM_COLUMNS:
-        scale = tl.load(column_scale + columns, mask=there, other=0.0)
+        scale, level = _scale_of(
+            column_scale, column_level, unit, columns, n_columns, SHIFTED, DEFERRED
+        )
     if SHIFTED:
         weights = tl.zeros_like(logits)
         if FROM_ROWS:
             weights += tl.exp2(logits - row_level[:, None]) * row_scale[:, None]
         if FROM_COLUMNS:
-            level = tl.load(column_level + columns, mask=there, other=0.0)
             weights += tl.exp2(logits - level[None, :]) * scale[None, :]
-        return weights
-    weights = tl.exp2(logits)
-    if FROM_ROWS and FROM_COLUMNS:
-        return weights * (row_scale[:, None] + scale[None, :])
-    if FROM_ROWS:
-        return weights * row_scale[:, None]
-    return weights * scale[None, :]
+    else:
+        weights = tl.exp2(logits)
+        if FROM_ROWS and FROM_COLUMNS:
+            weights *= row_scale[:, None] + scale[None, :]
+        elif FROM_ROWS:
+            weights *= row_scale[:, None]
+        else:
+            weights *= scale[None, :]
+    return weights
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "lift", "chunk"])
 def backward_kernel(
-    queries, keys, row_scale, row_level, column_scale, column_level, row_ids, column_ids, partial,
-    n_rows, n_columns, period, lift, chunk,
+    queries, keys, row_scale, row_level, column_scale, column_level, row_ids, column_ids, unit,
+    partial, n_rows, n_columns, period, lift, chunk,
     RULE: tl.constexpr, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
-    SCALE_LOGITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DEFERRED: tl.constexpr, SCALE_LOGITS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row block from a chunk of columns, equation (5), the weights on chip.
 
+    With ``DEFERRED`` the scales are still to be divided by ``unit`` and lowered by their levels.
     ``partial`` is (chunks, n_rows, DEPTH), with the factors that ``finish_kernel`` undoes.
     """
     top = tl.program_id(0) * ROWS
@@ -392,9 +410,9 @@ def backward_kernel(
     own_scale = tl.zeros([ROWS], tl.float32)
     own_level = tl.zeros([ROWS], tl.float32)
     if FROM_ROWS:
-        own_scale = tl.load(row_scale + rows, mask=there, other=0.0)
-        if SHIFTED:
-            own_level = tl.load(row_level + rows, mask=there, other=0.0)
+        own_scale, own_level = _scale_of(
+            row_scale, row_level, unit, rows, n_rows, SHIFTED, DEFERRED
+        )
     resident = _load(queries, top, 0, ROWS, DEPTH, DEPTH)
     gradient = tl.zeros([ROWS, DEPTH], tl.float32)
     begin = slot * chunk
@@ -407,8 +425,8 @@ def backward_kernel(
         if SCALE_LOGITS:
             logits *= _LOG2E
         weights = _weights(
-            logits, own_scale, own_level, column_scale, column_level, columns, n_columns,
-            FROM_ROWS, FROM_COLUMNS, SHIFTED,
+            logits, own_scale, own_level, column_scale, column_level, unit, columns, n_columns,
+            FROM_ROWS, FROM_COLUMNS, SHIFTED, DEFERRED,
         )  # fmt: skip
         if _is_special(top, left, n_rows, n_columns, period, lift, ROWS, COLUMNS, RULE):
             excluded = _excluded(
@@ -459,20 +477,17 @@ def weights_kernel(
     left = first_column + along
     rows = top + tl.arange(0, ROWS)
     columns = left + tl.arange(0, COLUMNS)
-    there = rows < n_rows
     row_class = _class_of(rows, row_ids, n_rows, period, RULE)
     own_scale = tl.zeros([ROWS], tl.float32)
     own_level = tl.zeros([ROWS], tl.float32)
     if FROM_ROWS:
-        own_scale = tl.load(row_scale + rows, mask=there, other=0.0)
-        if SHIFTED:
-            own_level = tl.load(row_level + rows, mask=there, other=0.0)
+        own_scale, own_level = _scale_of(row_scale, row_level, strip, rows, n_rows, SHIFTED, False)
     logits = _products(queries, keys, top, left, ROWS, COLUMNS, DEPTH, STEP, PRECISION)
     if SCALE_LOGITS:
         logits *= _LOG2E
     weights = _weights(
-        logits, own_scale, own_level, column_scale, column_level, columns, n_columns,
-        FROM_ROWS, FROM_COLUMNS, SHIFTED,
+        logits, own_scale, own_level, column_scale, column_level, strip, columns, n_columns,
+        FROM_ROWS, FROM_COLUMNS, SHIFTED, False,
     )  # fmt: skip
     if _is_special(top, left, n_rows, n_columns, period, lift, ROWS, COLUMNS, RULE):
         excluded = _excluded(rows, row_class, n_rows, columns, column_ids, n_columns, period, RULE)
@@ -480,3 +495,158 @@ def weights_kernel(
     offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
     target = strip + tl.cast(across, tl.int64) * stride + along + offsets
     tl.store(target, weights.to(strip.dtype.element_ty))
+
+
+@triton.jit
+def _load_rows(view, index, row_stride, column_stride, n_rows, n_columns, DEPTH: tl.constexpr):
+    """Rows of a view in float32, 0 beyond its ends."""
+    columns = tl.arange(0, DEPTH)
+    there = (index < n_rows)[:, None] & (columns < n_columns)[None, :]
+    offsets = index.to(tl.int64)[:, None] * row_stride
+    offsets += columns.to(tl.int64)[None, :] * column_stride
+    return tl.load(view + offsets, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _unit_rows(z, root_high, root_low):
+    """Rows of length 1 / sqrt(temperature), equation (3), and the two numbers that made them."""
+    peak = tl.max(tl.abs(z), 1)
+    # The power of two below the largest entry: dividing by it is exact, and keeps squares in range.
+    power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.where(power == 0, float("inf"), power)  # a row of zeros or subnormal numbers
+    z = z / power[:, None]
+    square = tl.sum(z.to(tl.float64) * z, 1)
+    length = tl.sqrt(tl.where(square > 0, square, 1.0))
+    factor = ((tl.cast(root_high, tl.float64) + root_low) / length).to(tl.float32)
+    return z * factor[:, None], power, factor
+
+
+@triton.jit(do_not_specialize=["n", "n_columns"])
+def pair_prepare_kernel(
+    first, first_row_stride, first_column_stride, second, second_row_stride, second_column_stride,
+    packed, positive, arrived, n, n_columns, root_high, root_low, scale, n_padded,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Unit rows of two views, packed one after the other, and the logit of each pair."""
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = index < n
+    z = _load_rows(first, index, first_row_stride, first_column_stride, n, n_columns, DEPTH)
+    first_rows, _, _ = _unit_rows(z, root_high, root_low)
+    z = _load_rows(second, index, second_row_stride, second_column_stride, n, n_columns, DEPTH)
+    second_rows, _, _ = _unit_rows(z, root_high, root_low)
+    logit = tl.sum(first_rows.to(tl.float64) * second_rows, 1)
+    tl.store(positive + index, logit, mask=there)
+    columns = tl.arange(0, DEPTH)[None, :]
+    target = packed + index.to(tl.int64)[:, None] * DEPTH + columns
+    kind = packed.dtype.element_ty
+    tl.store(target, (first_rows * scale).to(kind), mask=there[:, None])
+    tl.store(
+        target + tl.cast(n, tl.int64) * DEPTH, (second_rows * scale).to(kind), mask=there[:, None]
+    )
+    padding = index.to(tl.int64) + 2 * n
+    target = packed + padding[:, None] * DEPTH + columns
+    tl.store(target, tl.zeros([ROWS, DEPTH], kind), mask=(padding < n_padded)[:, None])
+    if tl.program_id(0) == 0:
+        tl.store(arrived, 0)
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "chunk", "row_slots", "programs"])
+def pair_loss_kernel(
+    row_partial, column_partial, positive, slope, scale, level, sums, peaks, arrived, loss, unit,
+    n, blocks, chunk, row_slots, programs, weight_scale,
+    SHIFTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The mean loss of equation (4) from partial sums, and what its gradient needs of each anchor.
+
+    ``slope`` is the derivative by the logsumexp. The program that arrives last adds up the losses
+    of all, in the order of their rows whichever it is, and finds the unit of the gradients.
+    """
+    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    there = index < n
+    nothing = tl.zeros([WIDTH], tl.float64)
+    if SHIFTED:
+        peak = tl.full([WIDTH], float("-inf"), tl.float32)
+    else:
+        peak = tl.zeros([WIDTH], tl.float32)
+    block = index // ROWS
+    total, peak, _, _, _ = _merge_slots(
+        nothing, peak, nothing, nothing, nothing, row_partial, row_slots, n, index,
+        block * ROWS // COLUMNS // chunk, tl.where(there, row_slots, 0), SHIFTED, False, SLOTS,
+    )  # fmt: skip
+    total, peak, _, _, _ = _merge_slots(
+        total, peak, nothing, nothing, nothing, column_partial, blocks, n, index,
+        tl.zeros([WIDTH], tl.int32), tl.where(there, block, 0), SHIFTED, False, SLOTS,
+    )  # fmt: skip
+    exact = peak + tl.log2(total)
+    empty = exact == float("-inf")
+    gap = exact * _LN2 - tl.load(positive + index % (n // 2), mask=there, other=0.0)
+    small = tl.exp(-tl.abs(gap))
+    # log(1 + small) by way of what 1 + small is rounded to: exact however small.
+    above = 1.0 + small
+    logarithm = tl.where(above == 1.0, small, tl.log(above) * small / (above - 1.0))
+    softplus = tl.where(empty, 0.0, tl.maximum(gap, 0.0) + logarithm)
+    sigmoid = tl.where(gap < 0, small, 1.0) / above
+    sigmoid = tl.where(empty, 0.0, sigmoid)
+    high = exact.to(tl.float32)
+    tl.store(slope + index, sigmoid.to(tl.float32), mask=there)
+    rest = tl.where(empty, 0.0, high - exact).to(tl.float32)
+    tl.store(scale + index, (sigmoid * tl.exp2(rest)).to(tl.float32), mask=there)
+    tl.store(level + index, tl.where(empty, float("inf"), high), mask=there)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.where(there, softplus, 0.0), 0))
+    tl.store(peaks + tl.program_id(0), tl.max(tl.where(there, sigmoid, 0.0), 0).to(tl.float32))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
+        program = tl.arange(0, PROGRAMS)
+        all_sums = tl.load(sums + program, mask=program < programs, other=0.0)
+        tl.store(loss, (tl.sum(all_sums, 0) / n).to(tl.float32))
+        largest = tl.max(tl.load(peaks + program, mask=program < programs, other=0.0), 0)
+        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.where((power > 0) & (power < float("inf")), power, 1.0)
+        tl.store(unit, power / weight_scale)
+
+
+@triton.jit
+def _gradient_of_rows(rows, power, factor, gradient):
+    """The part orthogonal to unit rows, for the rows they were made of: equation (7)."""
+    along = tl.sum(gradient.to(tl.float64) * rows, 1)
+    square = tl.sum(rows.to(tl.float64) * rows, 1)
+    projection = (along / tl.where(square > 0, square, 1.0)).to(tl.float32)
+    return (gradient - rows * projection[:, None]) * factor[:, None] / power[:, None]
+
+
+@triton.jit(do_not_specialize=["n", "n_columns", "slots"])
+def pair_finish_kernel(
+    first, first_row_stride, first_column_stride, second, second_row_stride, second_column_stride,
+    partial, slope, incoming, unit, first_gradient, second_gradient, n, n_columns, slots,
+    root_high, root_low, unit_scale, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both views from partial gradients of their unit rows, and from their pairs."""
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = index < n
+    columns = tl.arange(0, DEPTH)
+    z = _load_rows(first, index, first_row_stride, first_column_stride, n, n_columns, DEPTH)
+    first_rows, first_power, first_factor = _unit_rows(z, root_high, root_low)
+    z = _load_rows(second, index, second_row_stride, second_column_stride, n, n_columns, DEPTH)
+    second_rows, second_power, second_factor = _unit_rows(z, root_high, root_low)
+    first_sum = tl.zeros([ROWS, DEPTH], tl.float32)
+    second_sum = tl.zeros([ROWS, DEPTH], tl.float32)
+    n_wide = tl.cast(n, tl.int64)
+    for slot in range(0, slots):
+        places = (2 * slot * n_wide + index)[:, None] * DEPTH + columns[None, :]
+        first_sum += tl.load(partial + places, mask=there[:, None], other=0.0)
+        places += n_wide * DEPTH
+        second_sum += tl.load(partial + places, mask=there[:, None], other=0.0)
+    factor = tl.load(unit) * unit_scale
+    pull = tl.load(slope + index, mask=there, other=0.0)
+    pull += tl.load(slope + n + index, mask=there, other=0.0)
+    first_sum = first_sum * factor - second_rows * pull[:, None]
+    second_sum = second_sum * factor - first_rows * pull[:, None]
+    first_sum = _gradient_of_rows(first_rows, first_power, first_factor, first_sum)
+    second_sum = _gradient_of_rows(second_rows, second_power, second_factor, second_sum)
+    scale = tl.load(incoming).to(tl.float32) / (2 * n)
+    kept = there[:, None] & (columns < n_columns)[None, :]
+    places = index.to(tl.int64)[:, None] * n_columns + columns[None, :]
+    kind = first_gradient.dtype.element_ty
+    tl.store(first_gradient + places, (first_sum * scale).to(kind), mask=kept)
+    tl.store(second_gradient + places, (second_sum * scale).to(kind), mask=kept)

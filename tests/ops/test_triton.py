@@ -24,9 +24,13 @@ from contrastive_kit.ops import (
     BACKENDS,
     Exclusion,
     _triton,
+    _triton_pair,
+    _triton_tiles,
     kept_logsumexp,
+    pair_loss,
     which_backend,
 )
+from contrastive_kit.ops._pair_loss import pair_loss_backward, pair_loss_forward
 from contrastive_kit.ops._registered import logsumexp_backward, logsumexp_forward
 
 pytest.importorskip("triton")
@@ -188,9 +192,9 @@ def test_many_panels_chunks_and_strips_triton(temperature, d, monkeypatch):
 @on_device
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "hip"])
 def test_tiles_of_every_architecture_triton(architecture, monkeypatch):
-    if not INTERPRETED and architecture != _triton._architecture(torch.device(DEVICE)):
+    if not INTERPRETED and architecture != _triton.architecture_of(torch.device(DEVICE)):
         pytest.skip("the tiles of another architecture")
-    monkeypatch.setattr(_triton, "_architecture", lambda device: architecture)
+    monkeypatch.setattr(_triton, "architecture_of", lambda device: architecture)
     for operands, d in (("float16", 100), ("float16", 200), ("float16", 300), ("tf32", 100)):
         check(200, None, d, WITHOUT_SHIFT, operands, Exclusion(100))
 
@@ -280,13 +284,15 @@ def exact_nt_xent(views, temperature):
 @on_device
 @pytest.mark.parametrize("temperature", [0.5, 0.1, 0.05, 0.02, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_of_the_loss_stay_within_their_budget_triton(dtype, temperature):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_the_loss_stay_within_their_budget_triton(reduction, dtype, temperature):
+    """A mean of half precision is one op, see ``ops/_pair_loss.py``; the rest is many."""
     views = [v.to(dtype) for v in pairs("related", 126, 60)]
     wanting = [v.double().requires_grad_() for v in views]
-    exact_loss = exact_nt_xent(wanting, temperature)
+    exact_loss = exact_nt_xent(wanting, temperature) * (1 if reduction == "mean" else 252)
     exact = torch.autograd.grad(exact_loss, wanting)
     leaves = [v.to(DEVICE).requires_grad_() for v in views]
-    loss = nt_xent(*leaves, temperature=temperature, backend="triton")
+    loss = nt_xent(*leaves, temperature=temperature, reduction=reduction, backend="triton")
     assert loss.dtype == torch.float32
     operands = "float32" if dtype == torch.float32 else "bfloat16"
     within = budget(operands, temperature)
@@ -317,6 +323,7 @@ def with_stats(a, b, t, backend):
 
 
 LOSSES = {
+    "mean": lambda a, b, t, name: nt_xent(a, b, temperature=0.2, backend=name) + t,
     "nt_xent": lambda a, b, t, name: nt_xent(a, b, temperature=t, backend=name),
     "three views": lambda a, b, t, name: nt_xent(a, b, a + b, temperature=t, backend=name),
     "ids": lambda a, b, t, name: nt_xent(
@@ -342,8 +349,75 @@ def test_losses_equal_the_formula_triton(name):
         assert_within(actual.cpu(), wanted, budget("float32", 0.2))
 
 
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @on_device
-@pytest.mark.parametrize("name", ["nt_xent", "clip"])
+@pytest.mark.parametrize("temperature", [WITHOUT_SHIFT, WITH_SHIFT])
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (3, 7), (100, 128)])
+@pytest.mark.usefixtures("tf32", "poisoned_empty")
+def test_one_op_equals_many_triton(n, d, temperature, monkeypatch):
+    monkeypatch.setattr(_triton_pair, "WIDTH", 32)
+    monkeypatch.setattr(_triton, "_processors", lambda device: 4)
+    a, b = pairs("related", n, d)
+    # Rows of any length and layout, one of them of zeros.
+    a *= torch.logspace(-18, 18, n)[:, None]
+    b = (b.T * torch.arange(n)).T
+    wide = torch.zeros(d, 2 * n)
+    wide[:, ::2] = a.T
+    a, b = to_device(wide).T[::2].requires_grad_(), to_device(b).requires_grad_()
+    exact = nt_xent(a.double().cpu(), b.double().cpu(), temperature=temperature)
+    expected = torch.autograd.grad(exact, (a, b))
+    loss = pair_loss(a, b, temperature, "triton")
+    # The interpreter multiplies tf32 in float32.
+    within = budget("float32" if INTERPRETED else "tf32", temperature)
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=within)
+    for actual, wanted, x in zip(torch.autograd.grad(loss, (a, b)), expected, (a, b), strict=True):
+        length = x.detach().norm(dim=1, keepdim=True).clamp(min=1e-30)
+        if d > 1:  # a number has no direction to change
+            assert_within((actual * length).cpu(), (wanted * length).cpu(), within)
+    assert not torch.autograd.grad(pair_loss(a, b, temperature, "triton"), b)[0][0].any()
+
+
+@on_device
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_finite_reaches_the_loss_of_one_op_triton(bad):
+    a, b = (to_device(x).half() for x in pairs("related", 40, 9))
+    a[17, 3] = bad
+    assert pair_loss(a, b, 0.5, "triton").isnan()
+
+
+@on_device
+@pytest.mark.usefixtures("tf32")
+def test_what_one_op_does_not_take_triton():
+    a = to_device(torch.randn(4, 60))
+    b = a + 1
+    assert pair_loss(a, b, 0.1, "triton") is not None
+    assert pair_loss(a, b, 0.1, "tiled") is None
+    assert pair_loss(a, b, 0.1, "auto") is not None
+    assert pair_loss(a, a, 0.1, "triton") is None
+    assert pair_loss(a, b.half(), 0.1, "triton") is None
+    assert pair_loss(*to_device(torch.randn(2, 4, 300)), 0.1, "triton") is None
+    torch.set_float32_matmul_precision("highest")
+    assert pair_loss(a, b, 0.1, "triton") is None
+
+
+@on_device
+def test_opcheck_of_one_op_triton():
+    a, b = (to_device(x).half() for x in pairs("related", 9, 20))
+    torch.library.opcheck(pair_loss_forward, (a, b, 0.1, "float16"))
+    _, *saved = pair_loss_forward(a, b, 0.1, "float16")
+    grad = to_device(torch.tensor(2.0))
+    torch.library.opcheck(pair_loss_backward, (grad, a, b, *saved, 0.1, "float16"))
+
+
+@on_device
+@pytest.mark.parametrize("name", ["mean", "nt_xent", "clip"])
 def test_compiles_to_one_graph_triton(name):
     torch.compiler.reset()
     compiled = torch.compile(LOSSES[name], fullgraph=True, dynamic=True, backend="aot_eager")
@@ -388,8 +462,8 @@ def test_opcheck_triton(statistics, two_matrices, name):
 @on_device
 def test_matmul_precision_decides_what_float32_is_multiplied_as_triton(monkeypatch):
     asked = []
-    original = _triton._operands
-    monkeypatch.setattr(_triton, "_operands", lambda *a: asked.append(a[0]) or original(*a))
+    original = _triton.operands_for
+    monkeypatch.setattr(_triton, "operands_for", lambda *a: asked.append(a[0]) or original(*a))
     q = to_device(torch.randn(9, 5))
     before = torch.get_float32_matmul_precision()
     try:
@@ -421,8 +495,8 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(monkeypatch, rows, columns, d, operands, bound):
-    """Names of the kernels and torch operations of a forward and backward, and their grids."""
+def launches(monkeypatch, run):
+    """Names of the kernels and torch operations that are run on fake tensors, and the grids."""
     from contrastive_kit.ops import _triton_kernels
 
     kernels, grids = [], []
@@ -436,18 +510,14 @@ def launches(monkeypatch, rows, columns, d, operands, bound):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in ("pack", "forward", "reduce", "scale", "backward", "finish", "weights"):
-        monkeypatch.setattr(_triton_kernels, f"{name}_kernel", Recorded(f"{name}_kernel"))
+    for name in [x for x in dir(_triton_kernels) if x.endswith("_kernel")]:
+        monkeypatch.setattr(_triton_kernels, name, Recorded(name))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_triton, "_processors", lambda device: 132)
-    monkeypatch.setattr(_triton, "_architecture", lambda device: "sm_90")
+    for module in (_triton, _triton_pair):
+        monkeypatch.setattr(module, "architecture_of", lambda device: "sm_90")
     with FakeTensorMode(), Operations() as operations:
-        q = torch.empty(rows, d, device="cuda")
-        k = None if columns is None else torch.empty(columns, d, device="cuda")
-        ways = _triton.Kernels(operands)
-        lse, lost, _ = ways.forward(q, k, Exclusion(rows), False, bound, False)
-        dq, dk = ways.backward(lse, lse, lost, q, k, Exclusion(rows), False, bound, (True, True))
-        assert (dq.shape, dk.shape) == (q.shape, (0,) if k is None else k.shape)
+        run()
     quiet = (
         "empty",
         "new_empty",
@@ -463,6 +533,16 @@ def launches(monkeypatch, rows, columns, d, operands, bound):
     return kernels, grids, [x for x in operations.names if x not in quiet]
 
 
+def primitive(rows, columns, d, operands="bfloat16", bound=10.0):
+    """A forward and a backward of the primitive on fake CUDA tensors."""
+    q = torch.empty(rows, d, device="cuda")
+    k = None if columns is None else torch.empty(columns, d, device="cuda")
+    ways = _triton.Kernels(operands)
+    lse, lost, _ = ways.forward(q, k, Exclusion(rows), False, bound, False)
+    dq, dk = ways.backward(lse, lse, lost, q, k, Exclusion(rows), False, bound, (True, True))
+    assert (dq.shape, dk.shape) == (q.shape, (0,) if k is None else k.shape)
+
+
 FUSED = ["pack", "forward", "reduce", "scale", "pack", "backward", "finish"]
 
 
@@ -470,12 +550,34 @@ FUSED = ["pack", "forward", "reduce", "scale", "pack", "backward", "finish"]
 def test_launches_do_not_depend_on_the_batch_and_nothing_waits(monkeypatch):
     """Fake CUDA tensors have no data: to read a value raises, to copy it to the host is listed."""
     for rows in (8, 512, 16384):
-        kernels, _, operations = launches(monkeypatch, rows, None, 128, "bfloat16", 10.0)
+        kernels, _, operations = launches(monkeypatch, lambda rows=rows: primitive(rows, None, 128))
         assert sorted(kernels) == sorted(FUSED)
         assert operations == ["linalg_vector_norm"]
-    kernels, _, operations = launches(monkeypatch, 1024, None, 512, "bfloat16", 10.0)
+    kernels, _, operations = launches(monkeypatch, lambda: primitive(1024, None, 512))
     assert kernels.count("weights") == 1
     assert set(operations) <= {"linalg_vector_norm", "zero_", "addmm", "mul_"}
+
+
+@not_interpreted
+def test_a_whole_loss_is_five_launches(monkeypatch):
+    def step():
+        z1, z2 = (torch.empty(256, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        loss, *saved = _triton_pair.pair_forward(z1, z2, 0.1, "float16")
+        gradients = _triton_pair.pair_backward(loss, z1, z2, *saved, 0.1, "float16")
+        assert [x.shape for x in gradients] == [z1.shape, z2.shape]
+
+    kernels, _, operations = launches(monkeypatch, step)
+    assert kernels == ["pair_prepare", "forward", "pair_loss", "backward", "pair_finish"]
+    assert operations == []
+
+
+@not_interpreted
+def test_every_architecture_has_tiles_for_one_op():
+    for arch in _triton_tiles.ARCHITECTURES:
+        for depth in (16, 128, 256):
+            assert _triton_tiles.backward(arch, torch.float16, "ieee", depth) is not None
+        if arch != "hip":
+            assert _triton_tiles.backward(arch, torch.float32, "tf32", 128) is not None
 
 
 @not_interpreted
@@ -491,14 +593,14 @@ def test_memory_stays_linear(monkeypatch):
             return result
 
     with Allocations():
-        launches(monkeypatch, 131072, None, 128, "bfloat16", 10.0)
+        launches(monkeypatch, lambda: primitive(131072, None, 128))
     assert sum(sizes) < 2**30
 
 
 @not_interpreted
 def test_a_huge_batch_has_grids_that_a_gpu_takes(monkeypatch):
-    for n, d, columns in ((2**20, 128, None), (2**17, 512, None), (2**20, 128, 2**20)):
-        _, grids, _ = launches(monkeypatch, n, columns, d, "bfloat16", 10.0)
+    for size in ((2**20, None, 128), (2**17, None, 512), (2**20, 2**20, 128)):
+        _, grids, _ = launches(monkeypatch, lambda size=size: primitive(*size))
         assert all(0 < grid[0] < 2**31 for grid in grids)
         assert all(0 < grid[1] < 2**16 for grid in grids if len(grid) > 1)
 

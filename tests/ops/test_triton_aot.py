@@ -34,7 +34,7 @@ TENSOR_CORES = {
 FLOATS = {
     "row_partial", "column_partial", "lse", "lost", "statistics", "grad", "largest", "level",
     "unit", "row_scale", "row_level", "column_scale", "column_level", "partial", "gradient",
-    "source",
+    "source", "positive", "slope", "peaks", "loss", "incoming",
 }  # fmt: skip
 
 
@@ -44,11 +44,17 @@ def types(name, argument, dtype):
         return f"*{dtype}"
     if argument in ("row_ids", "column_ids"):
         return "*i64"
-    if argument == "running":
+    if argument in ("running", "sums"):
         return "*fp64"
-    if argument in FLOATS or (name, argument) == ("scale_kernel", "scale"):
+    if argument in ("first", "second", "first_gradient", "second_gradient"):
+        return "*bf16"
+    if argument == "arrived":
+        return "*i32"
+    if argument in FLOATS:
         return "*fp32"
-    if argument in ("weight_scale", "unit_scale", "scale"):
+    if argument == "scale":
+        return "*fp32" if name in ("scale_kernel", "pair_loss_kernel") else "fp32"
+    if argument in ("weight_scale", "unit_scale", "root_high", "root_low"):
         return "fp32"
     return "i32"
 
@@ -98,6 +104,8 @@ def variants(target, everything):
         tile = tiles.backward(*key)
         way = {"FROM_ROWS": True, "FROM_COLUMNS": True}
         stored = tile is None
+        if not stored:
+            way["DEFERRED"] = dtype == "fp16"
         tile = tiles.weights(*key) if stored else tile
         constants = {**common(tile, depth, dtype, precision, stored), **rule, **way}
         name = "weights_kernel" if stored else "backward_kernel"
@@ -109,7 +117,12 @@ def variants(target, everything):
         way = {"SYMMETRIC": False, "BY_COLUMN": True, "STATISTICS": True}
         constants = {**common(tile, 128, dtype, precision, True), **general, **way}
         yield "forward_kernel", dtype, constants, tile.warps, tile.stages
-    small = {"SLOTS": _triton._SLOTS, "WIDTH": _triton._WIDTH, "ROWS": 128, "COLUMNS": 64}
+    pair = {"ROWS": 16, "DEPTH": 128}
+    yield "pair_prepare_kernel", "fp16", pair, 4, 3
+    yield "pair_finish_kernel", "fp32", {"ROWS": 8, "DEPTH": 256}, 4, 3
+    sizes = {"ROWS": 128, "COLUMNS": 64, "SLOTS": 32, "WIDTH": 64, "PROGRAMS": 256}
+    yield "pair_loss_kernel", "fp32", {"SHIFTED": True, **sizes}, 4, 3
+    small = {"SLOTS": _triton.SLOTS, "WIDTH": _triton.WIDTH, "ROWS": 128, "COLUMNS": 64}
     for shifted in (False, True):
         way = {"SYMMETRIC": True, "BY_ROW": True, "BY_COLUMN": True, "SHIFTED": shifted}
         way |= {"STATISTICS": shifted, "FIRST": not shifted, "LAST": True}
