@@ -251,12 +251,12 @@ def _head(scale: Scale) -> Section:
 
 def _batch(scale: Scale) -> Section:
     cells = tuple(
-        Cell((f"batch {batch}", f"{epochs} epochs"), {"batch_size": batch, "epochs": epochs})
+        Cell((f"batch {batch}", length(epochs)), {"batch_size": batch, "epochs": epochs})
         for batch in scale.batches
         for epochs in scale.epochs
     )
     low, high = (f"batch {b}" for b in (scale.batches[0], scale.batches[-1]))
-    short, long = (f"{e} epochs" for e in (scale.epochs[0], scale.epochs[-1]))
+    short, long = length(scale.epochs[0]), length(scale.epochs[-1])
     share = 1 / len(scale.batches)
     return Section(
         "batch", "Batch size and length of training",
@@ -284,6 +284,11 @@ def _batch(scale: Scale) -> Section:
             ),
         ),
     )  # fmt: skip
+
+
+def length(epochs: int) -> str:
+    """So many epochs."""
+    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
 def _temperature(scale: Scale) -> Section:
