@@ -817,7 +817,7 @@ def run_script(*arguments, cwd):
 
 def test_command_line_on_the_default_data(tmp_path):
     small = ("--size", 16, "--train-images", 256, "--batch-size", 64, "--epochs", 1)
-    done = run_script(*small, "--device", "cpu", cwd=tmp_path)
+    done = run_script(*small, "--no-pictures", "--no-baselines", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "SimCLR" in done.stdout.splitlines()[-2]
     (run,) = (tmp_path / "runs").iterdir()
