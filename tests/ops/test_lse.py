@@ -152,7 +152,11 @@ def test_statistics(two_matrices, logit_size, backend):
     if two_matrices:
         parts.append(statistics_oracle(q, k, mask, 0))
     for name, figures in zip(LogitStatistics._fields, zip(*parts, strict=True), strict=True):
-        torch.testing.assert_close(getattr(actual, name), torch.cat(figures).to(q.dtype))
+        figure, wanted = getattr(actual, name), torch.cat(figures)
+        if q.dtype == torch.float64:
+            torch.testing.assert_close(figure, wanted)
+        else:  # sums of logits of thousands
+            assert_within(figure, wanted, VALUE[q.dtype])
 
 
 @backends

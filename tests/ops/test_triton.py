@@ -39,7 +39,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HERE = Path(__file__).parent
 
-ALL = ("float32", "tf32", "bfloat16", "float16")
 # The largest |logit| for which no maximum is subtracted is 69.
 WITHOUT_SHIFT, WITH_SHIFT = 0.1, 0.01
 
@@ -127,8 +126,7 @@ SELF = [
     ("tf32", 260, 130, 60),
     ("tf32", 130, 65, 130),
     ("bfloat16", 300, 150, 100),
-    ("bfloat16", 514, 257, 200),
-    ("bfloat16", 200, 50, 384),
+    ("bfloat16", 260, 130, 200),
     ("float16", 130, 65, 128),
     ("float16", 190, 95, 513),
 ]
@@ -145,13 +143,11 @@ def test_self_similarity_triton(operands, rows, period, d, temperature):
 TWO = [
     ("float32", 65, 200, 33, 65, True),
     ("float32", 200, 65, 300, 0, True),
-    ("tf32", 131, 140, 100, 140, True),
     ("tf32", 70, 300, 60, 0, False),
     ("bfloat16", 150, 270, 100, 150, True),
     ("bfloat16", 100, 300, 100, 0, False),
     ("bfloat16", 129, 129, 384, 129, True),
     ("float16", 270, 150, 250, 270, True),
-    ("float16", 64, 150, 320, 0, False),
 ]
 
 
@@ -165,8 +161,7 @@ def test_two_matrices_triton(operands, rows, columns, d, period, both, temperatu
 
 @on_device
 @pytest.mark.parametrize("temperature", [WITHOUT_SHIFT, WITH_SHIFT])
-@pytest.mark.parametrize("d", [96, 300])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize(("dtype", "d"), [(torch.int64, 96), (torch.int64, 300), (torch.uint8, 96)])
 @pytest.mark.usefixtures("poisoned_empty")
 def test_equal_ids_triton(dtype, d, temperature):
     ids = torch.randint(0, 40, (200,)).to(dtype)
@@ -190,7 +185,7 @@ def test_many_panels_chunks_and_strips_triton(temperature, d, monkeypatch):
 
 
 @on_device
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "hip"])
+@pytest.mark.parametrize("architecture", ["sm_80", "hip"])
 def test_tiles_of_every_architecture_triton(architecture, monkeypatch):
     if not INTERPRETED and architecture != _triton.architecture_of(torch.device(DEVICE)):
         pytest.skip("the tiles of another architecture")
@@ -282,7 +277,7 @@ def exact_nt_xent(views, temperature):
 
 
 @on_device
-@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.05, 0.02, 0.01])
+@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_of_the_loss_stay_within_their_budget_triton(reduction, dtype, temperature):
@@ -417,7 +412,7 @@ def test_opcheck_of_one_op_triton():
 
 
 @on_device
-@pytest.mark.parametrize("name", ["mean", "nt_xent", "clip"])
+@pytest.mark.parametrize("name", ["mean", "clip"])
 def test_compiles_to_one_graph_triton(name):
     torch.compiler.reset()
     compiled = torch.compile(LOSSES[name], fullgraph=True, dynamic=True, backend="aot_eager")
@@ -444,10 +439,11 @@ def test_functional_gradient_triton():
 
 
 @on_device
-@pytest.mark.parametrize("name", ["triton bfloat16", "triton float32"])
-@pytest.mark.parametrize("two_matrices", [False, True])
-@pytest.mark.parametrize("statistics", [False, True])
-def test_opcheck_triton(statistics, two_matrices, name):
+@pytest.mark.parametrize(
+    ("name", "two_matrices", "statistics"),
+    [("triton bfloat16", False, False), ("triton float32", True, True)],
+)
+def test_opcheck_triton(name, two_matrices, statistics):
     q = to_device(torch.randn(40, 6)).T.contiguous().T
     k = to_device(torch.randn(23, 6)) if two_matrices else None
     ids = to_device(torch.arange(40) // 2)
@@ -518,19 +514,8 @@ def launches(monkeypatch, run):
         monkeypatch.setattr(module, "architecture_of", lambda device: "sm_90")
     with FakeTensorMode(), Operations() as operations:
         run()
-    quiet = (
-        "empty",
-        "new_empty",
-        "empty_like",
-        "slice",
-        "view",
-        "transpose",
-        "t",
-        "alias",
-        "detach",
-        "device",
-    )
-    return kernels, grids, [x for x in operations.names if x not in quiet]
+    quiet = "empty new_empty empty_like slice select unbind view transpose t alias detach device"
+    return kernels, grids, [x for x in operations.names if x not in quiet.split()]
 
 
 def primitive(rows, columns, d, operands="bfloat16", bound=10.0):
