@@ -128,6 +128,9 @@ def loss_memory(name: str, n: int, d: int = 128) -> dict[str, float]:
 
 def step_times(n: int, chunks: tuple[int, ...], rounds: int) -> dict[str, Any]:
     """Seconds of a step, every arm once in each round, and ratios to the plain step."""
+    # One thread, as each gathered process has on two cores; and threads that wait for each other
+    # would time whatever else the machine does.
+    torch.set_num_threads(1)
     views = two_views(n)
     arms = {
         label(chunk): make_step(build_encoder(), NTXent(), views, chunk)
@@ -265,7 +268,7 @@ def markdown(results: dict[str, Any]) -> str:
                 f"- With batch norm frozen, the cached gradient differs from the plain one by "
                 f"{results['parity']:.1e}",
                 "<!-- steps start -->",
-                _steps(results["steps"]),
+                _steps(results["steps"], busy=_busy(results)),
                 "<!-- steps end -->",
                 "<!-- losses start -->",
                 _losses(results["losses"]),
@@ -276,14 +279,25 @@ def markdown(results: dict[str, Any]) -> str:
     )
 
 
-def _steps(steps: list[dict[str, Any]]) -> str:
+def _busy(results: dict[str, Any]) -> str:
+    """Why times are left out, or nothing: others at work make them those of the scheduler."""
+    loads = (results["machine"]["load_average"], results["load_average_after"])
+    if max(loads) <= results["machine"]["cores"]:
+        return ""
+    return (
+        f"**The machine was busy (load {loads[0]} before, {loads[1]} after, on "
+        f"{results['machine']['cores']} cores): times are left out, memory does not depend on it.**"
+    )
+
+
+def _steps(steps: list[dict[str, Any]], busy: str) -> str:
     rows = [
         (
             step["n"],
             step["arm"],
             f"{step['extra_mib']:.0f}",
-            interval(step["seconds"]) if step["seconds"] else "–",
-            times(step["ratio"]) if "ratio" in step else "–",
+            interval(step["seconds"]) if step["seconds"] and not busy else "–",
+            times(step["ratio"]) if "ratio" in step and not busy else "–",
         )
         for step in steps
     ]
@@ -295,7 +309,8 @@ def _steps(steps: list[dict[str, Any]]) -> str:
             "its own; gathered, the larger of the two processes. Seconds are medians with "
             "quartiles, the ratios within rounds of one process. Gathered processes hold N / 2 "
             "images each and share the cores of this machine: on processors of their own they "
-            "share the time too.",
+            "share the time too. One thread a process.",
+            *([busy] if busy else []),
             table(["N", "step", "memory, MiB per process", "seconds", "time over plain"], rows),
         ]
     )
