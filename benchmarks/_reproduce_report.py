@@ -1,6 +1,7 @@
 """Tables, verdicts and pictures of ``benchmarks.reproduce``, computed from finished runs."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -248,7 +249,7 @@ def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"one transform (diagonal) or two\n{title}", fontsize=9)
+    axes.set_title(f"one transform (diagonal) or two\n{textwrap.fill(title, 70)}", fontsize=9)
     figure.colorbar(image, label="linear probe, %")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
