@@ -4,6 +4,7 @@ Triton's compiler and its interpreter cannot share a process, so the compiling i
 run as a script.
 """
 
+import inspect
 import json
 import os
 import re
@@ -192,8 +193,9 @@ def nvidia_figures(compiled, target):
         ).stdout.splitlines()  # fmt: skip
         if target == "sm_90":
             ptx.write_text(compiled.asm["ptx"])
+            ptxas = get_ptxas(90) if inspect.signature(get_ptxas).parameters else get_ptxas()
             warnings = subprocess.run(
-                [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "out")],
+                [ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "out")],
                 check=True, capture_output=True, text=True,
             ).stderr  # fmt: skip
     products = [
