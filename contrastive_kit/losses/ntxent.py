@@ -134,8 +134,8 @@ def nt_xent(
     _check_decoupled(decoupled, label_smoothing)
 
     unusual = more_views or gather or decoupled or label_smoothing or hardness or return_stats
-    given = ids is not None or weights is not None or isinstance(temperature, Tensor)
-    if not (unusual or given) and reduction == "mean":
+    unusual = unusual or ids is not None or weights is not None or reduction != "mean"
+    if not unusual and not isinstance(temperature, Tensor):
         loss = pair_loss(z1, z2, temperature, backend)
         if loss is not None:
             return loss
