@@ -135,12 +135,12 @@ SCALES = {
             "a four-layer network; CPU",
             base={
                 "recipe": "photos", "data": "imagefolder", "train_images": 5000,
-                "encoder": "convnet", "epochs": 10, "batch_size": 256, "temperature": 0.2,
+                "encoder": "convnet", "epochs": 5, "batch_size": 256, "temperature": 0.2,
                 "eval_every": 1000, "baselines": False,
             },
             file="reproduction_cifar_subset",
             batches=(128, 256, 512),
-            epochs=(5, 10, 20),
+            epochs=(2, 5, 10),
             temperatures=(0.05, 0.1, 0.2, 0.5, 1.0),
             encoders={
                 "convnet": _CONVNET,
