@@ -501,9 +501,12 @@ def train(run: Run, folder: Path, session: Session, stop: StopRequest, save: Sav
         rate = steps * config.batch_size / (time.perf_counter() - started)
         run.check_finite()
         if epoch % config.eval_every == 0 or epoch == config.epochs:
-            row["knn"] = score(
-                features_of(run.encoder, run.data, config, world), config, linear=False
-            ).knn
+            try:
+                features = features_of(run.encoder, run.data, config, world)
+            except UserError as error:  # an image that cannot be read: not at the epoch's expense
+                save(run)
+                raise UserError(f"{error}; the run is saved: {way_back(folder)}") from None
+            row["knn"] = score(features, config, linear=False).knn
         save(run)
         shares = run.stopwatch.shares()
         if world.rank == 0 and session.pictures and "knn" in row:

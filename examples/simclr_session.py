@@ -1,5 +1,6 @@
 """What a run of examples/simclr.py needs of its surroundings: processes, signals, time, files."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -172,7 +173,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as on a file system that is read-only
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); what was there is unchanged") from error
 
 

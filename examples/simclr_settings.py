@@ -80,7 +80,7 @@ class Config:
     eval_every: int = option(2, "epochs between kNN evaluations", least=1)
     eval_z: bool = option(False, "evaluate z too, at the end")
     knn_k: int = option(20, "neighbours of the kNN evaluation", least=1)
-    seed: int = option(0, "of initial weights, order and augmentation", least=0)
+    seed: int = option(0, "of initial weights, order and augmentation", least=0, most=2**32 - 1)
 
 
 RECIPE_OF_DATA = {
@@ -100,9 +100,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a recipe, on top of those of the recipe that it names as its `base`."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if path in above:
+        raise UserError(f"{path} is its own base")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -121,7 +123,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     for f in fields(Config):
         if f.name in values:
             values[f.name] = checked_type(f, values[f.name], f"{f.name} in {path}")
-    return values if base is None else {**read_recipe(str(base)), **values}
+    return values if base is None else {**read_recipe(str(base), (*above, path)), **values}
 
 
 def kind(f: Any) -> type:

@@ -346,6 +346,7 @@ def test_normalisation_and_biases_are_not_decayed():
         ({"temperature": 0.0}, "--temperature must be above 0, got 0.0"),
         ({"lr": math.nan}, "--lr must be above 0, got nan"),
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"seed": 2**32}, "--seed must be at most 4294967295"),
         ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
         ({"epochs": 3, "warmup_epochs": 3.0}, r"--warmup-epochs must be below --epochs \(3\)"),
         ({"data": "imagefolder", "root": "x", "load_size": 100}, "--load-size must be at least"),
@@ -442,6 +443,14 @@ def test_wrong_recipes(tmp_path, text, message):
     recipe.write_text(text)
     with pytest.raises(simclr.UserError, match=message):
         simclr.make_config({"recipe": str(recipe)})
+
+
+def test_recipes_in_a_circle(tmp_path):
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text(f'base = "{second}"')
+    second.write_text(f'base = "{first}"')
+    with pytest.raises(simclr.UserError, match=r"first.toml is its own base"):
+        simclr.make_config({"recipe": str(first)})
 
 
 def peak_lr(**given):
@@ -654,6 +663,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(stopped, monkeypatch):
     assert list(stopped.glob("*.tmp")) == []
 
 
+def test_a_folder_that_became_read_only(tmp_path, monkeypatch):
+    def read_only(*_args, **_options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(simclr.UserError, match=r"cannot write .*Read-only"):
+        simclr_session.write_json(tmp_path / "config.json", {})
+
+
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(stopped, monkeypatch):
     before = (stopped / "checkpoint.pt").read_bytes()
 
@@ -706,6 +725,19 @@ def test_an_image_that_breaks_in_the_course_of_training(tmp_path, monkeypatch):
         path.rename(path.with_suffix(".png"))
     assert simclr.main(["--resume", str(broken), "--device", "cpu", "--workers", "0"]) == expected
     assert_same(checkpoint(broken), checkpoint(whole))
+
+
+def test_a_test_image_that_breaks_costs_no_epoch(tmp_path, monkeypatch):
+    root = make_image_folder(tmp_path / "images")
+
+    def end_epoch(run, end=simclr.Run.end_epoch):
+        next((root / "test").rglob("*.png")).write_text("no image")
+        return end(run)
+
+    monkeypatch.setattr(simclr.Run, "end_epoch", end_epoch)
+    with pytest.raises(simclr.UserError, match=r"cannot read .*the run is saved: .*--resume"):
+        simclr.main(options(root, out=tmp_path / "run", stream=True, eval_every=1))
+    assert len(checkpoint(tmp_path / "run")["history"]) == 1
 
 
 def test_interruption_names_the_way_back(stopped, root, tmp_path, monkeypatch):
