@@ -20,7 +20,7 @@ usage() {
   exit 2
 }
 
-repository=$(cd "$(dirname "$0")/.." && pwd)
+repository=$(cd "$(dirname "$(realpath "$0")")/.." && pwd)
 archive='' wheels='' work=$repository/runs/cifar10_gpu minutes=8.5 dry=''
 options=()
 while (($#)); do

@@ -14,7 +14,7 @@
 # The python3 of the environment, or $PYTHON, must have torch. Exits with 0 if all stages are
 # complete, with 3 if one ran out of time, and with 1 if one failed; the stages after it still run.
 set -euo pipefail
-repository=$(cd "$(dirname "$0")/.." && pwd)
+repository=$(cd "$(dirname "$(realpath "$0")")/.." && pwd)
 python=${PYTHON:-python3}
 usage() { sed -n '2,/^set -euo/{/^#/{s/^# \{0,1\}//;p}}' "$0"; }
 
@@ -57,12 +57,13 @@ for stage in "${stages[@]}"; do
     echo "stage $stage: up to $((end - SECONDS)) s"
     # The stage ends in time by itself; the signal is for one that hangs.
     status=0
-    timeout --signal=INT --kill-after=10 $((end - SECONDS + 25)) \
+    # In the foreground, where Ctrl-C reaches it.
+    timeout --foreground --signal=INT --kill-after=10 $((end - SECONDS + 25)) \
       "$python" -m benchmarks.gpu_run "$stage" --out "$out" --limit $((end - SECONDS)) \
       ${once[@]+"${once[@]}"} ${dry[@]+"${dry[@]}"} || status=$?
     once=()
-    # 75: the device broke under an arm, which the next process leaves out
-    ((status == 75 && SECONDS < end)) || break
+    # The device broke (75) or the process crashed (134, 139) under an arm, which the next leaves out.
+    (((status == 75 || status == 134 || status == 139) && SECONDS < end)) || break
   done
   case $status in
     0) ;;

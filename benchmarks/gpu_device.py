@@ -97,6 +97,13 @@ class Device:
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
+            # What waits for the device cannot be captured. An attempt would leave torch's generator
+            # in the middle of it, and nothing random would run in this process again.
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

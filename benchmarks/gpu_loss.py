@@ -248,8 +248,12 @@ def _graphs(
     """The replays of those that can be captured, and that follow a change of the embeddings."""
     graphs: dict[str, Call] = {}
     for name, call in calls.items():
+        step = f"{name}, {GRAPH}"  # its own mark: what cannot be captured keeps its other times
+        if store.broke(case._asdict(), step):
+            absent[step] = "broke the device, crashed or hung"
+            continue
         try:
-            with store.running(case._asdict(), name):
+            with store.running(case._asdict(), step):
                 replay, captured = device.graphed(call)
                 with torch.no_grad():
                     z[0].copy_(z[0].flip(0) * 1.5 + 0.1)
@@ -262,7 +266,7 @@ def _graphs(
         except DeviceBroken:
             raise
         except Exception as error:
-            absent[f"{name}, CUDA graph"] = reason_of(error)
+            absent[step] = reason_of(error)
     return graphs
 
 

@@ -33,9 +33,11 @@ def write(folder: Path) -> None:
         raise SystemExit(f"there are no results in {folder}: run the stages first")
     if loss is not None:
         (folder / "loss_gpu.md").write_text(loss_report(loss, correctness))
-        gpu_plots.losses(loss, folder / "loss_gpu.png")
     if augment is not None:
         (folder / "augment_gpu.md").write_text(augment_report(augment, correctness))
+    if loss is not None:  # after both pages, which need no matplotlib
+        gpu_plots.losses(loss, folder / "loss_gpu.png")
+    if augment is not None:
         gpu_plots.views(augment, folder / "augment_gpu.png")
 
 

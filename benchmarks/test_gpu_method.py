@@ -1,12 +1,13 @@
 """The method of the GPU benchmarks: what is kept, what is left out, and what a target says."""
 
 import json
+import subprocess
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import gpu_augment, gpu_loss
+from benchmarks import gpu_augment, gpu_correctness, gpu_loss
 from benchmarks.gpu_arms import EAGER, GPU_SUBJECTS, PRECISIONS, GpuArm, Setting, gate
 from benchmarks.gpu_check_losses import poisoned
 from benchmarks.gpu_correctness import _outcome
@@ -34,7 +35,7 @@ def _arm(monkeypatch, call):
 
 
 def _raise(error):
-    def call(*_):
+    def call(*_, **__):
         raise error
 
     return call
@@ -121,6 +122,35 @@ def test_an_arm_that_breaks_the_device_is_left_out_by_the_next_process(monkeypat
     result = gpu_loss.measure(CASE, after, DEVICE)
     assert "broke the device" in result["absent"]["other"]
     assert OURS in result["times"]["forward"]["milliseconds"]
+
+
+def test_an_arm_that_cannot_be_captured_keeps_its_other_times(monkeypatch, store):
+    _arm(monkeypatch, GPU_SUBJECTS["nt_xent"][EAGER].build(Setting(0.1, "fp32", "cpu")))
+    case = CASE._replace(graph=True)
+    error = "CUDA error: operation not permitted when stream is capturing"
+    device = Device(dry=True)
+    monkeypatch.setattr(device, "graphed", _raise(RuntimeError(error)))
+    for _ in (OURS, "other"):
+        with pytest.raises(DeviceBroken):
+            gpu_loss.measure(case, store(), device)
+    result = gpu_loss.measure(case, store(), device)
+    assert set(result["times"]["forward"]["milliseconds"]) == {OURS, "other"}
+    assert "broke the device" in result["absent"][f"other, {gpu_loss.GRAPH}"]
+
+
+def test_a_test_file_that_is_cut_short_is_run_again(monkeypatch, store):
+    cut = _raise(subprocess.TimeoutExpired("pytest", 1))
+    monkeypatch.setattr(gpu_correctness.subprocess, "run", cut)
+    for module in (gpu_correctness.gpu_check_losses, gpu_correctness.gpu_check_views):
+        monkeypatch.setattr(module, "checks", lambda device: iter(()))
+    late, times = store(), iter([60.0, 60.0, 20.0])
+    monkeypatch.setattr(late, "left_s", lambda: next(times))
+    with pytest.raises(OutOfTime):
+        gpu_correctness.run(late, DEVICE)
+    assert late.results["cases"] == []
+    alone = store()
+    gpu_correctness.run(alone, DEVICE)
+    assert [case["outcome"] for case in alone.results["cases"]] == ["failed"]
 
 
 def test_an_arm_that_fails_while_it_is_timed_costs_the_others_nothing():
