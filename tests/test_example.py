@@ -243,6 +243,17 @@ def test_images_of_any_size_and_mode_become_squares(root):
     assert alpha[:, 12, 12].tolist() == [0, 100, 200]
 
 
+def test_16_bits_keep_their_upper_eight_and_floats_are_refused(tmp_path):
+    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    for name in ("16.png", "16.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        image, _ = simclr_data.ImageFiles([(str(tmp_path / name), 0)], 64)[0]
+        assert image[1].tolist() == (levels // 256).tolist()
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(simclr.UserError, match=r"cannot read .*float.tif .*no known range"):
+        simclr_data.ImageFiles([(str(tmp_path / "float.tif"), 0)], 64)[0]
+
+
 def test_photos_are_deterministic_and_need_no_network(monkeypatch):
     def refuse(*_args, **_options):
         raise AssertionError("the network is not needed")
@@ -779,12 +790,17 @@ def test_signals_save_and_exit(root, tmp_path, number, monkeypatch, capsys):
 
 
 def test_a_second_signal_acts_at_once():
-    with simclr.StopRequest(None) as stop:
-        assert not stop
-        signal.raise_signal(signal.SIGINT)
-        assert stop
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts a background job with SIGINT ignored, and so would this test then run.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with simclr.StopRequest(None) as stop:
+            assert not stop
             signal.raise_signal(signal.SIGINT)
+            assert stop
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_clock_stops_a_run_in_stages(root, tmp_path, capsys):
