@@ -47,8 +47,11 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     check_alike("z2", z2, "z1", z1)
     _check_positive("alpha", alpha)
     u, v = scaled_unit_rows((z1, z2), 1.0)
-    distance: Tensor = (u - v).square().sum(1).pow(alpha / 2)
-    return distance.mean()
+    squared = (u - v).square().sum(1)
+    # Where views coincide, the derivative of a power below 1 is infinite, and times 0 it is NaN.
+    coincide = squared == 0
+    distance = torch.where(coincide, 1, squared).pow(alpha / 2)
+    return torch.where(coincide, 0, distance).mean()
 
 
 def uniformity(z: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
@@ -137,7 +140,9 @@ def effective_rank(z: Tensor) -> Tensor:
     if not z.isfinite().all():
         return z.new_full((), torch.nan)
     sigma = torch.linalg.svdvals(z)
-    entropy: Tensor = torch.special.entr(sigma / sigma.sum()).sum()
+    share = sigma / sigma.sum()
+    # The derivative is infinite at 0, and times 0 it is NaN; at 1 the summand is 0 as well.
+    entropy: Tensor = torch.special.entr(torch.where(share == 0, 1, share)).sum()
     return entropy.exp()
 
 

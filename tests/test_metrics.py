@@ -234,3 +234,25 @@ class TestConventionsOfOthers:
         stats = nt_xent(torch.ones(5, 3), torch.ones(5, 3), return_stats=True)[1]
         assert stats.accuracy == 0
         assert float(stats.entropy) == pytest.approx(math.log(9))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_alignment_has_a_gradient_where_views_coincide(alpha):
+    z1 = torch.randn(4, 3, dtype=torch.float64)
+    z2 = torch.cat([z1[:2], torch.randn(2, 3, dtype=torch.float64)])
+    together, apart = z1.clone().requires_grad_(), z1[2:].clone().requires_grad_()
+    alignment(together, z2, alpha=alpha).backward()
+    alignment(apart, z2[2:], alpha=alpha).backward()
+    assert torch.equal(together.grad[:2], torch.zeros(2, 3, dtype=torch.float64))
+    assert_within(together.grad[2:], apart.grad / 2, 1e-12)
+    assert alignment(z1 * torch.nan, z2, alpha=alpha).isnan()
+
+
+def test_effective_rank_has_a_gradient_where_directions_are_missing():
+    z = torch.zeros(4, 5, dtype=torch.float64)
+    z[:3, :3] = torch.randn(3, 3, dtype=torch.float64)
+    whole, part = z.clone().requires_grad_(), z[:3, :3].clone().requires_grad_()
+    effective_rank(whole).backward()
+    effective_rank(part).backward()
+    assert_within(whole.grad[:3, :3], part.grad, 1e-10)
+    assert whole.grad.isfinite().all()
