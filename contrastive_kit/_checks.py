@@ -6,6 +6,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from contrastive_kit._dtypes import compute_dtype
+
+# Torch stores these integers, but searches and reduces none of them.
+_HARDLY_SUPPORTED = (torch.uint16, torch.uint32, torch.uint64)
+
 
 def check_embeddings(name: str, x: Tensor, ndim: int = 2) -> None:
     """Raise unless ``x`` is a floating tensor of ``ndim`` dimensions and no dimension is 0."""
@@ -44,6 +49,8 @@ def check_ids(name: str, ids: Tensor, n: int, other_name: str, other: Tensor) ->
         raise TypeError(f"{name} must be an integer tensor of shape ({n},), got {ids!r}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {ids.dtype}")
+    if ids.dtype in _HARDLY_SUPPORTED:
+        raise TypeError(f"{name} must hold signed integers or uint8, got {ids.dtype}")
     if ids.shape != (n,):
         raise ValueError(
             f"{name} must have shape ({n},), one id for each row of {other_name}, "
@@ -55,7 +62,8 @@ def check_ids(name: str, ids: Tensor, n: int, other_name: str, other: Tensor) ->
 def check_temperature(temperature: float | Tensor, z: Tensor | None = None) -> None:
     """Raise unless ``temperature`` is a finite number above 0, or a floating tensor of one value.
 
-    A tensor must be where the embeddings ``z`` are, or a scalar on the CPU.
+    A tensor must be where the embeddings ``z`` are, or a scalar on the CPU. A number must leave
+    logits between which the dtype of the loss can tell 1 apart, or exp of their rounding overflows.
 
     The value of a tensor is not read: that would wait for the device. A temperature tensor that
     is not positive gives a NaN loss.
@@ -73,6 +81,19 @@ def check_temperature(temperature: float | Tensor, z: Tensor | None = None) -> N
         raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    if z is not None:
+        dtype = compute_dtype(z)
+        if temperature < torch.finfo(dtype).eps:
+            raise ValueError(
+                f"temperature must be at least {torch.finfo(dtype).eps:.2g} for a loss in {dtype}, "
+                f"got {temperature}"
+            )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False: any text, "no" too, would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

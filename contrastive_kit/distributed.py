@@ -120,7 +120,8 @@ def gather_rows(
     at the latest after the time-out of the process group.
 
     Args:
-        x: tensor (n, ...) of any dtype. Gradients are summed in this dtype.
+        x: tensor (n, ...) of any dtype that the backend sends, which for gloo and NCCL excludes
+            int16. Gradients are summed in this dtype.
         group: the processes; None for all of them.
         counts: what ``row_counts`` returned for ``x``, or for a tensor with as many rows; None to
             call it here. With ``counts`` ``torch.compile`` sees no graph break.

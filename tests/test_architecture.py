@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "contrastive_kit"
 ROOMS = {
     "reference": set(),
-    "_checks": set(),
+    "_checks": {"_dtypes"},
     "_dtypes": set(),
     "ops": {"reference", "_checks", "_dtypes", "ops"},
     "distributed": set(),

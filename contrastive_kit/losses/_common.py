@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_choice, check_device, check_temperature
+from contrastive_kit._checks import check_choice, check_device, check_flag, check_temperature
 from contrastive_kit.distributed import average_gradient
 from contrastive_kit.losses._gathered import check_gathering
 from contrastive_kit.losses._kept import kept_counts
@@ -226,6 +226,7 @@ class TemperatureLoss(nn.Module):
         check_options(
             temperature, reduction, backend, label_smoothing=label_smoothing, hardness=hardness
         )
+        check_flag("learnable_temperature", learnable_temperature)
         self.label_smoothing = label_smoothing
         self.hardness = hardness
         check_gathering(gather_distributed, process_group)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from contrastive_kit._checks import check_flag
 from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
 from contrastive_kit.ops import Exclusion
 
@@ -34,7 +35,8 @@ class GatheredBatch(NamedTuple):
 
 
 def check_gathering(gather_distributed: bool, group: "ProcessGroup | None") -> None:
-    """Raise if a process group is given that would not be used."""
+    """Raise if the flag is none, or a process group is given that would not be used."""
+    check_flag("gather_distributed", gather_distributed)
     if group is not None and not gather_distributed:
         raise ValueError("process_group is used only with gather_distributed=True")
 
@@ -50,18 +52,23 @@ def gather_batch(
 ) -> GatheredBatch:
     """Gather ``rows`` (V, n, D) in one collective, and ids and weights (n,) if there are any."""
     images = rows.transpose(0, 1)
-    settings = ", ".join(
-        f"{name} {'none' if x is None else x.dtype}"
-        for name, x in (("ids", ids), ("weights", weights))
-    )
+    settings = f"ids {described(ids)}, weights {described(weights)}"
     counts = row_counts(images, group, settings=settings)
     rank, size = rank_and_size(group)
     if ids is None:
         everyones_ids = torch.arange(sum(counts), device=rows.device)
         own_ids = everyones_ids[sum(counts[:rank]) :][: counts[rank]]
     else:
-        everyones_ids, own_ids = gather_rows(ids, group, counts), ids
+        own_ids = ids.long()  # gloo and NCCL send no int16
+        everyones_ids = gather_rows(own_ids, group, counts)
     weight: float | Tensor = float(sum(counts))
     if weights is not None:
         weight = gather_rows(weights.to(rows.dtype), group, counts).sum()
     return GatheredBatch(gather_rows(images, group, counts), everyones_ids, own_ids, weight / size)
+
+
+def described(x: Tensor | None) -> str:
+    """What must be the same on every process, or one would wait for a gradient that none sends."""
+    if x is None:
+        return "none"
+    return f"{x.dtype}{' with gradient' if x.requires_grad and torch.is_grad_enabled() else ''}"

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 
-from contrastive_kit._checks import check_alike, check_device, check_embeddings, check_ids
+from contrastive_kit._checks import (
+    check_alike,
+    check_device,
+    check_embeddings,
+    check_flag,
+    check_ids,
+)
 from contrastive_kit.losses._common import (
     LossOutput,
     TemperatureLoss,
@@ -65,8 +71,9 @@ def info_nce(
         key: embeddings (N, D); row i is the positive of row i of ``query``.
         negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query.
             With K = 0 shared ones, as in a queue that is still empty, all losses are 0.
-        temperature: τ > 0, or a tensor of one value, which then receives its gradient. The value
-            of a tensor is not checked; if it is not positive the loss is NaN.
+        temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
+            then receives its gradient. The value of a tensor is not checked; if it is not positive
+            the loss is NaN.
         symmetric: average with the loss of keys against queries, the loss of CLIP, from the same
             tiles. Not with ``negatives``.
         ids: integers (N,); pairs of equal id are not negatives of each other. A row left without
@@ -130,6 +137,7 @@ def info_nce(
     check_options(
         temperature, reduction, backend, query, label_smoothing=label_smoothing, hardness=hardness
     )
+    check_flag("return_stats", return_stats)
     n = len(query)
 
     # Normalised apart, so that a key or a queue without gradient costs none.
@@ -202,6 +210,7 @@ def _check_inputs(
     gather_distributed: bool,
     least: int,
 ) -> None:
+    check_flag("symmetric", symmetric)
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_alike("key", key, "query", query)
@@ -341,6 +350,7 @@ class InfoNCE(TemperatureLoss):
             gather_distributed=gather_distributed,
             process_group=process_group,
         )
+        check_flag("symmetric", symmetric)
         self.symmetric = symmetric
 
     def forward(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from contrastive_kit._checks import check_alike, check_embeddings, check_ids
+from contrastive_kit._checks import check_alike, check_embeddings, check_flag, check_ids
 from contrastive_kit.losses._common import (
     LossOutput,
     TemperatureLoss,
@@ -60,8 +60,9 @@ def nt_xent(
             here: their lengths do not matter. A zero row has cosine 0 to all and a zero gradient.
         z2: embeddings of the second views, like ``z1``.
         *more_views: embeddings of further views, like ``z1``.
-        temperature: τ > 0, or a tensor of one value, which then receives its gradient. The value
-            of a tensor is not checked; if it is not positive the loss is NaN.
+        temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
+            then receives its gradient. The value of a tensor is not checked; if it is not positive
+            the loss is NaN.
         ids: integers (N,); images of equal id (duplicates, known false negatives) are not
             negatives of each other, and no positives either. An anchor left without negatives has
             loss 0 and a zero gradient.
@@ -132,6 +133,7 @@ def nt_xent(
         temperature, reduction, backend, z1, label_smoothing=label_smoothing, hardness=hardness
     )
     _check_decoupled(decoupled, label_smoothing)
+    check_flag("return_stats", return_stats)
 
     unusual = more_views or gather or decoupled or label_smoothing or hardness or return_stats
     unusual = unusual or ids is not None or weights is not None or reduction != "mean"
@@ -171,6 +173,7 @@ def nt_xent(
 
 
 def _check_decoupled(decoupled: bool, label_smoothing: float) -> None:
+    check_flag("decoupled", decoupled)
     if decoupled and label_smoothing:
         raise ValueError(
             "label_smoothing needs decoupled=False: without the positives in its denominator the "

@@ -56,8 +56,9 @@ def siglip(
     Args:
         z1: embeddings (N, D), any floating dtype, normalised here.
         z2: embeddings (N, D); row i matches row i of ``z1``.
-        temperature: τ > 0, or a tensor of one value, which then receives its gradient; 1 / τ is
-            the scale t of the paper. The value of a tensor is not checked.
+        temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
+            then receives its gradient; 1 / τ is the scale t of the paper. The value of a tensor is
+            not checked.
         bias: b, a number, or a tensor of one value, which then receives its gradient. The value
             of a tensor is not checked.
         ids: integers (N,); rows of equal id (duplicates) are no negatives of each other. The pair

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_kit._checks import check_alike, check_choice, check_embeddings, check_ids
+from contrastive_kit._checks import (
+    check_alike,
+    check_choice,
+    check_embeddings,
+    check_flag,
+    check_ids,
+)
 from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
 from contrastive_kit.losses._common import (
     LossOutput,
@@ -17,7 +23,7 @@ from contrastive_kit.losses._common import (
     check_weights,
     reduce,
 )
-from contrastive_kit.losses._gathered import several_processes
+from contrastive_kit.losses._gathered import described, several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.losses.ntxent import _positive_logits as positive_logits
@@ -66,8 +72,9 @@ def sup_con(
         *views: one or more views, embeddings (N, D) each, N ≥ 2, any floating dtype, normalised
             here. Row i of every view is image i.
         labels: integers (N,), the label of each image.
-        temperature: τ > 0, or a tensor of one value, which then receives its gradient. The value
-            of a tensor is not checked; if it is not positive the loss is NaN.
+        temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
+            then receives its gradient. The value of a tensor is not checked; if it is not positive
+            the loss is NaN.
         variant: "out", the mean of log-probabilities, which the paper recommends; "in", the
             logarithm of the mean probability. They are equal where there is one positive.
         weights: floating numbers (N,) ≥ 0, one for each image, that multiply the losses of its
@@ -134,6 +141,7 @@ def sup_con(
         check_weights(weights, n, "views[0]", views[0])
     check_choice("variant", variant, VARIANTS)
     check_options(temperature, reduction, backend, views[0])
+    check_flag("return_stats", return_stats)
 
     rows = scaled_unit_rows(views, temperature)
     weight_per_process = None
@@ -171,9 +179,10 @@ def _gather(
 ) -> tuple["_Batch", Tensor]:
     """The batch with the candidates of all processes, and the weight that divides the mean."""
     n_views, n, _ = rows.shape
-    settings = f"labels {labels.dtype}, weights {None if weights is None else weights.dtype}"
+    settings = f"labels {labels.dtype}, weights {described(weights)}"
     counts = row_counts(rows.transpose(0, 1), group, settings=settings)
     rank, size = rank_and_size(group)
+    labels = labels.long()  # gloo and NCCL send no int16
     candidates = gather_rows(rows.transpose(0, 1), group, counts)
     everyones_labels = gather_rows(labels, group, counts)
     images = torch.arange(len(candidates), device=rows.device)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_kit import InfoNCE, NTXent, reference
 from contrastive_kit.distributed import average_gradient
-from contrastive_kit.functional import info_nce, nt_xent
+from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 
 TEMPERATURE = 0.2
 LOSSES = {
@@ -418,6 +418,9 @@ def check_disagreement(rank, size):
         lambda: nt_xent(z, z, ids=ids if odd else None, gather_distributed=True),
         lambda: nt_xent(z, z, ids=ids.int() if odd else ids, gather_distributed=True),
         lambda: info_nce(z, z, weights=z[:, 0] if odd else None, gather_distributed=True),
+        lambda: nt_xent(
+            z, z, weights=torch.ones(3).requires_grad_(odd), gather_distributed=True
+        ).backward(),
         lambda: info_nce(z, z, symmetric=odd, gather_distributed=True),
         lambda: info_nce(*[z[:, :3] if odd else z] * 2, gather_distributed=True),
         lambda: info_nce(*[z.double() if odd else z] * 2, gather_distributed=True),
@@ -429,6 +432,22 @@ def check_disagreement(rank, size):
 
 def test_processes_that_disagree_get_an_error_each(several):
     several.run(check_disagreement)
+
+
+def check_narrow_ids(rank, size, dtype):
+    z1, z2 = torch.randn(2, 4, 3)
+    ids = torch.tensor([0, 1, 1, 2])
+    for loss in (
+        lambda ids: nt_xent(z1, z2, ids=ids, label_smoothing=0.1, gather_distributed=True),
+        lambda ids: siglip(z1, z2, ids=ids, gather_distributed=True),
+        lambda ids: sup_con(z1, z2, labels=ids, variant="in", gather_distributed=True),
+    ):
+        assert torch.equal(loss(ids.to(dtype)), loss(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_ids_of_any_width(pair, dtype):
+    pair.run(check_narrow_ids, dtype)
 
 
 def test_options_that_make_no_sense():

@@ -26,6 +26,8 @@ META = torch.empty(4, 3, device="meta")
         ((Z, Z), {"temperature": -1.0}, ValueError, "temperature must be .* above 0, got -1.0"),
         ((Z, Z), {"temperature": float("nan")}, ValueError, "temperature must be .* got nan"),
         ((Z, Z), {"temperature": float("inf")}, ValueError, "temperature must be .* got inf"),
+        ((Z, Z), {"temperature": 1e-39}, ValueError, "at least 1.2e-07 .*float32, got 1e-39"),
+        ((Z.double(), Z), {"temperature": 1e-17}, ValueError, "at least 2.2e-16 .*float64"),
         ((Z, Z), {"temperature": "0.5"}, TypeError, "temperature must be a number .* got '0.5'"),
         ((Z, Z), {"temperature": True}, TypeError, "temperature must be a number .* got True"),
         ((Z, Z), {"temperature": torch.ones(2)}, ValueError, r"one value, got .*\(2,\)"),
@@ -38,6 +40,10 @@ META = torch.empty(4, 3, device="meta")
         ((Z, Z), {"reduction": "avg"}, ValueError, "reduction must be .*'none', got 'avg'"),
         ((Z, Z), {"backend": "cuda"}, ValueError, "backend must be one of 'auto'.*got 'cuda'"),
         ((Z, Z), {"ids": torch.ones(4)}, TypeError, "ids must hold integers, got torch.float32"),
+        ((Z, Z), {"ids": torch.arange(4).to(torch.uint16)}, TypeError, "signed .* torch.uint16"),
+        ((Z, Z), {"decoupled": "no"}, TypeError, "decoupled must be True or False, got 'no'"),
+        ((Z, Z), {"gather_distributed": "no"}, TypeError, "gather_distributed must be True or"),
+        ((Z, Z), {"return_stats": 1}, TypeError, "return_stats must be True or False, got 1"),
         ((Z, Z), {"ids": [1, 2, 3, 4]}, TypeError, "ids must be an integer tensor"),
         ((Z, Z), {"ids": torch.arange(8)}, ValueError, r"ids must have shape \(4,\).*got \(8,\)"),
         ((Z, Z), {"ids": META.long()[:, 0]}, ValueError, "ids must be on the device of z1"),
@@ -85,6 +91,9 @@ def test_nt_xent(args, options, error, message):
         ((Z, Z, Z[0]), {}, ValueError, r"negatives must have shape \(N, D\), got \(3,\)"),
         ((Z, Z, Z.expand(2, 4, 3)), {}, ValueError, r"negatives must have shape \(4, K, 3\)"),
         ((Z, Z, META), {}, ValueError, "negatives must be on the device of query"),
+        ((Z, Z), {"symmetric": "no"}, TypeError, "symmetric must be True or False, got 'no'"),
+        ((Z, Z, Z[None].expand(4, 4, 3)), {"return_stats": "no"}, TypeError, "return_stats must"),
+        ((Z, Z), {"temperature": 1e-8}, ValueError, "temperature must be at least 1.2e-07"),
         ((Z, Z, Z), {"symmetric": True}, ValueError, "symmetric=True takes no negatives"),
         ((Z, Z, Z), {"ids": torch.arange(4)}, ValueError, "with negatives given, omit ids"),
         ((Z, Z), {"ids": torch.arange(3)}, ValueError, r"ids must have shape \(4,\)"),
@@ -186,6 +195,21 @@ def test_supcon_checks_its_variant_when_it_is_made():
 def test_modules_check_when_they_are_made(module, options, error, message):
     with pytest.raises(error, match=message):
         module(**options)
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        (NTXent, "decoupled"),
+        (NTXent, "learnable_temperature"),
+        (InfoNCE, "symmetric"),
+        (SupCon, "gather_distributed"),
+        (SigLIP, "gather_distributed"),
+    ],
+)
+def test_a_flag_is_no_text(module, flag):
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got 'no'"):
+        module(**{flag: "no"})
 
 
 @pytest.mark.parametrize("module", [NTXent, InfoNCE])
