@@ -1,12 +1,13 @@
 """A queue of keys from earlier batches: many negatives at the price of a small batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_device, check_embeddings
+from contrastive_kit._checks import check_device, check_embeddings, check_flag
 from contrastive_kit.distributed import gather_rows, rank_and_size
 from contrastive_kit.ops import scaled_unit_rows
 
@@ -73,6 +74,7 @@ class NegativeQueue(nn.Module):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_flag("gather_distributed", gather_distributed)
         if process_group is not None and not gather_distributed:
             raise ValueError("process_group is used only with gather_distributed=True")
         if process_group is not None:
@@ -140,6 +142,14 @@ class NegativeQueue(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what ``get_extra_state`` returned."""
         self._taken = int(state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        taken = self._taken
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        rows = state_dict.get(f"{prefix}rows")
+        if rows is None or rows.shape != self.rows.shape:
+            # Torch refuses such rows, but would take the number that belongs to them.
+            self._taken = taken
 
     def extra_repr(self) -> str:
         """The options, as the constructor takes them."""

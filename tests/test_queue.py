@@ -237,3 +237,16 @@ def test_gathering_without_a_process_group_says_what_to_do():
 
 def test_repr_shows_the_options():
     assert repr(NegativeQueue(4, 3)) == "NegativeQueue(dim=4, size=3, gather_distributed=False)"
+
+
+@pytest.mark.parametrize("broken", ["another size", "no rows"])
+def test_a_refused_state_changes_nothing(broken):
+    queue, other = NegativeQueue(3, 5), NegativeQueue(3, 6)
+    queue(torch.randn(2, 3))
+    other(torch.randn(4, 3))
+    before, state = queue.negatives(), other.state_dict()
+    if broken == "no rows":
+        del state["rows"]
+    with pytest.raises(RuntimeError, match="rows"):
+        queue.load_state_dict(state)
+    assert torch.equal(queue.negatives(), before)
