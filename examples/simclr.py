@@ -486,11 +486,8 @@ def train(run: Run, folder: Path, session: Session, stop: StopRequest, save: Sav
         steps, started = run.steps - run.step, time.perf_counter()
         try:
             complete = run.train_epoch(stop, save)
-        except UserError as error:  # an image that cannot be read
-            if world.size == 1:
-                save(run)
-                raise UserError(f"{error}; the run is saved: {way_back(folder)}") from None
-            raise
+        except UserError as error:
+            raise saved_at(error, run, folder, save) from None
         if not complete:
             world.say(
                 f"stopped in epoch {epoch} after {run.step} of {run.steps} steps "
@@ -503,9 +500,8 @@ def train(run: Run, folder: Path, session: Session, stop: StopRequest, save: Sav
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             try:
                 features = features_of(run.encoder, run.data, config, world)
-            except UserError as error:  # an image that cannot be read: not at the epoch's expense
-                save(run)
-                raise UserError(f"{error}; the run is saved: {way_back(folder)}") from None
+            except UserError as error:
+                raise saved_at(error, run, folder, save) from None
             row["knn"] = score(features, config, linear=False).knn
         save(run)
         shares = run.stopwatch.shares()
@@ -554,6 +550,14 @@ def finish(run: Run, folder: Path, session: Session) -> dict[str, Scores]:
         write_json(folder / "results.json", results)
     world.say(table(scores, config))
     return scores
+
+
+def saved_at(error: UserError, run: Run, folder: Path, save: Saver) -> UserError:
+    """Save a run that met an image it cannot read; processes cannot, since it takes them all."""
+    if run.world.size > 1:
+        return error
+    save(run)
+    return UserError(f"{error}; the run is saved: {way_back(folder)}")
 
 
 def way_back(folder: Path) -> str:

@@ -55,7 +55,13 @@ def decode_with_pil(path: str) -> Tensor:
     """An image of any format that Pillow knows, as (3, H, W) uint8."""
     try:
         with Image.open(path) as file:
-            return v2.functional.pil_to_tensor(file.convert("RGB"))
+            if file.mode == "F":
+                raise ValueError("its pixels are floats, of no known range")
+            image: Image.Image = file
+            if file.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+                levels = np.asarray(file).clip(0, 65535) // 256
+                image = Image.fromarray(levels.astype(np.uint8))
+            return v2.functional.pil_to_tensor(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {path} ({error}); repair or remove it") from None
 
