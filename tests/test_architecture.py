@@ -12,7 +12,7 @@ ROOMS = {
     "_dtypes": set(),
     "ops": {"reference", "_checks", "_dtypes", "ops"},
     "distributed": set(),
-    "losses": {"_checks", "ops", "losses", "distributed"},
+    "losses": {"_checks", "_dtypes", "ops", "losses", "distributed"},
     "functional": {"losses"},
     "heads": set(),
     "encoders": set(),

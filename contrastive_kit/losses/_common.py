@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrastive_kit._checks import check_choice, check_device, check_flag, check_temperature
+from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.distributed import average_gradient
 from contrastive_kit.losses._gathered import check_gathering
 from contrastive_kit.losses._kept import kept_counts
@@ -44,6 +45,14 @@ def check_options(
     check_choice("backend", backend, ["auto", *BACKENDS])
     _check_number("label_smoothing", label_smoothing, 1.0)
     _check_number("hardness", hardness, sys.float_info.max)
+    if hardness and z is not None and not isinstance(temperature, Tensor):
+        # The limit of check_temperature, for logits that are multiplied by 1 + hardness.
+        largest = temperature / torch.finfo(compute_dtype(z)).eps
+        if hardness > largest:
+            raise ValueError(
+                f"hardness must be at most {largest:.2g} for a loss in {compute_dtype(z)} at "
+                f"temperature {temperature}, got {hardness}"
+            )
     if label_smoothing and hardness:
         raise ValueError(
             "label_smoothing and hardness cannot be combined: weighted negatives have no "

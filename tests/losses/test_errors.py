@@ -54,6 +54,7 @@ META = torch.empty(4, 3, device="meta")
         ((Z, Z), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
         ((Z, Z), {"label_smoothing": "a"}, TypeError, "label_smoothing must be a number, got 'a'"),
         ((Z, Z), {"hardness": -0.1}, ValueError, "hardness must be a finite number of at least 0"),
+        ((Z, Z), {"hardness": 1e300}, ValueError, "hardness must be at most 4.2e.06 .*float32"),
         ((Z, Z), {"hardness": float("inf")}, ValueError, "hardness must be a finite .* got inf"),
         (
             (Z, Z),
