@@ -153,7 +153,7 @@ def gathered(rank: int, store: str, n: int, chunk_size: int | None, rounds: int)
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     encoder = DistributedDataParallel(build_encoder())
     loss_fn = NTXent(gather_distributed=True)

@@ -400,18 +400,18 @@ class Run:
         try:
             for name in self.MODULES:
                 getattr(self, name).load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint does not fit this version: {error}") from error
-        torch.set_rng_state(state["random"]["default"])
-        if state["random"]["device"] is not None and self.world.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["device"], self.world.device)
-        self.order.set_state(state["random"]["order"])
-        self.views.set_state(state["random"]["views"])
-        self.seconds = state["seconds"]
-        self.step = state["step"]
-        self.sums = state["sums"].to(self.world.device)
-        self.history = state["history"]
-        self.baselines = {name: Scores(*scores) for name, scores in state["baselines"].items()}
+            torch.set_rng_state(state["random"]["default"])
+            if state["random"]["device"] is not None and self.world.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random"]["device"], self.world.device)
+            self.order.set_state(state["random"]["order"])
+            self.views.set_state(state["random"]["views"])
+            self.seconds = state["seconds"]
+            self.step = state["step"]
+            self.sums = state["sums"].to(self.world.device)
+            self.history = state["history"]
+            self.baselines = {name: Scores(*scores) for name, scores in state["baselines"].items()}
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise misfit(error) from error
 
 
 class Saver:
@@ -454,6 +454,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this script ({CHECKPOINT_FORMAT})")
     return state
+
+
+def misfit(error: Exception) -> UserError:
+    """A checkpoint of this script that another version wrote, or that somebody changed."""
+    reason = " ".join(str(error).split())
+    return UserError(f"the checkpoint does not fit this version ({type(error).__name__}: {reason})")
 
 
 def begin(run: Run, folder: Path, session: Session) -> None:
@@ -598,7 +604,10 @@ def prepare(given: dict[str, Any], session: Session) -> tuple[Config, dict[str, 
     if surplus:
         raise UserError(f"--resume keeps the run's settings; omit {', '.join(map(flag, surplus))}")
     checkpoint = read_checkpoint(session.resume / "checkpoint.pt")
-    return Config(**checkpoint["config"]), checkpoint
+    try:
+        return Config(**checkpoint["config"]), checkpoint
+    except (KeyError, TypeError) as error:
+        raise misfit(error) from error
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
@@ -622,7 +631,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
         if checkpoint is None:
             begin(run, folder, session)
             save(run)  # from here on there is something to resume
-        elif checkpoint["data"] != save.fingerprint:
+        elif checkpoint.get("data") != save.fingerprint:
             raise UserError("the data are not those that the run began with (classes or counts)")
         else:
             run.restore(checkpoint)

@@ -633,6 +633,23 @@ def test_checkpoints_that_cannot_be_resumed(stopped, tmp_path):
     assert simclr.main(["--resume", str(stopped), "--device", "cpu"]) is not None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["config"].update(new_option=1),
+        lambda state: state.pop("random"),
+        lambda state: state["encoder"].popitem(),
+    ],
+)
+def test_a_checkpoint_of_another_version(stopped, change):
+    path = stopped / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(simclr.UserError, match=r"does not fit this version \(.*\)$"):
+        simclr.main(["--resume", str(stopped), "--device", "cpu"])
+
+
 def test_batches_that_processes_cannot_share(root):
     config = simclr.make_config({"data": "imagefolder", "root": str(root), "size": 8,
                                  "encoder": "convnet", "batch_size": 9, "knn_k": 5})  # fmt: skip
