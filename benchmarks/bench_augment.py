@@ -276,7 +276,7 @@ def markdown(results: dict[str, Any]) -> str:
             for name in NOTES
             if any(name in arms for arms in samples.values())
         ]
-    lines += ["", "## Targets", "", "One thread, allocator that keeps freed memory.", ""]
+    lines += ["", "## Targets", "", "One thread; the tuned allocator keeps freed memory.", ""]
     lines += _targets(results)
     lines += ["", "## Where SimCLRAugment is slower", "", *_losses(results)]
     lines += ["", "## What each does", "", *(f"- {name}: {note}" for name, note in NOTES.items())]
@@ -298,22 +298,21 @@ def _cell(samples: dict[str, list[float]], name: str) -> str:
 
 
 def _targets(results: dict[str, Any]) -> list[str]:
-    (measured,) = (
-        r["seconds_per_view"]
-        for r in results["runs"]
-        if r["threads"] == 1 and r["allocator"] == "tuned"
-    )
-    rows = ["| | target | measured | |", "|---|---|---|---|"]
+    measured = {r["allocator"]: r["seconds_per_view"] for r in results["runs"] if r["threads"] == 1}
+    head = "".join(f" {allocator} allocator |" for allocator in measured)
+    rows = [f"| | target |{head}", f"|---|---|{'---|' * len(measured)}"]
     wanted = [(case, "Kornia, uint8", target) for case, target in TARGETS.items()]
     wanted += [
         (case, name, TORCHVISION_TARGET)
-        for case in measured
+        for case in measured["tuned"]
         for name in ("torchvision v2, uint8 tensor", "torchvision v2, PIL")
     ]
     for case, name, target in wanted:
-        ratio = _ratio(measured[case], name)
-        verdict = "met" if ratio >= target else "**missed**"
-        rows.append(f"| {name}, {case} | ≥ {target:.1f} | {ratio:.2f} | {verdict} |")
+        cells = [f"{name}, {case}", f"≥ {target:.1f}"]
+        for samples in measured.values():
+            ratio = _ratio(samples[case], name)
+            cells.append(f"{ratio:.2f}, {'met' if ratio >= target else '**missed**'}")
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
