@@ -52,7 +52,7 @@ class GradCache:
       chunk only; so do FSDP and ``fully_shard``, which keep the whole gradient until then. With
       ``fully_shard`` that overrides an own ``set_requires_gradient_sync(False)``.
 
-    Costs one more forward pass: about a third more time. A batch of at most ``chunk_size`` goes
+    Costs one more forward pass: up to a third more time. A batch of at most ``chunk_size`` goes
     through the encoder directly. Without gradients to compute, only the first pass runs.
 
     Args:
