@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,6 +136,21 @@ def weighted_by_hardness(
     weighted, weights = at_scale(1 + hardness), at_scale(hardness)
     result = weighted - weights + counts.to(weighted.dtype).log()
     return torch.where(counts == 0, -torch.inf, result)
+
+
+def positive_pair_logits(rows: Tensor) -> Tensor:
+    """Logits of each anchor with the other views of its image, (V - 1, V·N), equation (3)."""
+    views = rows.unbind(0)
+    n_views = len(views)
+    pair = {}
+    for v, w in combinations(range(n_views), 2):
+        pair[v, w] = pair[w, v] = (views[v] * views[w]).sum(1)
+    return torch.stack(
+        [
+            torch.cat([pair[v, (v + shift) % n_views] for v in range(n_views)])
+            for shift in range(1, n_views)
+        ]
+    )
 
 
 def softmax_loss(positive_logits: Tensor, negative_lse: Tensor, decoupled: bool) -> Tensor:

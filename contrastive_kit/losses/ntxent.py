@@ -1,6 +1,5 @@
 """NT-Xent, the loss of SimCLR: each view of an image against all views of all others."""
 
-from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from contrastive_kit.losses._common import (
     check_options,
     check_weights,
     negative_logsumexp,
+    positive_pair_logits,
     reduce,
     smoothed,
     softmax_loss,
@@ -142,7 +142,7 @@ def nt_xent(
         if loss is not None:
             return loss
     views_of_rows = scaled_unit_rows(views, temperature)
-    positive_logits = _positive_logits(views_of_rows)
+    positive_logits = positive_pair_logits(views_of_rows)
     rows = views_of_rows.flatten(0, 1)
     columns, weight_per_process = None, None
     exclusion = Exclusion(n, None if ids is None else ids.repeat(len(views)))
@@ -179,21 +179,6 @@ def _check_decoupled(decoupled: bool, label_smoothing: float) -> None:
             "label_smoothing needs decoupled=False: without the positives in its denominator the "
             f"loss is no cross entropy; got {label_smoothing}"
         )
-
-
-def _positive_logits(rows: Tensor) -> Tensor:
-    """Logits of each anchor with the other views of its image, (V - 1, V·N), equation (3)."""
-    views = rows.unbind(0)
-    n_views = len(views)
-    pair = {}
-    for v, w in combinations(range(n_views), 2):
-        pair[v, w] = pair[w, v] = (views[v] * views[w]).sum(1)
-    return torch.stack(
-        [
-            torch.cat([pair[v, (v + shift) % n_views] for v in range(n_views)])
-            for shift in range(1, n_views)
-        ]
-    )
 
 
 class NTXent(TemperatureLoss):

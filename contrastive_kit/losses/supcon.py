@@ -21,12 +21,12 @@ from contrastive_kit.losses._common import (
     TemperatureLoss,
     check_options,
     check_weights,
+    positive_pair_logits,
     reduce,
 )
 from contrastive_kit.losses._gathered import described, several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
 from contrastive_kit.losses._stats import ContrastiveStats
-from contrastive_kit.losses.ntxent import _positive_logits as positive_logits
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
@@ -252,7 +252,7 @@ def _outside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp) -> Tenso
     positive_total = torch.where(n_positives < n_views, 0, (rows * same_label).sum(1))
     if n_views == 1:
         return others - positive_total / n_positives
-    own_logits = positive_logits(batch.views)
+    own_logits = positive_pair_logits(batch.views)
     own = own_logits.logsumexp(0)
     mean_positive = (own_logits.sum(0) + positive_total) / n_positives
     # One positive is its own mean. Said so, because the gradients of the two would not cancel
@@ -282,7 +282,7 @@ def _inside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, bound: fl
         bound,
     )
     if len(batch.views) > 1:
-        positives = torch.logaddexp(positives, positive_logits(batch.views).logsumexp(0))
+        positives = torch.logaddexp(positives, positive_pair_logits(batch.views).logsumexp(0))
     positives = positives.masked_fill(positives == -torch.inf, 0)  # an anchor without any
     return F.softplus(negatives - positives, threshold=50) + n_positives.to(rows.dtype).log()
 
@@ -302,7 +302,7 @@ def _statistics(
     assert others is not None
     assert negatives is not None
     n_own = len(batch.views) - 1
-    own = positive_logits(batch.views) if n_own else lse.new_full((1, len(lse)), -torch.inf)
+    own = positive_pair_logits(batch.views) if n_own else lse.new_full((1, len(lse)), -torch.inf)
     own_finite = own.masked_fill(own == -torch.inf, 0)
     log_total = torch.logaddexp(lse, own.logsumexp(0))
     expected = (lse - log_total).exp() * others.expected
