@@ -96,6 +96,13 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_gathering(gather_distributed: object, process_group: object) -> None:
+    """Raise if the flag is none, or a process group is given that would not be used."""
+    check_flag("gather_distributed", gather_distributed)
+    if process_group is not None and not gather_distributed:
+        raise ValueError("process_group is used only with gather_distributed=True")
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:

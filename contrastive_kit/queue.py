@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_device, check_embeddings, check_flag
+from contrastive_kit._checks import check_device, check_embeddings, check_gathering
 from contrastive_kit.distributed import gather_rows, rank_and_size
 from contrastive_kit.ops import scaled_unit_rows
 
@@ -74,9 +74,7 @@ class NegativeQueue(nn.Module):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        check_flag("gather_distributed", gather_distributed)
-        if process_group is not None and not gather_distributed:
-            raise ValueError("process_group is used only with gather_distributed=True")
+        check_gathering(gather_distributed, process_group)
         if process_group is not None:
             rank_and_size(process_group)
         self.gather_distributed = gather_distributed

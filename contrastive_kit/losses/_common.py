@@ -7,14 +7,18 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_choice, check_device, check_flag, check_temperature
+from contrastive_kit._checks import (
+    check_choice,
+    check_device,
+    check_flag,
+    check_gathering,
+    check_temperature,
+)
 from contrastive_kit._dtypes import compute_dtype
-from contrastive_kit.distributed import average_gradient
-from contrastive_kit.losses._gathered import check_gathering
+from contrastive_kit.losses._gathered import own_parameters
 from contrastive_kit.losses._kept import kept_counts
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import BACKENDS, Exclusion, LogitStatistics, kept_logsumexp
@@ -275,10 +279,9 @@ class TemperatureLoss(nn.Module):
         if self.log_scale is None:
             return self._fixed_temperature
         dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
-        log_scale = self.log_scale.to(dtype)
-        if self.gather_distributed and dist.is_available() and dist.is_initialized():
-            # Outside of DDP the copies of this parameter would drift apart without a word.
-            log_scale = average_gradient(log_scale, self.process_group)
+        log_scale = own_parameters(
+            self.log_scale.to(dtype), self.gather_distributed, self.process_group
+        )
         return (-log_scale.clamp(max=_LARGEST_LOG_SCALE)).exp()
 
     def _limit_log_scale(self) -> None:

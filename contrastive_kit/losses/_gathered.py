@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from contrastive_kit._checks import check_flag
-from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
+from contrastive_kit._checks import check_gathering
+from contrastive_kit.distributed import average_gradient, gather_rows, rank_and_size, row_counts
 from contrastive_kit.ops import Exclusion
 
 if TYPE_CHECKING:
@@ -34,17 +35,20 @@ class GatheredBatch(NamedTuple):
         return Exclusion(0, self.own_ids.repeat(own_views), self.ids.repeat_interleave(views))
 
 
-def check_gathering(gather_distributed: bool, group: "ProcessGroup | None") -> None:
-    """Raise if the flag is none, or a process group is given that would not be used."""
-    check_flag("gather_distributed", gather_distributed)
-    if group is not None and not gather_distributed:
-        raise ValueError("process_group is used only with gather_distributed=True")
-
-
 def several_processes(gather_distributed: bool, group: "ProcessGroup | None") -> bool:
     """Whether there are processes to gather from; raises where there cannot be any."""
     check_gathering(gather_distributed, group)
     return gather_distributed and rank_and_size(group)[1] > 1
+
+
+def own_parameters(x: Tensor, gather_distributed: bool, group: "ProcessGroup | None") -> Tensor:
+    """Parameters of a loss as they are, with the mean over processes for a gradient.
+
+    Outside of DDP the copies of the processes would drift apart without a word.
+    """
+    if gather_distributed and dist.is_available() and dist.is_initialized():
+        return average_gradient(x, group)
+    return x
 
 
 def gather_batch(

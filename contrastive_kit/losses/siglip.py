@@ -4,7 +4,6 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,12 +12,12 @@ from contrastive_kit._checks import (
     check_choice,
     check_device,
     check_embeddings,
+    check_gathering,
     check_ids,
     check_temperature,
 )
-from contrastive_kit.distributed import average_gradient
 from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce
-from contrastive_kit.losses._gathered import check_gathering, gather_batch, several_processes
+from contrastive_kit.losses._gathered import gather_batch, own_parameters, several_processes
 from contrastive_kit.ops import (
     SOFTPLUS_BACKENDS,
     Exclusion,
@@ -213,9 +212,7 @@ class SigLIP(nn.Module):
     ) -> Tensor:
         """The loss of two batches of embeddings, (N, D) each: see ``siglip``."""
         scalars = torch.stack([_at_least_float32(self.log_scale), _at_least_float32(self.bias)])
-        if self.gather_distributed and dist.is_available() and dist.is_initialized():
-            # Outside of DDP the copies of these parameters would drift apart without a word.
-            scalars = average_gradient(scalars, self.process_group)
+        scalars = own_parameters(scalars, self.gather_distributed, self.process_group)
         log_scale, bias = scalars.unbind(0)
         return siglip(
             z1,
