@@ -104,7 +104,7 @@ def kept_logsumexp(
     A row that keeps no entry has logsumexp -inf and a zero gradient. NaN and inf propagate.
     Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except with the
     ``reference`` backend). Deterministic. Memory beyond the result: for ``triton`` a copy of the
-    rows and at most 256 MiB; for ``tiled`` a few tiles of 2 MiB on a CPU (64 MiB on an
+    rows and at most 256 MiB; for ``tiled`` a few tiles of 1 MiB on a CPU (64 MiB on an
     accelerator); and R·C for the ``reference`` backend.
 
     Args:

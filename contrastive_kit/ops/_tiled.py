@@ -6,6 +6,7 @@ computed: an entry (i, j) right of its row block also serves as (j, i). Equation
 of ``docs/nt_xent.md``.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,15 +17,21 @@ from contrastive_kit.ops._exclusion import Exclusion
 from contrastive_kit.ops._statistics import merge_statistics, row_statistics
 from contrastive_kit.ops._unit_rows import accumulator_dtype
 
-# Rows and columns of a tile. On a CPU a float32 tile is 2 MiB and stays in cache; on an
-# accelerator tiles are large so that launches do not dominate. A tile is at least as wide as high,
-# so that the first tile of a row block holds its whole diagonal block.
-_CPU_TILE = (512, 1024)
+# Rows and columns of a tile. On a CPU a float32 tile is 1 MiB, and stays in cache with what is
+# computed from it; on an accelerator tiles are large so that launches do not dominate. A tile is
+# at least as wide as high, so that the first of a row block holds its whole diagonal block.
+_CPU_TILE = (512, 512)
 _ACCELERATOR_TILE = (2048, 8192)
 
 # While every |logit| is at most this, sums of exp neither overflow nor lose a row to underflow,
 # and the running maximum of a stable logsumexp is not needed.
 _LARGEST_UNSHIFTED_LOGIT = {torch.float32: 69.0, torch.float64: 600.0}
+
+# exp(x) = exp2(x · log2 e). On x86 torch takes exp from MKL, which needs 3.6 times as long on a
+# processor of AMD as torch's own exp2. But a logit in bits is a larger number, and is rounded once
+# more: above this largest |logit| that would show in the gradient.
+_BITS_PER_NAT = math.log2(math.e)
+_LARGEST_LOGIT_IN_BITS = 32.0
 
 
 class _Tile(NamedTuple):
@@ -45,10 +52,11 @@ def forward(
     that float32 cannot hold comes back as the second result. Statistics are empty if not wanted.
     """
     length = len(q) + (len(k) if both and k is not None else 0)
-    if statistics or _needs_shift(q, k, bound):
+    bound = _largest_logit(q, k, bound)
+    if statistics or _needs_shift(q, bound):
         lse, stats = _forward_shifted(q, k, exclusion, both, length, statistics)
     else:
-        lse = _forward_unshifted(q, k, exclusion, both, length)
+        lse = _forward_unshifted(q, k, exclusion, both, length, bound)
         stats = q.new_empty(0)
     rounded = lse.to(q.dtype)
     lost = torch.where(rounded.isinf(), 0, lse - rounded).to(q.dtype)
@@ -56,13 +64,11 @@ def forward(
 
 
 def _forward_unshifted(
-    q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, length: int
+    q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, length: int, bound: float
 ) -> Tensor:
     sums = q.new_zeros(length, dtype=accumulator_dtype(q))
     row_sums, column_sums = _split(sums, q, k, both)
-    for tile, logits in _logit_tiles(q, k):
-        exps = logits.exp_()
-        exclusion.fill_(exps, 0.0, tile.rows.start, tile.columns.start)
+    for tile, exps in _exp_tiles(q, k, exclusion, bound):
         row_sums[tile.rows] += exps.sum(1)
         if column_sums is not None:
             column_sums[tile.mirrored] += _mirrored(exps, tile).sum(0)
@@ -81,7 +87,7 @@ def _forward_shifted(
     def merge(lse: Tensor, stats: Tensor, logits: Tensor, where: slice, dim: int) -> None:
         peak = logits.amax(dim)
         shift = peak.masked_fill(peak == -torch.inf, 0)
-        sums = (logits - shift.unsqueeze(dim)).exp_().sum(dim)
+        sums = _exp_(logits - shift.unsqueeze(dim)).sum(dim)
         tile_lse = shift.to(lse.dtype) + sums.to(lse.dtype).log()
         merged = torch.logaddexp(lse[where], tile_lse)
         if statistics:
@@ -117,38 +123,63 @@ def backward(
     mirrored_grad = dq if k is None else dk
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    shifted = _needs_shift(q, k, bound)
-    row_lse, column_lse = _split(lse, q, k, both)
+    bound = _largest_logit(q, k, bound)
+    shifted = _needs_shift(q, bound)
     # exp(logit - lse - lost) · grad, with as much of the exponent as is safe taken out of the tile
     outside = -lost.to(accumulator_dtype(q))
     # Relative to the largest, or a small incoming gradient would leave the range of float32.
     unit = _power_of_two(grad.abs().amax())
     scale = (grad / unit * (outside if shifted else outside - lse).exp()).to(q.dtype)
-    row_scale, column_scale = _split(scale, q, k, both)
-    scratch: Tensor | None = None
-    for tile, logits in _logit_tiles(q, k):
-        if shifted:
-            exclusion.fill_(logits, -torch.inf, tile.rows.start, tile.columns.start)
-            weights = (logits - row_lse[tile.rows, None]).exp_().mul_(row_scale[tile.rows, None])
-            if column_lse is not None and column_scale is not None:
-                logits.sub_(column_lse[None, tile.columns]).exp_()
-                weights.addcmul_(logits, column_scale[None, tile.columns])
-        else:
-            weights = logits.exp_()
-            exclusion.fill_(weights, 0.0, tile.rows.start, tile.columns.start)
-            if column_scale is None:
-                weights.mul_(row_scale[tile.rows, None])
-            else:
-                if scratch is None:  # the first tile is the largest
-                    scratch = weights.new_empty(weights.numel())
-                both_scales = scratch[: weights.numel()].view(weights.shape)
-                torch.add(row_scale[tile.rows, None], column_scale[tile.columns], out=both_scales)
-                weights.mul_(both_scales)
+    scales = _split(scale, q, k, both)
+    if shifted:
+        weight_tiles = _weight_tiles_shifted(q, k, exclusion, _split(lse, q, k, both), scales)
+    else:
+        weight_tiles = _weight_tiles_unshifted(q, k, exclusion, scales, bound)
+    for tile, weights in weight_tiles:
         if needs_grad[0]:
             dq[tile.rows].addmm_(weights, keys[tile.columns])
         if k is None or needs_grad[1]:
             mirrored_grad[tile.mirrored].addmm_(_mirrored(weights, tile).T, q[tile.rows])
     return dq.mul_(unit), dk.mul_(unit)
+
+
+def _weight_tiles_unshifted(
+    q: Tensor,
+    k: Tensor | None,
+    exclusion: Exclusion,
+    scales: tuple[Tensor, Tensor | None],
+    bound: float,
+) -> Iterator[tuple[_Tile, Tensor]]:
+    """Each tile with the weights of equation (5), both directions summed."""
+    row_scale, column_scale = scales
+    scratch: Tensor | None = None
+    for tile, exps in _exp_tiles(q, k, exclusion, bound):
+        if column_scale is None:
+            yield tile, exps.mul_(row_scale[tile.rows, None])
+        else:
+            if scratch is None:  # the first tile is the largest
+                scratch = exps.new_empty(exps.numel())
+            both_scales = scratch[: exps.numel()].view(exps.shape)
+            torch.add(row_scale[tile.rows, None], column_scale[tile.columns], out=both_scales)
+            yield tile, exps.mul_(both_scales)
+
+
+def _weight_tiles_shifted(
+    q: Tensor,
+    k: Tensor | None,
+    exclusion: Exclusion,
+    lse: tuple[Tensor, Tensor | None],
+    scales: tuple[Tensor, Tensor | None],
+) -> Iterator[tuple[_Tile, Tensor]]:
+    """The same where exp of a logit may overflow."""
+    (row_lse, column_lse), (row_scale, column_scale) = lse, scales
+    for tile, logits in _logit_tiles(q, k):
+        exclusion.fill_(logits, -torch.inf, tile.rows.start, tile.columns.start)
+        weights = _exp_(logits - row_lse[tile.rows, None]).mul_(row_scale[tile.rows, None])
+        if column_lse is not None and column_scale is not None:
+            _exp_(logits.sub_(column_lse[tile.columns]))
+            weights.addcmul_(logits, column_scale[tile.columns])
+        yield tile, weights
 
 
 def _power_of_two(x: Tensor) -> Tensor:
@@ -157,19 +188,38 @@ def _power_of_two(x: Tensor) -> Tensor:
     return torch.where((x > 0) & (x < torch.inf), power, 1)
 
 
-def _needs_shift(q: Tensor, k: Tensor | None, bound: float) -> bool:
-    limit = _LARGEST_UNSHIFTED_LOGIT[q.dtype]
-    if bound <= limit:
-        return False
+def _largest_logit(q: Tensor, k: Tensor | None, bound: float) -> float:
+    """What no |logit| exceeds: ``bound``, or less where that is too large to be of use."""
+    if bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]:
+        return bound
     if q.device.type != "cpu":
-        return True  # reading the norms would wait for the device
+        return torch.inf  # reading the norms would wait for the device
     longest = torch.linalg.vector_norm(q, dim=1).amax()
     longest_key = longest if k is None else torch.linalg.vector_norm(k, dim=1).amax()
-    return not float(longest * longest_key) <= limit
+    return float(longest * longest_key)
 
 
-def _logit_tiles(q: Tensor, k: Tensor | None) -> Iterator[tuple[_Tile, Tensor]]:
-    """Each tile with its logits, which live in one buffer that the next tile overwrites."""
+def _needs_shift(q: Tensor, bound: float) -> bool:
+    return not bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]  # NaN does
+
+
+def _exp_tiles(
+    q: Tensor, k: Tensor | None, exclusion: Exclusion, bound: float
+) -> Iterator[tuple[_Tile, Tensor]]:
+    """Each tile with the exp of its logits, 0 where excluded."""
+    in_bits = bound <= _LARGEST_LOGIT_IN_BITS
+    for tile, logits in _logit_tiles(q, k, _BITS_PER_NAT if in_bits else 1.0):
+        exps = logits.exp2_() if in_bits else logits.exp_()
+        exclusion.fill_(exps, 0.0, tile.rows.start, tile.columns.start)
+        yield tile, exps
+
+
+def _exp_(x: Tensor) -> Tensor:
+    return x.mul_(_BITS_PER_NAT).exp2_()
+
+
+def _logit_tiles(q: Tensor, k: Tensor | None, unit: float = 1.0) -> Iterator[tuple[_Tile, Tensor]]:
+    """Each tile with its logits times ``unit``, in one buffer that the next tile overwrites."""
     keys = q if k is None else k
     height, width = _CPU_TILE if q.device.type == "cpu" else _ACCELERATOR_TILE
     buffer = q.new_empty(min(height, len(q)) * min(width, len(keys)))
@@ -179,7 +229,7 @@ def _logit_tiles(q: Tensor, k: Tensor | None) -> Iterator[tuple[_Tile, Tensor]]:
             right = min(left + width, len(keys))
             mirrored = slice(max(left, bottom) if k is None else left, right)
             logits = buffer[: (bottom - top) * (right - left)].view(bottom - top, right - left)
-            torch.mm(q[top:bottom], keys[left:right].T, out=logits)
+            logits.addmm_(q[top:bottom], keys[left:right].T, beta=0, alpha=unit)
             yield _Tile(slice(top, bottom), slice(left, right), mirrored), logits
 
 
