@@ -4,9 +4,9 @@
 #   benchmarks/cifar10_gpu.sh ARCHIVE [--wheels FOLDER] [--work FOLDER] [--minutes M] [--dry] [-- OPTIONS]
 #
 # ARCHIVE unpacks to train/CLASS/* and test/CLASS/*. OPTIONS are those of examples/simclr.py, after
-# --recipe cifar10_resnet18. A call ends by itself after about M (8.5) minutes; while there is more
-# to do it says so and exits with status 3: call it again with the same arguments, and it goes on
-# from where it was. The run is in --work (runs/cifar10_gpu), the result in
+# --recipe cifar10_resnet18; the first call takes them, and the run keeps its settings. A call ends
+# by itself after about M (8.5) minutes; while there is more to do it says so and exits with status
+# 3: call it again with the same arguments, and it goes on from where it was. The run is in --work (runs/cifar10_gpu), the result in
 # benchmarks/results/cifar10_gpu.{json,md,png}; a run with other settings than the recipe's stays in
 # --work, except for those of its length (-- --recipe cifar10_resnet18_1000), --seed and --compile.
 #
@@ -63,6 +63,7 @@ if [[ -f $run/results.json ]]; then
 else
   # what is left of the time, less what the final evaluation takes
   session=(--minutes "$("$python" -c "print(max(0.001, $minutes - 0.75 - $SECONDS / 60))")")
+  session+=(--device "$([[ -n $dry ]] && echo cpu || echo cuda)")
   if [[ -f $run/checkpoint.pt ]]; then
     arguments=(--resume "$run" "${session[@]}")
   else
@@ -70,13 +71,10 @@ else
     arguments+=("${session[@]}")
     if [[ -n $dry ]]; then
       arguments+=(--encoder convnet --train-images 2048 --epochs 2 --batch-size 128 --no-amp)
-      arguments+=(--eval-every 1 --device cpu)
-    else
-      arguments+=(--device cuda)
+      arguments+=(--eval-every 1)
     fi
     arguments+=("${options[@]}")
   fi
-  [[ -n $dry ]] && arguments+=(--device cpu)
   "$python" "$repository/examples/simclr.py" "${arguments[@]}"
 fi
 

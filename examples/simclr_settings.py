@@ -103,6 +103,7 @@ def flag(name: str) -> str:
 def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a recipe, on top of those of the recipe that it names as its `base`."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    path = path.resolve()
     if path in above:
         raise UserError(f"{path} is its own base")
     try:
@@ -123,7 +124,11 @@ def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for f in fields(Config):
         if f.name in values:
             values[f.name] = checked_type(f, values[f.name], f"{f.name} in {path}")
-    return values if base is None else {**read_recipe(str(base), (*above, path)), **values}
+    if base is None:
+        return values
+    if str(base).endswith(".toml"):
+        base = path.parent / base
+    return {**read_recipe(str(base), (*above, path)), **values}
 
 
 def kind(f: Any) -> type:
@@ -142,7 +147,7 @@ def checked_type(f: Any, value: Any, name: str) -> Any:
     if expected is tuple and isinstance(value, list):
         value = tuple(value)
     if type(value) is not expected:
-        raise UserError(f"{name} must be a {expected.__name__}, got {value!r}")
+        raise UserError(f"{name} must be of type {expected.__name__}, got {value!r}")
     return value
 
 
@@ -171,6 +176,7 @@ def make_config(given: dict[str, Any]) -> Config:
     if given.get("data", values.get("data")) != values.get("data"):
         values.pop("root", None)  # it was the other data set's
     config = Config(**{**values, **given, "recipe": recipe})
+    config = replace(config, root=absolute(config.root))
     check_range(config)
     for name, data_sets in ONLY_FOR.items():
         if name in given and config.data not in data_sets:
@@ -196,6 +202,11 @@ def make_config(given: dict[str, Any]) -> Config:
     if config.data == "cifar10" and config.size != 32:
         raise UserError(f"--size must be 32 with --data cifar10, got {config.size}")
     return complete_image_folder(config) if config.data == "imagefolder" else config
+
+
+def absolute(path: str | None) -> str | None:
+    """The same place from any folder: the run may be resumed from another one."""
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def complete_image_folder(config: Config) -> Config:

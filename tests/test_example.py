@@ -429,7 +429,8 @@ def test_a_recipe_of_ones_own(tmp_path):
 def test_a_recipe_on_other_data():
     given = {"recipe": "cifar10_resnet18", "data": "imagefolder", "root": "images"}
     config = simclr.make_config(given)
-    assert (config.encoder, config.load_size, config.root) == ("resnet18", 32, "images")
+    assert (config.encoder, config.load_size) == ("resnet18", 32)
+    assert config.root == str(Path.cwd() / "images")  # a run may be resumed from another folder
     with pytest.raises(simclr.UserError, match="needs --root"):
         simclr.make_config({"recipe": "cifar10_resnet18", "data": "imagefolder"})
 
@@ -439,8 +440,8 @@ def test_a_recipe_on_other_data():
     [
         ("epoch = 3", "keys that are no settings: epoch"),
         ('recipe = "photos"', "keys that are no settings: recipe"),
-        ('epochs = "3"', "epochs in .* must be a int, got '3'"),
-        ("epochs = true", "epochs in .* must be a int, got True"),
+        ('epochs = "3"', "epochs in .* must be of type int, got '3'"),
+        ("epochs = true", "epochs in .* must be of type int, got True"),
         ("epochs = 0", "--epochs must be at least 1"),
         ('optimizer = "adam"', "--optimizer must be one of adamw, sgd, lars; got adam"),
         ('augment = ["crop", "cut"]', "--augment must be one of crop, .*; got cut"),
@@ -456,9 +457,19 @@ def test_wrong_recipes(tmp_path, text, message):
         simclr.make_config({"recipe": str(recipe)})
 
 
-def test_recipes_in_a_circle(tmp_path):
+def test_a_base_is_looked_for_beside_the_recipe_that_names_it(tmp_path):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "common.toml").write_text("epochs = 3\nlr = 0.5\n")
+    (folder / "own.toml").write_text('base = "common.toml"\nlr = 1.0\n')
+    config = simclr.make_config({"recipe": str(folder / "own.toml")})
+    assert (config.epochs, config.lr) == (3, 1.0)
+
+
+@pytest.mark.parametrize("base", ["{folder}/second.toml", "../{name}/second.toml"])
+def test_recipes_in_a_circle(tmp_path, base):
     first, second = tmp_path / "first.toml", tmp_path / "second.toml"
-    first.write_text(f'base = "{second}"')
+    first.write_text(f'base = "{base.format(folder=tmp_path, name=tmp_path.name)}"')
     second.write_text(f'base = "{first}"')
     with pytest.raises(simclr.UserError, match=r"first.toml is its own base"):
         simclr.make_config({"recipe": str(first)})

@@ -16,6 +16,9 @@ from contrastive_kit.ops._triton import refusal as triton_refusal
 
 _HALF = (torch.float16, torch.bfloat16)
 
+# Roundings average out over the length of a row; shorter ones are multiplied as they are.
+_SHORTEST_ROUNDED = 32
+
 
 class Backend(NamedTuple):
     """A way to compute the primitive.
@@ -83,8 +86,9 @@ def operand_dtype(*embeddings: Tensor) -> torch.dtype:
 
     Half precision where all embeddings are, and then float16: unit rows do not need the range of
     bfloat16, and three more bits make logits and gradients eight times as exact at the same speed.
+    Rows (..., D) of D < 32 stay in float32.
     """
-    half = all(x.dtype in _HALF for x in embeddings)
+    half = all(x.dtype in _HALF and x.shape[-1] >= _SHORTEST_ROUNDED for x in embeddings)
     return torch.float16 if half else torch.float32
 
 
@@ -195,7 +199,8 @@ def operand_name(dtype: torch.dtype) -> str:
     """What tensor cores multiply where rows may be rounded to ``dtype``, as ops are told."""
     if dtype != torch.float32:
         return str(dtype).removeprefix("torch.")
-    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # The same setting as torch.get_float32_matmul_precision(), which breaks a compiled graph.
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
 
 
 def _triton_kernels(operands: torch.dtype) -> str:

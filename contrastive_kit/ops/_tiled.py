@@ -69,9 +69,9 @@ def _forward_unshifted(
     sums = q.new_zeros(length, dtype=accumulator_dtype(q))
     row_sums, column_sums = _split(sums, q, k, both)
     for tile, exps in _exp_tiles(q, k, exclusion, bound):
-        row_sums[tile.rows] += exps.sum(1)
+        row_sums[tile.rows].add_(exps.sum(1))
         if column_sums is not None:
-            column_sums[tile.mirrored] += _mirrored(exps, tile).sum(0)
+            column_sums[tile.mirrored].add_(_mirrored(exps, tile).sum(0))
     return sums.log_()
 
 
