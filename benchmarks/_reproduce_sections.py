@@ -105,6 +105,7 @@ class Scale:
 
 _SEEDS = {"baselines": 1, "augment": 2, "head": 3, "batch": 2, "temperature": 3, "encoder": 2}
 _CONVNET = {"encoder": "convnet"}
+_WIDE = "convnet, twice as wide"
 _SMALL = {"stem": "imagenet"}  # on 32 pixels a seventh of the work of the CIFAR stem, or less
 
 SCALES = {
@@ -123,10 +124,12 @@ SCALES = {
             temperatures=(0.05, 0.1, 0.2, 0.5, 1.0),
             encoders={
                 "convnet": _CONVNET,
+                _WIDE: {**_CONVNET, "width": 64},
                 "ResNet-18": {"encoder": "resnet18", **_SMALL},
                 "ResNet-34": {"encoder": "resnet34", **_SMALL},
             },
             deeper=("ResNet-18", "ResNet-34"),
+            wider=("convnet", _WIDE),
             seeds=_SEEDS,
         ),
         Scale(
@@ -144,10 +147,12 @@ SCALES = {
             temperatures=(0.05, 0.1, 0.2, 0.5, 1.0),
             encoders={
                 "convnet": _CONVNET,
+                _WIDE: {**_CONVNET, "width": 64},
                 "ResNet-18": {"encoder": "resnet18", **_SMALL},
                 "ResNet-34": {"encoder": "resnet34", **_SMALL},
             },
             deeper=("ResNet-18", "ResNet-34"),
+            wider=("convnet", _WIDE),
             seeds=_SEEDS,
             needs_root=True,
         ),
@@ -322,11 +327,15 @@ def _encoder(scale: Scale) -> Section:
         for name, changes in scale.encoders.items()
         for kind, extra in (("SimCLR", {}), ("supervised", {"supervised": True}))
     )
-    small, deep = scale.deeper
-    claims = [
+    (small, deep), (narrow, wide) = scale.deeper, scale.wider
+    claims = (
         Claim(
             f"A deeper encoder is better ({deep} against {small})",
             {(deep, "SimCLR", "h"): 1.0, (small, "SimCLR", "h"): -1.0},
+        ),
+        Claim(
+            f"A wider encoder is better ({wide}, against {narrow})",
+            {(wide, "SimCLR", "h"): 1.0, (narrow, "SimCLR", "h"): -1.0},
         ),
         Claim(
             "Training with labels is better (mean over the encoders)",
@@ -343,22 +352,13 @@ def _encoder(scale: Scale) -> Section:
                 (deep, "supervised", "h"): -1.0, (deep, "SimCLR", "h"): 1.0,
             },
         ),
-    ]  # fmt: skip
-    if scale.wider:
-        narrow, wide = scale.wider
-        claims.insert(
-            1,
-            Claim(
-                f"A wider encoder is better ({wide}, against {narrow})",
-                {(wide, "SimCLR", "h"): 1.0, (narrow, "SimCLR", "h"): -1.0},
-            ),
-        )
+    )  # fmt: skip
     return Section(
         "encoder", "Size of the encoder, and the gap to supervised training",
         "Section 4.1 and figure 7. Supervised training has the same augmentation, optimiser and "
         "epochs, and one view of each image where SimCLR has two; its features are probed in the "
         "same way.",
-        ("encoder", "training"), cells, scale.seeds["encoder"], tuple(claims),
+        ("encoder", "training"), cells, scale.seeds["encoder"], claims,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ CHECKPOINT_FORMAT = "contrastive-kit examples/simclr.py, version 2"
 LOOK_EVERY = 10  # steps; to read a value waits for the device
 
 
-def small_convnet(width: int = 32) -> nn.Module:
+def small_convnet(width: int) -> nn.Module:
     """Four 3x3 convolutions, for the photographs: enough to learn from, quick on a CPU."""
     layers: list[nn.Module] = []
     for i, (out, stride) in enumerate([(1, 2), (2, 2), (4, 2), (8, 1)]):
@@ -101,7 +101,7 @@ def build_model(config: Config, classes: int) -> nn.Sequential:
     try:
         encoder: Any
         if config.encoder == "convnet":
-            encoder = small_convnet()
+            encoder = small_convnet(config.width or 32)
         else:
             stem: Any = config.stem
             encoder = resnet_encoder(config.encoder, stem=stem)

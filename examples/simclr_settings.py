@@ -48,6 +48,9 @@ class Config:
     crop_min: float = option(0.08, "least area of a crop, as a part of the image", above=0, most=1)
     gray: float = option(0.2, "probability of losing the colour", least=0, most=1)
     encoder: str = option("convnet", "convnet (four layers) or a torchvision ResNet")
+    width: int | None = option(
+        None, "channels of the convnet's first layer, a multiple of 16 [32]", least=16
+    )
     stem: str | None = option(
         None, "of a ResNet [cifar up to 64 pixels]", choices=("cifar", "imagenet")
     )
@@ -187,12 +190,7 @@ def make_config(given: dict[str, Any]) -> Config:
         raise UserError(
             f"--warmup-epochs must be below --epochs ({config.epochs}), got {config.warmup_epochs}"
         )
-    if config.encoder == "convnet" and config.stem is not None:
-        if "stem" in given:
-            raise UserError("--stem has no meaning with --encoder convnet")
-        config = replace(config, stem=None)
-    if config.encoder != "convnet" and config.stem is None:
-        config = replace(config, stem="cifar" if config.size <= 64 else "imagenet")
+    config = complete_encoder(config, given)
     if config.head_layers < 2 and config.head_hidden is not None:
         if "head_hidden" in given:
             raise UserError("--head-hidden has no meaning below --head-layers 2")
@@ -202,6 +200,22 @@ def make_config(given: dict[str, Any]) -> Config:
     if config.data == "cifar10" and config.size != 32:
         raise UserError(f"--size must be 32 with --data cifar10, got {config.size}")
     return complete_image_folder(config) if config.data == "imagefolder" else config
+
+
+def complete_encoder(config: Config, given: dict[str, Any]) -> Config:
+    """Check and fill in what only one kind of encoder has."""
+    convnet = config.encoder == "convnet"
+    without_meaning = "stem" if convnet else "width"
+    if getattr(config, without_meaning) is not None:
+        if without_meaning in given:
+            raise UserError(f"--{without_meaning} has no meaning with --encoder {config.encoder}")
+        config = replace(config, **{without_meaning: None})  # it was the recipe's
+    if convnet:
+        width = config.width or 32
+        if width % 16:
+            raise UserError(f"--width must be a multiple of 16, got {width}")
+        return replace(config, width=width)
+    return replace(config, stem=config.stem or ("cifar" if config.size <= 64 else "imagenet"))
 
 
 def absolute(path: str | None) -> str | None:

@@ -354,6 +354,8 @@ def test_normalisation_and_biases_are_not_decayed():
         ({"data": "imagefolder"}, "--data imagefolder needs --root"),
         ({"data": "cifar10", "size": 64}, "--size must be 32"),
         ({"stem": "cifar"}, "--stem has no meaning with --encoder convnet"),
+        ({"encoder": "resnet18", "width": 32}, "--width has no meaning with --encoder resnet18"),
+        ({"width": 40}, "--width must be a multiple of 16, got 40"),
         ({"temperature": 0.0}, "--temperature must be above 0, got 0.0"),
         ({"lr": math.nan}, "--lr must be above 0, got nan"),
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
@@ -464,6 +466,15 @@ def test_a_base_is_looked_for_beside_the_recipe_that_names_it(tmp_path):
     (folder / "own.toml").write_text('base = "common.toml"\nlr = 1.0\n')
     config = simclr.make_config({"recipe": str(folder / "own.toml")})
     assert (config.epochs, config.lr) == (3, 1.0)
+
+
+def test_the_width_of_the_convnet():
+    config = simclr.make_config({"width": 48})
+    encoder, head = simclr.build_model(config, 2)
+    assert encoder(torch.rand(2, 3, 24, 24)).shape == (2, 8 * 48)
+    assert head(torch.rand(2, 8 * 48)).shape == (2, 128)
+    assert simclr.make_config({}).width == 32
+    assert simclr.make_config({"encoder": "resnet18"}).width is None
 
 
 @pytest.mark.parametrize("base", ["{folder}/second.toml", "../{name}/second.toml"])
