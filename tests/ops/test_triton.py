@@ -429,9 +429,14 @@ def test_opcheck_of_one_op_triton():
 
 
 @on_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, "highest"), (torch.float32, "highest"), (torch.float32, "high")],
+)
 @pytest.mark.parametrize("name", ["mean", "clip"])
-def test_compiles_to_one_graph_triton(name, dtype):
+def test_compiles_to_one_graph_triton(name, dtype, precision, request):
+    if precision == "high":
+        request.getfixturevalue("tf32")
     torch.compiler.reset()
     compiled = torch.compile(LOSSES[name], fullgraph=True, dynamic=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
