@@ -94,7 +94,7 @@ class Scale:
     temperatures: tuple[float, ...]
     encoders: Mapping[str, Settings]
     deeper: tuple[str, str]
-    wider: tuple[str, str] | None = None
+    wider: tuple[str, str]
     seeds: Mapping[str, int] = field(default_factory=dict)
     needs_root: bool = False
 

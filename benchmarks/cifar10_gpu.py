@@ -43,7 +43,7 @@ def differences(config: dict[str, Any]) -> list[str]:
     return [
         f"{name} {config[name]!r} instead of {value!r}"
         for name, value in expected.items()
-        if name not in FREE and config[name] != value
+        if name not in FREE and config.get(name, value) != value
     ]
 
 

@@ -4,11 +4,12 @@
 #   benchmarks/cifar10_gpu.sh ARCHIVE [--wheels FOLDER] [--work FOLDER] [--minutes M] [--dry] [-- OPTIONS]
 #
 # ARCHIVE unpacks to train/CLASS/* and test/CLASS/*. OPTIONS are those of examples/simclr.py, after
-# --recipe cifar10_resnet18; the first call takes them, and the run keeps its settings. A call ends
-# by itself after about M (8.5) minutes; while there is more to do it says so and exits with status
-# 3: call it again with the same arguments, and it goes on from where it was. The run is in --work (runs/cifar10_gpu), the result in
-# benchmarks/results/cifar10_gpu.{json,md,png}; a run with other settings than the recipe's stays in
-# --work, except for those of its length (-- --recipe cifar10_resnet18_1000), --seed and --compile.
+# --recipe cifar10_resnet18; only the first call takes them. A call ends by itself after about M
+# (8.5) minutes; while there is more to do it says so and exits with status 3: call it again with
+# the same arguments, and it goes on from where it was. The run is in --work (runs/cifar10_gpu), the
+# result in benchmarks/results/cifar10_gpu.{json,md,png}; a run with other settings than the
+# recipe's stays in --work, except for those of its length (-- --recipe cifar10_resnet18_1000),
+# --seed and --compile.
 #
 # --wheels: packages that are missing (kornia, kornia_rs) are taken from the wheels in FOLDER.
 # --dry: the same from end to end at a size for a CPU, to see that it works; no result is written.

@@ -661,4 +661,4 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted before training began")
+        sys.exit("error: interrupted")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -106,7 +107,7 @@ def flag(name: str) -> str:
 def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a recipe, on top of those of the recipe that it names as its `base`."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    path = path.resolve()
+    path = Path(os.path.abspath(path))
     if path in above:
         raise UserError(f"{path} is its own base")
     try:
@@ -129,9 +130,11 @@ def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
             values[f.name] = checked_type(f, values[f.name], f"{f.name} in {path}")
     if base is None:
         return values
-    if str(base).endswith(".toml"):
-        base = path.parent / base
-    return {**read_recipe(str(base), (*above, path)), **values}
+    if not isinstance(base, str):
+        raise UserError(f"base in {path} must be of type str, got {base!r}")
+    if base.endswith(".toml"):
+        base = str(path.parent / base)
+    return {**read_recipe(base, (*above, path)), **values}
 
 
 def kind(f: Any) -> type:
@@ -220,7 +223,7 @@ def complete_encoder(config: Config, given: dict[str, Any]) -> Config:
 
 def absolute(path: str | None) -> str | None:
     """The same place from any folder: the run may be resumed from another one."""
-    return None if path is None else str(Path(path).expanduser().absolute())
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
 
 
 def complete_image_folder(config: Config) -> Config:

@@ -449,6 +449,7 @@ def test_a_recipe_on_other_data():
         ('augment = ["crop", "cut"]', "--augment must be one of crop, .*; got cut"),
         ("crop_min = 1.5", "--crop-min must be at most 1, got 1.5"),
         ("epochs = ", "is no TOML file"),
+        ("base = 3", "base in .* must be of type str, got 3"),
         ('base = "nonesuch"', "--recipe must be a .toml file or one of .*photos.*; got nonesuch"),
     ],
 )

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
+# Named here, because torch 2.9 cannot compile a function inside another that spells it out.
+_LogSumExpAndStatistics = tuple[Tensor, LogitStatistics | None]
+
 REDUCTIONS = ("mean", "sum", "none")
 
 # The bound of CLIP: below this temperature training with a learnable one becomes unstable.
@@ -105,7 +108,7 @@ def negative_logsumexp(
         are without weights. Without statistics the second is of no use.
     """
 
-    def at_scale(scale: float, statistics: bool) -> tuple[Tensor, LogitStatistics | None]:
+    def at_scale(scale: float, statistics: bool) -> _LogSumExpAndStatistics:
         root = math.sqrt(scale)
         return kept_logsumexp(
             q if scale == 1 else q * root,

@@ -159,7 +159,7 @@ def info_nce(
         batch = gather_batch(torch.stack(columns), ids, weights, process_group)
         columns = [x.contiguous() for x in batch.rows.unbind(1)]
         exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
-    directions = list(zip((queries, keys), columns, strict=False))
+    directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
 
     options = _Options(
         exclusion=exclusion,

@@ -1,8 +1,9 @@
 """SupCon: all images of the same label are positives of each other."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +203,8 @@ def _gather(
     return batch, anchors.sum() / size
 
 
-class _Batch(NamedTuple):
+@dataclass(frozen=True)
+class _Batch:
     """Anchors and candidates: the same rows, or those of this process and of all.
 
     Attributes:

@@ -16,7 +16,7 @@ from contrastive_kit.ops._triton import refusal as triton_refusal
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# Roundings average out over the length of a row; shorter ones are multiplied as they are.
+# Roundings average out over the length of a row; shorter ones count as float32.
 _SHORTEST_ROUNDED = 32
 
 
@@ -86,7 +86,7 @@ def operand_dtype(*embeddings: Tensor) -> torch.dtype:
 
     Half precision where all embeddings are, and then float16: unit rows do not need the range of
     bfloat16, and three more bits make logits and gradients eight times as exact at the same speed.
-    Rows (..., D) of D < 32 stay in float32.
+    Rows (..., D) of D < 32 count as float32.
     """
     half = all(x.dtype in _HALF and x.shape[-1] >= _SHORTEST_ROUNDED for x in embeddings)
     return torch.float16 if half else torch.float32
@@ -108,7 +108,7 @@ def kept_logsumexp(
     A row that keeps no entry has logsumexp -inf and a zero gradient. NaN and inf propagate.
     Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except with the
     ``reference`` backend). Deterministic. Memory beyond the result: for ``triton`` a copy of the
-    rows and at most 256 MiB; for ``tiled`` a few tiles of 1 MiB on a CPU (64 MiB on an
+    rows and at most 256 MiB; for ``tiled`` a few tiles of 2¹⁸ entries on a CPU (2²⁴ on an
     accelerator); and R·C for the ``reference`` backend.
 
     Args:
@@ -200,7 +200,12 @@ def operand_name(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return str(dtype).removeprefix("torch.")
     # The same setting as torch.get_float32_matmul_precision(), which breaks a compiled graph.
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+    matmul = torch.backends.cuda.matmul
+    try:
+        rounded = matmul.allow_tf32
+    except RuntimeError:  # fp32_precision has been set instead, and the two do not mix
+        rounded = matmul.fp32_precision == "tf32"
+    return "tf32" if rounded else "float32"
 
 
 def _triton_kernels(operands: torch.dtype) -> str:

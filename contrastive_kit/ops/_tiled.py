@@ -189,9 +189,11 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 
 def _largest_logit(q: Tensor, k: Tensor | None, bound: float) -> float:
-    """What no |logit| exceeds: ``bound``, or less where that is too large to be of use."""
+    """What no |logit| exceeds: ``bound``, or where that is of no use, by the lengths of rows."""
     if bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]:
         return bound
+    if 0 in (len(q), len(q if k is None else k)):
+        return 0.0
     if q.device.type != "cpu":
         return torch.inf  # reading the norms would wait for the device
     longest = torch.linalg.vector_norm(q, dim=1).amax()

@@ -264,6 +264,31 @@ def test_runs_are_identical_bit_for_bit():
         assert torch.equal(grad, runs[0][1][0])
 
 
+@pytest.mark.parametrize("tile", [(16, 16), (8, 24), (9, 64)])
+@pytest.mark.parametrize("two_matrices", [False, True])
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+def test_any_shape_of_tile(logit_size, two_matrices, tile, monkeypatch):
+    monkeypatch.setattr(_tiled, "_CPU_TILE", tile)
+    q = (torch.randn(70, 6, dtype=torch.float64) * logit_size**0.5).requires_grad_()
+    k = torch.randn(45, 6, dtype=torch.float64).requires_grad_() if two_matrices else None
+    inputs = [q] if k is None else [q, k]
+    lse, _ = kept_logsumexp(q, k, exclusion=Exclusion(35), both=two_matrices, backend="tiled")
+    grad = torch.randn_like(lse)
+    mask = Exclusion(35).mask(70, 45 if two_matrices else 70, q.device)
+    expected, expected_grads = oracle(q, k, mask, two_matrices, grad)
+    torch.testing.assert_close(lse, expected, rtol=1e-12, atol=1e-12)
+    for actual, exact in zip(torch.autograd.grad(lse, inputs, grad), expected_grads, strict=True):
+        assert_within(actual, exact, gradient_budget(torch.float64, 1e-3))
+
+
+@pytest.mark.parametrize("bound", [10.0, torch.inf])
+def test_no_columns(bound):
+    q = torch.randn(3, 4, requires_grad=True)
+    lse, _ = kept_logsumexp(q, torch.empty(0, 4), bound=bound)
+    assert torch.equal(lse, torch.full((3,), -torch.inf))
+    assert not torch.autograd.grad(lse, q, torch.ones(3))[0].any()
+
+
 @pytest.mark.parametrize("bound", [30.0, 60.0, 1e9, torch.inf])  # base 2, base e, measured
 def test_a_known_bound_changes_the_path_not_the_result(bound):
     q = F.normalize(torch.randn(40, 5), dim=1) * 30**0.5

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -426,6 +427,19 @@ def test_opcheck_of_one_op_triton():
     _, *saved = pair_loss_forward(a, b, 0.1, "float16")
     grad = to_device(torch.tensor(2.0))
     torch.library.opcheck(pair_loss_backward, (grad, a, b, *saved, 0.1, "float16"))
+
+
+def test_either_way_to_ask_for_tf32_is_followed():
+    code = """
+        import torch
+        from contrastive_kit.ops._lse import operand_name
+        assert operand_name(torch.float32) == "float32"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert operand_name(torch.float32) == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert operand_name(torch.float32) == "float32"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 @on_device

@@ -93,7 +93,8 @@ def variants(target, everything):
         cases = [
             (half, 128, plain), (bf16, 128, plain), (half, 256, plain), (half, 512, plain),
             (half, 4096, plain), (half, 16, plain), (half, 128, general), (half, 256, general),
-            (half, 512, general), (single, 128, plain), (single, 512, general),
+            (half, 512, general), (single, 16, plain), (single, 16, general), (single, 128, plain),
+            (single, 512, general),
             (rounded, 128, plain), (rounded, 128, general),
         ]  # fmt: skip
     for (dtype, torch_dtype, precision), depth, rule in cases:
