@@ -404,7 +404,7 @@ def test_recipes_are_complete_and_have_their_published_settings():
             {"recipe": name, "root": "somewhere"} if name != "photos" else {}
         )
         assert config.recipe == name
-    assert simclr.make_config({}) == simclr_settings.Config(warmup_epochs=1.0)
+    assert simclr.make_config({}) == simclr_settings.Config(warmup_epochs=1.0, width=32)
     cifar = simclr.make_config({"recipe": "cifar10_resnet18"})
     assert (cifar.stem, cifar.temperature, cifar.batch_size, cifar.strength) == (
         "cifar", 0.5, 512, 0.5,
