@@ -52,8 +52,8 @@ def forward(
     that float32 cannot hold comes back as the second result. Statistics are empty if not wanted.
     """
     length = len(q) + (len(k) if both and k is not None else 0)
-    bound = _largest_logit(q, k, bound)
-    if statistics or _needs_shift(q, bound):
+    bound = torch.inf if statistics else _largest_logit(q, k, bound)
+    if _needs_shift(q, bound):
         lse, stats = _forward_shifted(q, k, exclusion, both, length, statistics)
     else:
         lse = _forward_unshifted(q, k, exclusion, both, length, bound)
