@@ -17,7 +17,7 @@ from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.ops._differentiable_once import differentiable_once
 from contrastive_kit.ops._exclusion import Exclusion
 from contrastive_kit.ops._registered import _register
-from contrastive_kit.ops._tiled import _logit_tiles, _power_of_two
+from contrastive_kit.ops._tiled import blocks, logit_tiles, power_of_two
 from contrastive_kit.ops._unit_rows import accumulator_dtype
 
 SOFTPLUS_BACKENDS = ("tiled", "reference")
@@ -85,11 +85,12 @@ def _forward(
 ) -> Tensor:
     exclusion = Exclusion(period, row_ids, column_ids)
     sums = q.new_zeros(len(q), dtype=accumulator_dtype(q))
+    row_sums = blocks(sums)
     with torch.autocast(q.device.type, enabled=False):
-        for tile, logits in _logit_tiles(q, k):
+        for tile, logits in logit_tiles(q, k):
             values = F.softplus(logits.add_(bias), threshold=_LINEAR_ABOVE)
-            exclusion.fill_(values, 0.0, tile.rows.start, tile.columns.start)
-            sums[tile.rows] += values.sum(1)
+            exclusion.fill_(values, 0.0, tile.top, tile.left)
+            row_sums[tile.row].add_(values.sum(1))
     return sums.to(q.dtype)
 
 
@@ -121,18 +122,19 @@ def _backward(
     dk = k.new_zeros(k.shape if needs_k else 0)
     dbias = q.new_zeros((), dtype=accumulator_dtype(q))
     # Relative to the largest, or a small incoming gradient would leave the range of float32.
-    unit = _power_of_two(grad.abs().amax())
-    scale = grad / unit
+    unit = power_of_two(grad.abs().amax())
+    scales = blocks(grad / unit)
+    rows, columns, drows, dcolumns = blocks(q), blocks(k), blocks(dq), blocks(dk)
     with torch.autocast(q.device.type, enabled=False):
-        for tile, logits in _logit_tiles(q, k):
+        for tile, logits in logit_tiles(q, k):
             weights = logits.add_(bias).sigmoid_()
-            exclusion.fill_(weights, 0.0, tile.rows.start, tile.columns.start)
-            weights.mul_(scale[tile.rows, None])
+            exclusion.fill_(weights, 0.0, tile.top, tile.left)
+            weights.mul_(scales[tile.row].unsqueeze(1))
             dbias += weights.sum()
             if needs_q:
-                dq[tile.rows].addmm_(weights, k[tile.columns])
+                drows[tile.row].addmm_(weights, columns[tile.column])
             if needs_k:
-                dk[tile.columns].addmm_(weights.T, q[tile.rows])
+                dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
     return dq.mul_(unit), dk.mul_(unit), (dbias * unit).to(bias.dtype)
 
 

@@ -17,11 +17,14 @@ from contrastive_kit.ops._exclusion import Exclusion
 from contrastive_kit.ops._statistics import merge_statistics, row_statistics
 from contrastive_kit.ops._unit_rows import accumulator_dtype
 
-# Rows and columns of a tile. On a CPU a float32 tile is 1 MiB, and stays in cache with what is
-# computed from it; on an accelerator tiles are large so that launches do not dominate. A tile is
-# at least as wide as high, so that the first of a row block holds its whole diagonal block.
-_CPU_TILE = (512, 512)
-_ACCELERATOR_TILE = (2048, 8192)
+# Rows, and columns, of a tile. On a CPU a float32 tile is 1 MiB, and stays in cache with what is
+# computed from it; on an accelerator tiles are large so that launches do not dominate.
+_CPU_TILE = 512
+_ACCELERATOR_TILE = 4096
+
+# Unused numbers between the rows of a tile. Rows a power of two apart fall on few sets of the
+# cache, and a product with the transposed tile takes a sixth longer.
+_PADDING = 16
 
 # While every |logit| is at most this, sums of exp neither overflow nor lose a row to underflow,
 # and the running maximum of a stable logsumexp is not needed.
@@ -34,12 +37,18 @@ _BITS_PER_NAT = math.log2(math.e)
 _LARGEST_LOGIT_IN_BITS = 32.0
 
 
-class _Tile(NamedTuple):
-    rows: slice
-    columns: slice
-    mirrored: (
-        slice  # the columns for which this tile also counts as rows, or as the other direction
-    )
+# Pieces of a tensor, one for each block of rows, or of columns, of the tiles.
+Blocks = tuple[Tensor, ...]
+
+
+class Tile(NamedTuple):
+    """Where a tile is: its blocks of rows and of columns, and its corner."""
+
+    row: int
+    column: int
+    top: int
+    left: int
+    mirrored: bool  # it also counts transposed: below the diagonal, or in the other direction
 
 
 def forward(
@@ -67,11 +76,11 @@ def _forward_unshifted(
     q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, length: int, bound: float
 ) -> Tensor:
     sums = q.new_zeros(length, dtype=accumulator_dtype(q))
-    row_sums, column_sums = _split(sums, q, k, both)
+    row_sums, column_sums = _row_and_column_blocks(sums, q, k, both)
     for tile, exps in _exp_tiles(q, k, exclusion, bound):
-        row_sums[tile.rows].add_(exps.sum(1))
-        if column_sums is not None:
-            column_sums[tile.mirrored].add_(_mirrored(exps, tile).sum(0))
+        row_sums[tile.row].add_(exps.sum(1))
+        if column_sums is not None and tile.mirrored:
+            column_sums[tile.column].add_(exps.sum(0))
     return sums.log_()
 
 
@@ -79,29 +88,27 @@ def _forward_shifted(
     q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, length: int, statistics: bool
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_full((length,), -torch.inf, dtype=accumulator_dtype(q))
-    stats = q.new_zeros(4, length if statistics else 0)
-    stats[0] = -torch.inf
-    row_lse, column_lse = _split(lse, q, k, both)
-    row_stats, column_stats = _split(stats, q, k, both)
+    stats = q.new_zeros(4 if statistics else 0, length)
+    stats[:1] = -torch.inf
+    row_lse, column_lse = _row_and_column_blocks(lse, q, k, both)
+    row_stats, column_stats = _row_and_column_blocks(stats, q, k, both)
 
-    def merge(lse: Tensor, stats: Tensor, logits: Tensor, where: slice, dim: int) -> None:
+    def merge(lse: Tensor, stats: Tensor, logits: Tensor, dim: int) -> None:
         peak = logits.amax(dim)
         shift = peak.masked_fill(peak == -torch.inf, 0)
         sums = _exp_(logits - shift.unsqueeze(dim)).sum(dim)
         tile_lse = shift.to(lse.dtype) + sums.to(lse.dtype).log()
-        merged = torch.logaddexp(lse[where], tile_lse)
+        merged = torch.logaddexp(lse, tile_lse)
         if statistics:
             tile_stats = row_statistics(logits, tile_lse.to(q.dtype), dim)
-            stats[:, where] = merge_statistics(
-                merged, stats[:, where], lse[where], tile_stats, tile_lse
-            )
-        lse[where] = merged
+            stats.copy_(merge_statistics(merged, stats, lse, tile_stats, tile_lse))
+        lse.copy_(merged)
 
-    for tile, logits in _logit_tiles(q, k):
-        exclusion.fill_(logits, -torch.inf, tile.rows.start, tile.columns.start)
-        merge(row_lse, row_stats, logits, tile.rows, 1)
-        if column_lse is not None and column_stats is not None:
-            merge(column_lse, column_stats, _mirrored(logits, tile), tile.mirrored, 0)
+    for tile, logits in logit_tiles(q, k):
+        exclusion.fill_(logits, -torch.inf, tile.top, tile.left)
+        merge(row_lse[tile.row], row_stats[tile.row], logits, 1)
+        if column_lse is not None and column_stats is not None and tile.mirrored:
+            merge(column_lse[tile.column], column_stats[tile.column], logits, 0)
     return lse, stats if statistics else q.new_empty(0)
 
 
@@ -117,10 +124,8 @@ def backward(
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``q`` and ``k``, equation (5); an empty tensor for the one not needed."""
-    keys = q if k is None else k
     dq = q.new_zeros(q.shape) if needs_grad[0] else q.new_empty(0)
     dk = k.new_zeros(k.shape) if k is not None and needs_grad[1] else q.new_empty(0)
-    mirrored_grad = dq if k is None else dk
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     bound = _largest_logit(q, k, bound)
@@ -128,18 +133,21 @@ def backward(
     # exp(logit - lse - lost) · grad, with as much of the exponent as is safe taken out of the tile
     outside = -lost.to(accumulator_dtype(q))
     # Relative to the largest, or a small incoming gradient would leave the range of float32.
-    unit = _power_of_two(grad.abs().amax())
+    unit = power_of_two(grad.abs().amax())
     scale = (grad / unit * (outside if shifted else outside - lse).exp()).to(q.dtype)
-    scales = _split(scale, q, k, both)
+    scales = _row_and_column_blocks(scale, q, k, both)
     if shifted:
-        weight_tiles = _weight_tiles_shifted(q, k, exclusion, _split(lse, q, k, both), scales)
+        lse_blocks = _row_and_column_blocks(lse, q, k, both)
+        weight_tiles = _weight_tiles_shifted(q, k, exclusion, lse_blocks, scales)
     else:
         weight_tiles = _weight_tiles_unshifted(q, k, exclusion, scales, bound)
+    rows, drows = blocks(q), blocks(dq)
+    columns, dcolumns = (rows, drows) if k is None else (blocks(k), blocks(dk))
     for tile, weights in weight_tiles:
         if needs_grad[0]:
-            dq[tile.rows].addmm_(weights, keys[tile.columns])
-        if k is None or needs_grad[1]:
-            mirrored_grad[tile.mirrored].addmm_(_mirrored(weights, tile).T, q[tile.rows])
+            drows[tile.row].addmm_(weights, columns[tile.column])
+        if tile.mirrored and (k is None or needs_grad[1]):
+            dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
     return dq.mul_(unit), dk.mul_(unit)
 
 
@@ -147,42 +155,42 @@ def _weight_tiles_unshifted(
     q: Tensor,
     k: Tensor | None,
     exclusion: Exclusion,
-    scales: tuple[Tensor, Tensor | None],
+    scales: tuple[Blocks, Blocks | None],
     bound: float,
-) -> Iterator[tuple[_Tile, Tensor]]:
+) -> Iterator[tuple[Tile, Tensor]]:
     """Each tile with the weights of equation (5), both directions summed."""
     row_scale, column_scale = scales
     scratch: Tensor | None = None
     for tile, exps in _exp_tiles(q, k, exclusion, bound):
-        if column_scale is None:
-            yield tile, exps.mul_(row_scale[tile.rows, None])
-        else:
+        scale = row_scale[tile.row].unsqueeze(1)
+        if column_scale is not None:
             if scratch is None:  # the first tile is the largest
                 scratch = exps.new_empty(exps.numel())
             both_scales = scratch[: exps.numel()].view(exps.shape)
-            torch.add(row_scale[tile.rows, None], column_scale[tile.columns], out=both_scales)
-            yield tile, exps.mul_(both_scales)
+            scale = torch.add(scale, column_scale[tile.column], out=both_scales)
+        yield tile, exps.mul_(scale)
 
 
 def _weight_tiles_shifted(
     q: Tensor,
     k: Tensor | None,
     exclusion: Exclusion,
-    lse: tuple[Tensor, Tensor | None],
-    scales: tuple[Tensor, Tensor | None],
-) -> Iterator[tuple[_Tile, Tensor]]:
+    lse: tuple[Blocks, Blocks | None],
+    scales: tuple[Blocks, Blocks | None],
+) -> Iterator[tuple[Tile, Tensor]]:
     """The same where exp of a logit may overflow."""
     (row_lse, column_lse), (row_scale, column_scale) = lse, scales
-    for tile, logits in _logit_tiles(q, k):
-        exclusion.fill_(logits, -torch.inf, tile.rows.start, tile.columns.start)
-        weights = _exp_(logits - row_lse[tile.rows, None]).mul_(row_scale[tile.rows, None])
+    for tile, logits in logit_tiles(q, k):
+        exclusion.fill_(logits, -torch.inf, tile.top, tile.left)
+        weights = _exp_(logits - row_lse[tile.row].unsqueeze(1))
+        weights.mul_(row_scale[tile.row].unsqueeze(1))
         if column_lse is not None and column_scale is not None:
-            _exp_(logits.sub_(column_lse[tile.columns]))
-            weights.addcmul_(logits, column_scale[tile.columns])
+            _exp_(logits.sub_(column_lse[tile.column]))
+            weights.addcmul_(logits, column_scale[tile.column])
         yield tile, weights
 
 
-def _power_of_two(x: Tensor) -> Tensor:
+def power_of_two(x: Tensor) -> Tensor:
     """The power of two just above ``x``, so that dividing and multiplying by it are exact."""
     power = x / torch.frexp(x).mantissa
     return torch.where((x > 0) & (x < torch.inf), power, 1)
@@ -207,12 +215,12 @@ def _needs_shift(q: Tensor, bound: float) -> bool:
 
 def _exp_tiles(
     q: Tensor, k: Tensor | None, exclusion: Exclusion, bound: float
-) -> Iterator[tuple[_Tile, Tensor]]:
+) -> Iterator[tuple[Tile, Tensor]]:
     """Each tile with the exp of its logits, 0 where excluded."""
     in_bits = bound <= _LARGEST_LOGIT_IN_BITS
-    for tile, logits in _logit_tiles(q, k, _BITS_PER_NAT if in_bits else 1.0):
+    for tile, logits in logit_tiles(q, k, _BITS_PER_NAT if in_bits else 1.0):
         exps = logits.exp2_() if in_bits else logits.exp_()
-        exclusion.fill_(exps, 0.0, tile.rows.start, tile.columns.start)
+        exclusion.fill_(exps, 0.0, tile.top, tile.left)
         yield tile, exps
 
 
@@ -220,27 +228,41 @@ def _exp_(x: Tensor) -> Tensor:
     return x.mul_(_BITS_PER_NAT).exp2_()
 
 
-def _logit_tiles(q: Tensor, k: Tensor | None, unit: float = 1.0) -> Iterator[tuple[_Tile, Tensor]]:
+def logit_tiles(q: Tensor, k: Tensor | None, unit: float = 1.0) -> Iterator[tuple[Tile, Tensor]]:
     """Each tile with its logits times ``unit``, in one buffer that the next tile overwrites."""
     keys = q if k is None else k
-    height, width = _CPU_TILE if q.device.type == "cpu" else _ACCELERATOR_TILE
-    buffer = q.new_empty(min(height, len(q)) * min(width, len(keys)))
-    for top in range(0, len(q), height):
-        bottom = min(top + height, len(q))
-        for left in range(top if k is None else 0, len(keys), width):
-            right = min(left + width, len(keys))
-            mirrored = slice(max(left, bottom) if k is None else left, right)
-            logits = buffer[: (bottom - top) * (right - left)].view(bottom - top, right - left)
-            logits.addmm_(q[top:bottom], keys[left:right].T, beta=0, alpha=unit)
-            yield _Tile(slice(top, bottom), slice(left, right), mirrored), logits
+    if 0 in (len(q), len(keys)):
+        return
+    size = _tile_size(q)
+    rows = blocks(q)
+    columns = [block.T for block in (rows if k is None else blocks(k))]
+    buffer = q.new_empty(min(size, len(q)), min(size, len(keys)) + _PADDING)
+    whole = buffer[:, :-_PADDING]
+    for i, row in enumerate(rows):
+        # Scaling the rows costs nothing next to scaling the product.
+        scaled = row if unit == 1.0 else row * unit
+        for j in range(i if k is None else 0, len(columns)):
+            shape = len(row), columns[j].shape[1]
+            logits = whole if shape == whole.shape else buffer[: shape[0], : shape[1]]
+            torch.mm(scaled, columns[j], out=logits)
+            yield Tile(i, j, i * size, j * size, k is not None or i < j), logits
 
 
-def _mirrored(tile_values: Tensor, tile: _Tile) -> Tensor:
-    return tile_values[:, tile.mirrored.start - tile.columns.start :]
+def blocks(x: Tensor, dim: int = 0) -> Blocks:
+    """``x`` cut along ``dim`` as the tiles cut its rows or columns."""
+    pieces: Blocks = torch.split(x, _tile_size(x), dim)
+    return pieces
 
 
-def _split(x: Tensor, q: Tensor, k: Tensor | None, both: bool) -> tuple[Tensor, Tensor | None]:
-    """Views of ``x`` (..., R or R + C) for the rows and for the columns, None if not wanted."""
+def _tile_size(x: Tensor) -> int:
+    return _CPU_TILE if x.device.type == "cpu" else _ACCELERATOR_TILE
+
+
+def _row_and_column_blocks(
+    x: Tensor, q: Tensor, k: Tensor | None, both: bool
+) -> tuple[Blocks, Blocks | None]:
+    """The blocks of ``x`` (..., R or R + C) for rows and for columns, None if not wanted."""
+    rows = blocks(x[..., : len(q)], -1)
     if k is None:
-        return x, x
-    return x[..., : len(q)], x[..., len(q) :] if both else None
+        return rows, rows
+    return rows, blocks(x[..., len(q) :], -1) if both else None

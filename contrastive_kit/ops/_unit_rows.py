@@ -1,5 +1,6 @@
 """Unit rows: embeddings normalised, and scaled so that their dot products are the logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,10 @@ from torch import Tensor
 
 from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.ops._differentiable_once import differentiable_once
+
+# Numbers in a piece of rows on a CPU. What is computed from it stays in cache, and in memory that
+# the allocator has at hand, instead of new pages of the system.
+_CPU_PIECE = 2**18
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -46,14 +51,8 @@ class _ScaledUnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
-        peak = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
-        power = peak / (2 * torch.frexp(peak).mantissa)
-        power = torch.where(peak < torch.finfo(z.dtype).tiny, torch.inf, power)
-        z = z / power
-        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
-        factor = (root_scale / torch.where(norm > 0, norm, 1)).to(z.dtype)
-        return z * factor, power, factor
+        rows, power, factor = _piece_by_piece(lambda z: _scaled(z, root_scale), z)
+        return rows, power, factor
 
     @staticmethod
     def setup_context(
@@ -66,14 +65,49 @@ class _ScaledUnitRows(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        rows, power, factor = ctx.saved_tensors
-        # Projecting on the rows as rounded, not on ideal unit rows, keeps the gradient of nearly
-        # identical views right: it is the small difference of two nearly parallel vectors.
-        along = (grad * rows).sum(-1, keepdim=True, dtype=accumulator_dtype(rows))
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=along.dtype)
-        projection = (along / torch.where(length > 0, length, 1).square()).to(rows.dtype)
-        dz = (grad - rows * projection) * factor / power
+        dz, along = _piece_by_piece(_projected, grad, *ctx.saved_tensors)
         d_root_scale = None
         if ctx.needs_input_grad[1]:
             d_root_scale = (along.sum() / ctx.root_scale).to(ctx.root_scale.dtype)
         return dz, d_root_scale
+
+
+def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of length ``root_scale``, and the two figures a row that the backward needs."""
+    # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
+    peak = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
+    power = peak / (2 * torch.frexp(peak).mantissa)
+    power = torch.where(peak < torch.finfo(z.dtype).tiny, torch.inf, power)
+    z = z / power
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
+    factor = (root_scale / torch.where(norm > 0, norm, 1)).to(z.dtype)
+    return z * factor, power, factor
+
+
+def _projected(grad: Tensor, rows: Tensor, power: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of ``_scaled`` by equation (7), and the part of ``grad`` along each row."""
+    # Projecting on the rows as rounded, not on ideal unit rows, keeps the gradient of nearly
+    # identical views right: it is the small difference of two nearly parallel vectors.
+    along = (grad * rows).sum(-1, keepdim=True, dtype=accumulator_dtype(rows))
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=along.dtype)
+    projection = (along / torch.where(length > 0, length, 1).square()).to(rows.dtype)
+    return (grad - rows * projection) * factor / power, along
+
+
+def _piece_by_piece(
+    of_rows: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """``of_rows`` of tensors (..., D) or (..., 1), whose rows do not depend on each other.
+
+    On a CPU a few rows at a time: the copies in double precision of a whole batch would take
+    longer than everything else in the preparation of rows.
+    """
+    first = tensors[0]
+    small = first.numel() <= _CPU_PIECE
+    if small or first.device.type != "cpu" or torch.compiler.is_compiling():
+        return of_rows(*tensors)
+    n_rows = max(1, _CPU_PIECE // first.shape[-1])
+    flat = (x.reshape(-1, x.shape[-1]) for x in tensors)
+    pieces = zip(*(torch.split(x, n_rows) for x in flat), strict=True)
+    results = zip(*(of_rows(*piece) for piece in pieces), strict=True)
+    return tuple(torch.cat(parts).view(*first.shape[:-1], -1) for parts in results)

@@ -23,7 +23,7 @@ IDS = torch.tensor([3, 3, -1, 8, 5, 8, 8])
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Small problems get many tiles, with ragged edges."""
-    monkeypatch.setattr(_tiled, "_CPU_TILE", (16, 48))
+    monkeypatch.setattr(_tiled, "_CPU_TILE", 16)
 
 
 def random_pairs(n, d, dtype=torch.float64):

@@ -232,7 +232,7 @@ def test_zero_rows_count_as_cosine_zero(variant):
 def test_the_logsumexp_over_a_class_equals_that_of_its_mask(logit_size, symmetric, monkeypatch):
     from contrastive_kit.ops import _tiled
 
-    monkeypatch.setattr(_tiled, "_CPU_TILE", (8, 24))
+    monkeypatch.setattr(_tiled, "_CPU_TILE", 8)
     n = 61
     q = torch.randn(n, 5, dtype=torch.float64) * logit_size
     k = q if symmetric else torch.randn(n, 5, dtype=torch.float64)

@@ -7,7 +7,7 @@ from budgets import assert_within
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrastive_kit.ops import scaled_unit_rows
+from contrastive_kit.ops import _unit_rows, scaled_unit_rows
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (3, 7), (63, 60), (5, 3, 4)])
@@ -23,6 +23,33 @@ def test_gradcheck():
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     inputs = [v.requires_grad_() for v in views]
     assert torch.autograd.gradcheck(lambda t, *z: scaled_unit_rows(z, t), (temperature, *inputs))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 10), (2, 3, 4, 10), (1, 1, 100)])
+def test_piece_by_piece_is_the_same_bit_for_bit(shape, monkeypatch):
+    z = torch.randn(shape, requires_grad=True)
+    temperature = torch.tensor(0.3, requires_grad=True)
+    grad = torch.randn(shape)
+
+    def run():
+        rows = scaled_unit_rows(z.unbind(0), temperature)
+        return [rows, *torch.autograd.grad(rows, (z, temperature), grad)]
+
+    whole = run()
+    calls = []
+    for name in ("_scaled", "_projected"):
+        function = getattr(_unit_rows, name)
+        monkeypatch.setattr(
+            _unit_rows, name, lambda *args, f=function: (calls.append(len(args[0])), f(*args))[1]
+        )
+    monkeypatch.setattr(_unit_rows, "_CPU_PIECE", 45)  # four rows of ten
+    for actual, expected in zip(run(), whole, strict=True):
+        assert actual.shape == expected.shape
+        assert torch.equal(actual, expected)
+    n_rows = z.numel() // z.shape[-1]
+    n_pieces = max(1, -(-n_rows // 4))
+    assert len(calls) == 2 * n_pieces
+    assert sum(calls) == 2 * n_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
