@@ -113,8 +113,9 @@ def info_nce(
         RuntimeError: for ``gather_distributed`` without an initialised process group.
 
     Memory:
-        O((N + K)·D) and a few tiles; per-query negatives are an input of N·K·D. With
-        ``gather_distributed`` N is the number of pairs of all processes.
+        O((N + K)·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the
+        backward; per-query negatives are an input of N·K·D. With ``gather_distributed`` N is the
+        number of pairs of all processes.
 
     References:
         van den Oord et al., arXiv 1807.03748, equation 4; Radford et al., arXiv 2103.00020,

@@ -107,8 +107,9 @@ def sup_con(
         RuntimeError: for ``gather_distributed`` without an initialised process group.
 
     Memory:
-        O(V·N·D) and a few tiles; nothing of size N × N (except with ``backend="reference"``). With
-        ``gather_distributed`` N is the number of images of all processes.
+        O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
+        nothing of size N × N (except with ``backend="reference"``). With ``gather_distributed`` N
+        is the number of images of all processes.
         "out" costs what ``nt_xent`` does. "in" costs twice that; its sum over positives runs in
         tiles on every backend.
 

@@ -1,4 +1,4 @@
-"""A backward that may be run many times, but whose result must not be differentiated again."""
+"""The backward of the primitives: run as often as wanted, its result not differentiated again."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,15 +10,26 @@ from torch import Tensor
 _Gradients = tuple[Tensor | None, ...]
 
 
+def first_is_differentiable(ctx: Any, *outputs: Tensor) -> None:
+    """Say that of the outputs only the first has a gradient; no other is given one of zeros."""
+    ctx.mark_non_differentiable(*outputs[1:])
+    if not torch.compiler.is_compiling():  # Dynamo cannot trace it
+        ctx.set_materialize_grads(False)
+
+
 def differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
     """Make second derivatives raise; every saved tensor counts as what they would depend on.
+
+    Where no gradient comes in, none comes out.
 
     ``torch.autograd.function.once_differentiable`` only looks at the incoming gradient. Where that
     is a constant, as behind a plain mean, it lets second derivatives vanish without a word.
     """
 
     @wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor) -> _Gradients:
+    def wrapper(ctx: Any, *grads: Tensor | None) -> _Gradients:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():

@@ -10,7 +10,7 @@ from contrastive_kit import reference
 from contrastive_kit._checks import check_choice
 from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.ops._exclusion import Exclusion
-from contrastive_kit.ops._registered import KeptLogSumExp
+from contrastive_kit.ops._registered import registered_logsumexp
 from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
 from contrastive_kit.ops._triton import refusal as triton_refusal
 
@@ -108,8 +108,9 @@ def kept_logsumexp(
     A row that keeps no entry has logsumexp -inf and a zero gradient. NaN and inf propagate.
     Gradients flow to ``q`` and ``k`` once; a second differentiation raises (except with the
     ``reference`` backend). Deterministic. Memory beyond the result: for ``triton`` a copy of the
-    rows and at most 256 MiB; for ``tiled`` a few tiles of 2¹⁸ entries on a CPU (2²⁴ on an
-    accelerator); and R·C for the ``reference`` backend.
+    rows and at most 256 MiB; for ``tiled`` a few tiles, of 2 MiB on a CPU, where up to
+    32 MiB of them stay from the forward to the backward, and of 64 MiB on an accelerator (tiles are
+    twice as large in float64); and R·C for the ``reference`` backend.
 
     Args:
         q: rows (R, D), floating; computed in float64 if float64, else in float32.
@@ -186,11 +187,7 @@ def _run_registered(
         statistics: bool,
         operands: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        period, row_ids, column_ids = exclusion
-        lse, _, stats = KeptLogSumExp.apply(
-            q, k, row_ids, column_ids, period, both, bound, statistics, kernels_for(operands)
-        )
-        return lse, stats
+        return registered_logsumexp(q, k, exclusion, both, bound, statistics, kernels_for(operands))
 
     return run
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kit.ops import _triton_pair
-from contrastive_kit.ops._differentiable_once import differentiable_once
+from contrastive_kit.ops._differentiable_once import differentiable_once, first_is_differentiable
 from contrastive_kit.ops._lse import operand_dtype, operand_name, which_backend
 from contrastive_kit.ops._registered import _register
 
@@ -108,7 +108,7 @@ class _PairLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         z1, z2, ctx.temperature, ctx.operands = inputs
         _, packed, state, unit = output
-        ctx.mark_non_differentiable(packed, state, unit)
+        first_is_differentiable(ctx, *output)
         ctx.save_for_backward(z1, z2, packed, state, unit)
 
     @staticmethod

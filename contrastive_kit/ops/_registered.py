@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kit.ops import _tiled, _triton
-from contrastive_kit.ops._differentiable_once import differentiable_once
+from contrastive_kit.ops._differentiable_once import differentiable_once, first_is_differentiable
 from contrastive_kit.ops._exclusion import Exclusion
 
 # By the name the ops are given. A backend that rounds what it multiplies has a name for each way.
@@ -36,18 +36,21 @@ def _forward(
     both: bool,
     bound: float,
     statistics: bool,
+    save_tiles: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logsumexp of the kept logits, what the backward needs of it, and statistics.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logsumexp of the kept logits, what the backward needs of it, statistics, and tiles.
 
-    The first two are (R,) or (R + C,), the statistics (4, the same) or (0,).
+    The first two are (R,) or (R + C,), the statistics (4, the same) or (0,). With ``save_tiles``
+    some of the tiles are left for the backward, which need not compute them again.
     """
     exclusion = Exclusion(period, row_ids, column_ids)
+    saved_tiles = _new_tiles(q, k, save_tiles, backend)
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor] = _KERNELS[backend].forward(
-            q, k, exclusion, both, bound, statistics
+        lse, saved, stats = _KERNELS[backend].forward(
+            q, k, exclusion, both, bound, statistics, saved_tiles
         )
-    return result
+    return lse, saved, stats, saved_tiles
 
 
 def _fake_forward(
@@ -59,17 +62,25 @@ def _fake_forward(
     both: bool,
     bound: float,
     statistics: bool,
+    save_tiles: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length = q.shape[0] + (k.shape[0] if both and k is not None else 0)
     stats = q.new_empty((4, length)) if statistics else q.new_empty(0)
-    return q.new_empty(length), q.new_empty(length), stats
+    return q.new_empty(length), q.new_empty(length), stats, _new_tiles(q, k, save_tiles, backend)
+
+
+def _new_tiles(q: Tensor, k: Tensor | None, save_tiles: bool, backend: str) -> Tensor:
+    if save_tiles and backend.startswith("tiled"):
+        return _tiled.new_tiles(q, k)
+    return q.new_empty(0, 0, 0)
 
 
 def _backward(
     grad: Tensor,
     lse: Tensor,
     saved: Tensor,
+    saved_tiles: Tensor,
     q: Tensor,
     k: Tensor | None,
     row_ids: Tensor | None,
@@ -85,7 +96,7 @@ def _backward(
     exclusion = Exclusion(period, row_ids, column_ids)
     with torch.autocast(q.device.type, enabled=False):
         result: tuple[Tensor, Tensor] = _KERNELS[backend].backward(
-            grad, lse, saved, q, k, exclusion, both, bound, (needs_q, needs_k)
+            grad, lse, saved, saved_tiles, q, k, exclusion, both, bound, (needs_q, needs_k)
         )
     return result
 
@@ -94,6 +105,7 @@ def _fake_backward(
     grad: Tensor,
     lse: Tensor,
     saved: Tensor,
+    saved_tiles: Tensor,
     q: Tensor,
     k: Tensor | None,
     row_ids: Tensor | None,
@@ -120,24 +132,45 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
 
 logsumexp_forward = _register(
     "contrastive_kit::kept_logsumexp",
-    f"({_SHARED_ARGUMENTS}, bool statistics, str backend) -> (Tensor, Tensor, Tensor)",
+    f"({_SHARED_ARGUMENTS}, bool statistics, bool save_tiles, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 logsumexp_backward = _register(
     "contrastive_kit::kept_logsumexp_backward",
-    f"(Tensor grad, Tensor lse, Tensor saved, {_SHARED_ARGUMENTS}, bool needs_q, bool needs_k, "
-    "str backend) -> (Tensor, Tensor)",
+    f"(Tensor grad, Tensor lse, Tensor saved, Tensor saved_tiles, {_SHARED_ARGUMENTS}, "
+    "bool needs_q, bool needs_k, str backend) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 
 
-class KeptLogSumExp(torch.autograd.Function):
+def registered_logsumexp(
+    q: Tensor,
+    k: Tensor | None,
+    exclusion: Exclusion,
+    both: bool,
+    bound: float,
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The ops with their gradient: logsumexp and statistics."""
+    period, row_ids, column_ids = exclusion
+    differentiable = q.requires_grad or (k is not None and k.requires_grad)
+    # With statistics the forward takes another path than the backward.
+    save_tiles = differentiable and torch.is_grad_enabled() and not statistics
+    lse, _, stats, _ = _KeptLogSumExp.apply(
+        q, k, row_ids, column_ids, period, both, bound, statistics, save_tiles, backend
+    )
+    return lse, stats
+
+
+class _KeptLogSumExp(torch.autograd.Function):
     """Differentiable form of the two ops; takes what the forward op takes.
 
-    Only the inputs and the logsumexp are kept. The rule of exclusion comes as its parts: inside a
-    tuple, torch 2.6 would compile the period of the first batch into the graph.
+    Only the inputs, the logsumexp and a few tiles are kept. The rule of exclusion comes as its
+    parts: inside a tuple, torch would compile the period of the first batch into the graph.
     """
 
     generate_vmap_rule = True
@@ -152,21 +185,22 @@ class KeptLogSumExp(torch.autograd.Function):
         both: bool,
         bound: float,
         statistics: bool,
+        save_tiles: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run the forward op."""
-        result: tuple[Tensor, Tensor, Tensor] = logsumexp_forward(
-            q, k, row_ids, column_ids, period, both, bound, statistics, backend
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = logsumexp_forward(
+            q, k, row_ids, column_ids, period, both, bound, statistics, save_tiles, backend
         )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward op needs."""
-        q, k, row_ids, column_ids, ctx.period, ctx.both, ctx.bound, _, ctx.backend = inputs
-        lse, saved, stats = output
-        ctx.mark_non_differentiable(saved, stats)
-        ctx.save_for_backward(lse, saved, q, k, row_ids, column_ids)
+        q, k, row_ids, column_ids, ctx.period, ctx.both, ctx.bound, _, _, ctx.backend = inputs
+        lse, saved, _, saved_tiles = output
+        first_is_differentiable(ctx, *output)
+        ctx.save_for_backward(lse, saved, saved_tiles, q, k, row_ids, column_ids)
 
     @staticmethod
     @differentiable_once
@@ -176,4 +210,4 @@ class KeptLogSumExp(torch.autograd.Function):
         dq, dk = logsumexp_backward(
             grad, *ctx.saved_tensors, ctx.period, ctx.both, ctx.bound, needs_q, needs_k, ctx.backend
         )
-        return dq if needs_q else None, dk if needs_k else None, *[None] * 7
+        return dq if needs_q else None, dk if needs_k else None, *[None] * 8

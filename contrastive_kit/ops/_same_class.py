@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contrastive_kit.ops import _tiled
 from contrastive_kit.ops._exclusion import Exclusion
-from contrastive_kit.ops._registered import _KERNELS, KeptLogSumExp
+from contrastive_kit.ops._registered import _KERNELS, registered_logsumexp
 
 _NAME = "tiled, same class only"
 
@@ -34,10 +34,8 @@ def same_class_logsumexp(
         n_ids: more than the largest id.
         bound: a number that no logit exceeds in magnitude, if one is known.
     """
-    lse: Tensor = KeptLogSumExp.apply(q, k, row_ids, column_ids, n_ids, False, bound, False, _NAME)[
-        0
-    ]
-    return lse
+    rule = Exclusion(n_ids, row_ids, column_ids)
+    return registered_logsumexp(q, k, rule, False, bound, False, _NAME)[0]
 
 
 class _SameClass(Exclusion):
@@ -55,15 +53,22 @@ class _SameClass(Exclusion):
 class _SameClassKernels:
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor | None, exclusion: Exclusion, both: bool, bound: float, stats: bool
+        q: Tensor,
+        k: Tensor | None,
+        exclusion: Exclusion,
+        both: bool,
+        bound: float,
+        statistics: bool,
+        saved_tiles: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _tiled.forward(q, k, _SameClass(*exclusion), both, bound, stats)
+        return _tiled.forward(q, k, _SameClass(*exclusion), both, bound, statistics, saved_tiles)
 
     @staticmethod
     def backward(
         grad: Tensor,
         lse: Tensor,
         lost: Tensor,
+        saved_tiles: Tensor,
         q: Tensor,
         k: Tensor | None,
         exclusion: Exclusion,
@@ -72,7 +77,7 @@ class _SameClassKernels:
         needs_grad: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         return _tiled.backward(
-            grad, lse, lost, q, k, _SameClass(*exclusion), both, bound, needs_grad
+            grad, lse, lost, saved_tiles, q, k, _SameClass(*exclusion), both, bound, needs_grad
         )
 
 

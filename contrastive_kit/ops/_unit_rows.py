@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kit._dtypes import compute_dtype
-from contrastive_kit.ops._differentiable_once import differentiable_once
+from contrastive_kit.ops._differentiable_once import differentiable_once, first_is_differentiable
 
 # Numbers in a piece of rows on a CPU. What is computed from it stays in cache, and in memory that
 # the allocator has at hand, instead of new pages of the system.
@@ -59,7 +59,7 @@ class _ScaledUnitRows(torch.autograd.Function):
         ctx: Any, inputs: tuple[Tensor, float | Tensor], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         ctx.root_scale = inputs[1]
-        ctx.mark_non_differentiable(*output[1:])
+        first_is_differentiable(ctx, *output)
         ctx.save_for_backward(*output)
 
     @staticmethod

@@ -41,6 +41,8 @@ def small_tiles(monkeypatch, request):
     """Tiles far below the defaults, so that small problems have many, with ragged edges."""
     if "full_tiles" not in request.keywords:
         monkeypatch.setattr(_tiled, "_CPU_TILE", 16)
+        # Three tiles in float32 and one in float64: some are saved, and some computed again.
+        monkeypatch.setattr(_tiled, "_CPU_SAVED_BYTES", 3 * 16 * 32 * 4)
 
 
 def oracle(q, k, mask, both, grad):
@@ -281,6 +283,51 @@ def test_any_size_of_tile(logit_size, two_matrices, tile, monkeypatch):
         assert_within(actual, exact, gradient_budget(torch.float64, 1e-3))
 
 
+@pytest.mark.parametrize("two_matrices", [False, True])
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+def test_saved_tiles_change_nothing(logit_size, two_matrices, monkeypatch):
+    """Bit for bit the same with all, some or none of the tiles saved, and in a second backward."""
+    q = (torch.randn(70, 6) * logit_size**0.5).requires_grad_()
+    k = torch.randn(45, 6).requires_grad_() if two_matrices else None
+    inputs = [q] if k is None else [q, k]
+    tile_bytes = 16 * (16 + _tiled._PADDING) * 4
+    results = []
+    for n_saved in (0, 1, 4, 100):
+        monkeypatch.setattr(_tiled, "_CPU_SAVED_BYTES", n_saved * tile_bytes)
+        assert len(_tiled.new_tiles(q, k)) == min(n_saved, 15)
+        lse, _ = kept_logsumexp(q, k, exclusion=Exclusion(35), both=two_matrices, backend="tiled")
+        grad = torch.linspace(-1, 2, len(lse))
+        for _ in range(2):
+            results.append([lse, *torch.autograd.grad(lse, inputs, grad, retain_graph=True)])
+    for actual, expected in zip(results[1:], [results[0]] * 7, strict=True):
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_saved_tiles_are_not_computed_again(monkeypatch):
+    q = torch.randn(70, 6, requires_grad=True)
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(1) or mm(*args, **kw))
+    lse, _ = kept_logsumexp(q, exclusion=Exclusion(35), backend="tiled")
+    assert len(products) == 15
+    lse.sum().backward()
+    assert len(products) == 15 + 12  # small_tiles saves three of the 15
+
+
+def test_no_tiles_are_saved_where_no_gradient_is_wanted(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("room for tiles that nothing reads")
+
+    q = torch.randn(70, 6, requires_grad=True)
+    monkeypatch.setattr(_tiled, "new_tiles", refuse)
+    kept_logsumexp(q.detach(), backend="tiled")
+    with torch.no_grad():
+        kept_logsumexp(q, backend="tiled")
+    with pytest.raises(AssertionError, match="nothing reads"):
+        kept_logsumexp(q, backend="tiled")
+
+
 @pytest.mark.parametrize("bound", [10.0, torch.inf])
 def test_no_columns(bound):
     q = torch.randn(3, 4, requires_grad=True)
@@ -306,7 +353,11 @@ def test_a_known_bound_changes_the_path_not_the_result(bound):
 @pytest.mark.parametrize("two_matrices", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("statistics", [False, True])
-def test_opcheck(statistics, layout, two_matrices, logit_size):
+def test_opcheck(statistics, layout, two_matrices, logit_size, monkeypatch):
+    # The edges of saved tiles are never written, nor read: to compare them they need a value.
+    empty_tiles = _tiled._empty_tiles
+    monkeypatch.setattr(_tiled, "_empty_tiles", lambda *args: empty_tiles(*args).zero_())
+
     def rows(n):
         x = torch.randn(n, 6) * logit_size
         return x if layout == "contiguous" else x.T.contiguous().T
@@ -314,11 +365,13 @@ def test_opcheck(statistics, layout, two_matrices, logit_size):
     q, k = rows(40), rows(23) if two_matrices else None
     ids = torch.arange(40) // 2
     shared = (q, k, ids, ids[:23] if two_matrices else None, 0, two_matrices, torch.inf)
-    torch.library.opcheck(logsumexp_forward, (*shared, statistics, "tiled"))
-    lse, saved, _ = logsumexp_forward(*shared, statistics, "tiled")
-    grad = torch.randn_like(lse)
-    torch.library.opcheck(logsumexp_backward, (grad, lse, saved, *shared, True, False, "tiled"))
-    torch.library.opcheck(logsumexp_backward, (grad, lse, saved, *shared, True, True, "tiled"))
+    save_tiles = not statistics
+    torch.library.opcheck(logsumexp_forward, (*shared, statistics, save_tiles, "tiled"))
+    lse, lost, _, saved_tiles = logsumexp_forward(*shared, statistics, save_tiles, "tiled")
+    assert len(saved_tiles) == (3 if save_tiles else 0)
+    saved = (torch.randn_like(lse), lse, lost, saved_tiles)
+    torch.library.opcheck(logsumexp_backward, (*saved, *shared, True, False, "tiled"))
+    torch.library.opcheck(logsumexp_backward, (*saved, *shared, True, True, "tiled"))
 
 
 @exact_backends

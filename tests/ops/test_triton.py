@@ -102,9 +102,10 @@ def run(q, k, exclusion, both, bound, grad, operands):
     q, k = to_device(q.float()), None if k is None else to_device(k.float())
     exclusion = Exclusion(exclusion.period, *map(to_device, exclusion[1:]))
     kernels = _triton.Kernels(operands)
-    lse, lost, _ = kernels.forward(q, k, exclusion, both, bound, False)
+    no_tiles = q.new_empty(0)
+    lse, lost, _ = kernels.forward(q, k, exclusion, both, bound, False, no_tiles)
     grad = to_device(grad.float())
-    dq, dk = kernels.backward(grad, lse, lost, q, k, exclusion, both, bound, (True, True))
+    dq, dk = kernels.backward(grad, lse, lost, no_tiles, q, k, exclusion, both, bound, (True, True))
     return lse.cpu(), [dq.cpu()] + ([] if k is None else [dk.cpu()])
 
 
@@ -251,10 +252,10 @@ def test_same_bits_every_run_and_any_stride_triton():
     runs = []
     for rows in (q, q.contiguous(), q.contiguous()):
         kernels = _triton.Kernels("bfloat16")
-        lse, lost, _ = kernels.forward(rows, None, Exclusion(150), False, torch.inf, False)
-        dq, _ = kernels.backward(
-            grad, lse, lost, rows, None, Exclusion(150), False, torch.inf, (True, False)
-        )
+        options = (rows, None, Exclusion(150), False, torch.inf)
+        no_tiles = rows.new_empty(0)
+        lse, lost, _ = kernels.forward(*options, False, no_tiles)
+        dq, _ = kernels.backward(grad, lse, lost, no_tiles, *options, (True, False))
         runs.append((lse, dq))
     for lse, dq in runs[1:]:
         assert torch.equal(lse, runs[0][0])
@@ -485,11 +486,12 @@ def test_opcheck_triton(name, two_matrices, statistics):
     k = to_device(torch.randn(23, 6)) if two_matrices else None
     ids = to_device(torch.arange(40) // 2)
     shared = (q, k, ids, ids[:23] if two_matrices else None, 0, two_matrices, torch.inf)
-    torch.library.opcheck(logsumexp_forward, (*shared, statistics, name))
-    lse, saved, _ = logsumexp_forward(*shared, statistics, name)
-    grad = torch.randn_like(lse)
+    torch.library.opcheck(logsumexp_forward, (*shared, statistics, True, name))
+    lse, lost, _, no_tiles = logsumexp_forward(*shared, statistics, True, name)
+    assert no_tiles.numel() == 0
+    saved = (torch.randn_like(lse), lse, lost, no_tiles)
     for wanted in ((True, False), (True, True)):
-        torch.library.opcheck(logsumexp_backward, (grad, lse, saved, *shared, *wanted, name))
+        torch.library.opcheck(logsumexp_backward, (*saved, *shared, *wanted, name))
 
 
 @on_device
@@ -560,8 +562,10 @@ def primitive(rows, columns, d, operands="bfloat16", bound=10.0):
     q = torch.empty(rows, d, device="cuda")
     k = None if columns is None else torch.empty(columns, d, device="cuda")
     ways = _triton.Kernels(operands)
-    lse, lost, _ = ways.forward(q, k, Exclusion(rows), False, bound, False)
-    dq, dk = ways.backward(lse, lse, lost, q, k, Exclusion(rows), False, bound, (True, True))
+    options = (q, k, Exclusion(rows), False, bound)
+    no_tiles = q.new_empty(0)
+    lse, lost, _ = ways.forward(*options, False, no_tiles)
+    dq, dk = ways.backward(lse, lse, lost, no_tiles, *options, (True, True))
     assert (dq.shape, dk.shape) == (q.shape, (0,) if k is None else k.shape)
 
 
