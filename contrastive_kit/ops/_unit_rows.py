@@ -39,24 +39,25 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
         root_scale: float | Tensor = temperature.reshape(()).to(dtype).rsqrt()
     else:
         root_scale = temperature**-0.5
-    stacked = torch.stack([view.to(dtype) for view in views])
+    of_dtype = [view.to(dtype) for view in views]
+    stacked = torch.stack(of_dtype) if len(views) > 1 else of_dtype[0].unsqueeze(0)  # no copy
     rows: Tensor = _ScaledUnitRows.apply(stacked, root_scale)[0]
     return rows
 
 
 class _ScaledUnitRows(torch.autograd.Function):
-    """Fewer and smaller buffers than autograd would keep: the result and two figures a row."""
+    """Fewer and smaller buffers than autograd would keep: the result and three figures a row."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows, power, factor = _piece_by_piece(lambda z: _scaled(z, root_scale), z)
-        return rows, power, factor
+    def forward(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, power, factor, length = _piece_by_piece(lambda z: _scaled(z, root_scale), z)
+        return rows, power, factor, length
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor, float | Tensor], output: tuple[Tensor, Tensor, Tensor]
+        ctx: Any, inputs: tuple[Tensor, float | Tensor], output: tuple[Tensor, ...]
     ) -> None:
         ctx.root_scale = inputs[1]
         first_is_differentiable(ctx, *output)
@@ -72,26 +73,31 @@ class _ScaledUnitRows(torch.autograd.Function):
         return dz, d_root_scale
 
 
-def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of length ``root_scale``, and the two figures a row that the backward needs."""
+def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of length ``root_scale``, and the three figures a row that the backward needs."""
     # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
     peak = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
     power = peak / (2 * torch.frexp(peak).mantissa)
     power = torch.where(peak < torch.finfo(z.dtype).tiny, torch.inf, power)
     z = z / power
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
-    factor = (root_scale / torch.where(norm > 0, norm, 1)).to(z.dtype)
-    return z * factor, power, factor
+    norm = torch.where(norm > 0, norm, 1)
+    factor = (root_scale / norm).to(z.dtype)
+    # Their length as the rounded factor makes it, not the root of the scale.
+    return z * factor, power, factor, norm * factor
 
 
-def _projected(grad: Tensor, rows: Tensor, power: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _projected(
+    grad: Tensor, rows: Tensor, power: Tensor, factor: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradient of ``_scaled`` by equation (7), and the part of ``grad`` along each row."""
-    # Projecting on the rows as rounded, not on ideal unit rows, keeps the gradient of nearly
-    # identical views right: it is the small difference of two nearly parallel vectors.
-    along = (grad * rows).sum(-1, keepdim=True, dtype=accumulator_dtype(rows))
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=along.dtype)
-    projection = (along / torch.where(length > 0, length, 1).square()).to(rows.dtype)
-    return (grad - rows * projection) * factor / power, along
+    # Projecting on rows of the length that the rounded factor gave them, not on ideal ones, keeps
+    # the gradient of nearly identical views right: it is the small difference of two nearly
+    # parallel vectors.
+    along = (grad * rows).sum(-1, keepdim=True, dtype=length.dtype)
+    projection = (along / length.square()).to(rows.dtype)
+    across = torch.addcmul(grad, rows, projection, value=-1)
+    return across.mul_(factor).div_(power), along
 
 
 def _piece_by_piece(
