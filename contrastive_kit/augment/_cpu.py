@@ -86,12 +86,22 @@ class _Workspace:
 
     def __init__(self, chunk: int, settings: ViewSettings) -> None:
         height, width = settings.size
-        self.x = torch.empty(chunk, 3, height, width)
-        self.planes = torch.empty(3, chunk, height, width)
-        self.pixels = torch.empty(0, dtype=torch.int32)
+        self.x = _empty(chunk, 3, height, width)
+        self.planes = _empty(3, chunk, height, width)
+        self.pixels = torch.empty(0, dtype=torch.int32, device="cpu")
         padding = settings.kernel_size // 2 * 2
-        self.blurred = torch.empty(3 * (height + padding) * width)
-        self.product = torch.empty(3 * height * width)
+        self.blurred = _empty(3 * (height + padding) * width)
+        self.product = _empty(3 * height * width)
+
+
+# Said wherever a tensor is made: torch.set_default_dtype and torch.set_default_device are for the
+# user's own tensors.
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _floats(values: float | list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def render(
@@ -133,9 +143,10 @@ def _render(
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
         numbers = [row.number for row in part]
+        index = torch.tensor(numbers, device="cpu")
         x = out[numbers[0] : numbers[0] + 1] if in_place else work.x[: len(part)]
         if batch is not None:
-            sources = batch.index_select(0, torch.tensor(numbers) % len(batch))
+            sources = batch.index_select(0, index % len(batch))
             _crop_together(sources, table[numbers], x, settings)
         else:
             _crop(images, part, x, work, settings)
@@ -153,7 +164,7 @@ def _render(
             for number, sample in zip(numbers, x, strict=True):
                 out[number] = sample
         elif not in_place:
-            out.index_copy_(0, torch.tensor(numbers), x.to(out.dtype))
+            out.index_copy_(0, index, x.to(out.dtype))
 
 
 def _crop(
@@ -192,7 +203,7 @@ def _pack(region: Tensor, work: _Workspace) -> Tensor:
     """Three uint8 planes as 32-bit pixels, for which ATen's resize has its fastest loop."""
     height, width = region.shape[1:]
     if work.pixels.numel() < height * width:
-        work.pixels = torch.empty(height * width, dtype=torch.int32)
+        work.pixels = torch.empty(height * width, dtype=torch.int32, device="cpu")
     pixels = work.pixels[: height * width].view(height, width)
     pixels.copy_(region[0]).add_(region[1], alpha=1 << 8).add_(region[2], alpha=1 << 16)
     return pixels.view(torch.uint8).view(1, height, width, 4).permute(0, 3, 1, 2)
@@ -273,7 +284,7 @@ def _adjust(
     elif operation == CONTRAST and settings.contrast_mean == "gray":
         means = sample.flatten(1).mean(dim=1).tolist()
         mean = sum(weight * value for weight, value in zip(GRAY_WEIGHTS, means, strict=True))
-        torch.add(torch.tensor((1 - factor) * mean), sample, alpha=factor, out=sample)
+        torch.add(_floats((1 - factor) * mean), sample, alpha=factor, out=sample)
     elif operation == CONTRAST:
         sample.lerp_(sample.mean(dim=(1, 2), keepdim=True), 1 - factor)
     elif operation == SATURATION and settings.saturation_mode == "gray":
@@ -313,7 +324,7 @@ def _hue(x: Tensor, rows: list[_Row], work: _Workspace) -> None:
     if len(shifts) == 1:
         hue.add_(6 * shifts[0])
     else:
-        hue.add_(torch.tensor(shifts).mul_(6)[:, None, None])
+        hue.add_(_floats(shifts).mul_(6)[:, None, None])
     if max(map(abs, shifts)) > 1 / 3:
         hue.sub_(torch.mul(hue, 1 / 6, out=red).round_(), alpha=6)
     base.sub_(spread)
@@ -395,9 +406,9 @@ def _blur_by_tiles(
     (height, width), channels, reach = settings.size, len(padded), len(weights) - 1
     down, across, line = height // _BLUR_TILE, width // _BLUR_TILE, channels * width
     window = _BLUR_TILE + 2 * reach
-    band = torch.zeros(_BLUR_TILE, window)
+    band = _empty(_BLUR_TILE, window).zero_()
     diagonals = band.as_strided((_BLUR_TILE, 2 * reach + 1), (window + 1, 1))
-    diagonals.copy_(torch.tensor(weights[:0:-1] + weights))
+    diagonals.copy_(_floats(weights[:0:-1] + weights))
 
     tiles = padded.as_strided(
         (across, channels * height, window), (_BLUR_TILE, width + 2 * reach, 1)

@@ -48,7 +48,9 @@ class Draw(RandomGeneratorBase):  # type: ignore[misc]
         """Draw the parameters of a batch of this shape."""
         device = "cpu" if self.generator is None else self.generator.device
         rows = min(1, batch_shape[0]) if same_on_batch else batch_shape[0]
-        uniforms = torch.rand(rows, self.columns, generator=self.generator, device=device)
+        uniforms = torch.rand(
+            rows, self.columns, generator=self.generator, device=device, dtype=torch.float32
+        )
         return self.from_uniforms(uniforms.expand(batch_shape[0], -1), tuple(batch_shape))
 
 

@@ -187,7 +187,9 @@ class ViewDistribution:
             ValueError: If `blur` or `solarize` holds another number of views.
         """
         device = torch.device("cpu") if generator is None else generator.device
-        uniforms = torch.rand(views, batch, N_UNIFORMS, generator=generator, device=device)
+        uniforms = torch.rand(
+            views, batch, N_UNIFORMS, generator=generator, device=device, dtype=torch.float32
+        )
         return self.table(uniforms, height=height, width=width)
 
     def table(self, uniforms: Tensor, *, height: int | Tensor, width: int | Tensor) -> Tensor:
@@ -265,11 +267,12 @@ class ViewDistribution:
         """The largest centred crop whose ratio is in range."""
         narrowest, widest = self.ratio
         if isinstance(height, Tensor) or isinstance(width, Tensor):
-            tallest = torch.as_tensor(width / narrowest).round().clamp(min=1)
-            longest = torch.as_tensor(height * widest).round().clamp(min=1)
-            return torch.minimum(torch.as_tensor(height), tallest), torch.minimum(
-                torch.as_tensor(width), longest
-            )
+            # Named, or as_tensor would move them to the default device.
+            device = height.device if isinstance(height, Tensor) else width.device  # type: ignore[union-attr]
+            height, width = (torch.as_tensor(side, device=device) for side in (height, width))
+            tallest = (width / narrowest).round().clamp(min=1)
+            longest = (height * widest).round().clamp(min=1)
+            return torch.minimum(height, tallest), torch.minimum(width, longest)
         if width / height < narrowest:
             return max(round(width / narrowest), 1), width
         if width / height > widest:

@@ -385,3 +385,35 @@ def test_range_check(value):
     for given in (images, list(images)):
         with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
             augment(given)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("size", "as_list"), [(32, False), (80, True)])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_the_defaults_of_torch_change_no_view(default, as_list, size, backend, make_images):
+    """Drawn and made in float32 on the CPU, whatever the user's own tensors are by default."""
+    images = make_images(6, 40, 44, torch.uint8)
+    images = list(images) if as_list else images
+
+    def views():
+        augment = SimCLRAugment(
+            size,
+            blur=True,
+            solarize=0.5,
+            normalize=IMAGENET_NORMALIZATION,
+            backend=backend,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return augment(images, return_params=True, concat=True)
+
+    expected = views()
+    try:
+        if default == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(default)
+        actual = views()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, actual, expected))
