@@ -478,7 +478,7 @@ def crop_resize(
     Raises:
         TypeError: If `images` is neither floating nor uint8.
         ValueError: If a shape does not fit, a size is not positive or, on the CPU, a box is not
-            inside its image.
+            inside its image or not of whole numbers.
 
     Example:
         >>> images = torch.arange(16.0).reshape(1, 1, 4, 4)
@@ -524,6 +524,13 @@ def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
         raise ValueError(
             f"box must lie inside the image, got (top, left, height, width) = "
             f"{box.reshape(-1, 4)[wrong].tolist()} for sample {wrong}"
+        )
+    # One way to crop would round them, the other would not.
+    broken = (box != box.floor()).any(dim=-1) if box.is_floating_point() else None
+    if broken is not None and bool(broken.any()):
+        raise ValueError(
+            "box must be whole numbers of pixels, got (top, left, height, width) = "
+            f"{box[broken][0].tolist()}"
         )
 
 

@@ -294,9 +294,11 @@ class SimCLRAugment(nn.Module):
             and the parameter table.
 
         Raises:
-            ValueError: If a shape does not fit, a box is not inside its image (CPU only), the
-                named backend does not take the images, or `check_values` finds some out of range.
-            TypeError: If the images are neither uint8 nor floating.
+            ValueError: If a shape does not fit, the named backend does not take the images, or
+                `check_values` finds some out of range. If `params` on the CPU hold a box that is
+                not inside its image, an order that is none, or a blur or a solarization that this
+                module does not make.
+            TypeError: If the images are neither uint8 nor floating, or `params` are not floating.
         """
         first = _check_images(images)
         if self.check_values:
@@ -338,13 +340,36 @@ class SimCLRAugment(nn.Module):
         if not isinstance(params, Tensor) or params.shape != expected:
             got = tuple(params.shape) if isinstance(params, Tensor) else type(params).__name__
             raise ValueError(f"params must be a tensor of shape {expected}, got {got}")
+        if not params.is_floating_point():
+            raise TypeError(f"params must be floating, got {params.dtype}")
         if params.device.type == "cpu" and not torch.compiler.is_compiling():
             box = unpack(params).box
             for number, image in enumerate(images if not isinstance(images, Tensor) else ()):
                 functional.check_boxes(box[:, number], image.shape[-2], image.shape[-1])
             if isinstance(images, Tensor):
                 functional.check_boxes(box, images.shape[-2], images.shape[-1])
+            self._check_operations(params)
         return params
+
+    def _check_operations(self, params: Tensor) -> None:
+        """Raise where a table asks for what cannot be done, instead of leaving it out."""
+        p = unpack(params)
+        no_order = (p.order.sort(dim=-1).values != torch.arange(4, device="cpu")).any(dim=-1)
+        if bool(no_order.any()):
+            raise ValueError(
+                "params must hold each of 0, 1, 2 and 3 once in the columns of the order, 6 to 9, "
+                f"got {p.order[no_order][0].tolist()}"
+            )
+        if bool(p.blur.any()) and not self.settings.kernel_size:
+            raise ValueError(
+                "params must not ask for a blur (column 15) where no view is blurred, with a "
+                "probability of 0; give this SimCLRAugment a blur, or set the column to 0"
+            )
+        if bool(p.solarize.any()) and self.settings.solarize_threshold is None:
+            raise ValueError(
+                "params must not ask for solarizing (column 17) where no view is solarized, with a "
+                "probability of 0; give this SimCLRAugment solarize=, or set the column to 0"
+            )
 
     def extra_repr(self) -> str:
         """The recipe, as ``repr`` shows it."""

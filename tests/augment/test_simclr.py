@@ -417,3 +417,32 @@ def test_the_defaults_of_torch_change_no_view(default, as_list, size, backend, m
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    ("columns", "value", "message"),
+    [
+        (slice(15, 16), 1, r"params must not ask for a blur \(column 15\)"),
+        (slice(17, 18), 1, r"params must not ask for solarizing \(column 17\)"),
+        (slice(6, 7), 9, r"params must hold each of 0, 1, 2 and 3 once .* got \[9.0"),
+        (slice(6, 10), 1, r"params must hold each of 0, 1, 2 and 3 once"),
+        (slice(8, 9), torch.nan, r"params must hold each of 0, 1, 2 and 3 once"),
+        (slice(0, 1), 0.5, r"box must be whole numbers of pixels, got .*\[0.5, "),
+    ],
+)
+def test_a_table_that_asks_for_the_impossible(columns, value, message, backend, make_images):
+    """Neither left out in silence nor an error from within."""
+    images = make_images(3, 20, 20)
+    augment = SimCLRAugment(16, scale=(0.1, 0.3), grayscale=1.0, backend=backend)
+    params = augment.draw(images)
+    params[..., columns] = value
+    with pytest.raises(ValueError, match=message):
+        augment(images, params=params)
+
+
+def test_a_table_that_is_not_floating(make_images):
+    images = make_images(3, 20, 20)
+    augment = SimCLRAugment(16)
+    with pytest.raises(TypeError, match=r"params must be floating, got torch.int64"):
+        augment(images, params=augment.draw(images).long())
