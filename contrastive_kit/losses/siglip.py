@@ -143,7 +143,8 @@ def _check_bias(bias: float | Tensor, z: Tensor | None = None) -> None:
         return
     if isinstance(bias, bool) or not isinstance(bias, (int, float)):
         raise TypeError(f"bias must be a number or a tensor, got {bias!r}")
-    if not math.isfinite(bias):
+    # Not math.isfinite, which would break the graph of torch.compile(dynamic=True).
+    if not -math.inf < bias < math.inf:
         raise ValueError(f"bias must be finite, got {bias}")
 
 

@@ -99,6 +99,15 @@ def test_other_modules_compile_to_one_graph(module):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("loss_fn", [nt_xent, info_nce, siglip])
+def test_the_numbers_of_a_loss_may_be_symbols(loss_fn):
+    """With dynamic=True a number is one, also a default."""
+    torch.compiler.reset()
+    a, b = torch.randn(2, 9, 6).unbind(0)
+    compiled = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, b), loss_fn(a, b))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nt_xent", "clip", "weights and smoothing", "sup_con", "siglip"])
 def test_compiles_with_inductor(name):
