@@ -232,6 +232,13 @@ def reduce(
     return loss.sum() / total
 
 
+def shown(value: float | Tensor) -> str:
+    """A number as ``repr`` shows it; a module on the device meta can be printed too."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return "?"
+    return f"{float(value):.4g}"
+
+
 class TemperatureLoss(nn.Module):
     """Base of the losses that divide cosines by a temperature, fixed or learnable.
 
@@ -299,8 +306,11 @@ class TemperatureLoss(nn.Module):
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         hardness = f", hardness={self.hardness}" if self.hardness else ""
         gathering = ", gather_distributed=True" if self.gather_distributed else ""
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.detach()
         return (
-            f"temperature={float(torch.as_tensor(self.temperature).detach()):.4g}{learnable}"
+            f"temperature={shown(temperature)}{learnable}"
             f"{smoothing}{hardness}{gathering}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}"
         )

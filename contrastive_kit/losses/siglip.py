@@ -16,7 +16,7 @@ from contrastive_kit._checks import (
     check_ids,
     check_temperature,
 )
-from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce
+from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce, shown
 from contrastive_kit.losses._gathered import gather_batch, own_parameters, several_processes
 from contrastive_kit.ops import (
     SOFTPLUS_BACKENDS,
@@ -232,8 +232,8 @@ class SigLIP(nn.Module):
         """The options, as the constructor takes them, with the present temperature and bias."""
         gathering = "gather_distributed=True, " if self.gather_distributed else ""
         return (
-            f"temperature={float(self.temperature.detach()):.4g}, "
-            f"bias={float(self.bias.detach()):.4g}, {gathering}"
+            f"temperature={shown(self.temperature.detach())}, "
+            f"bias={shown(self.bias.detach())}, {gathering}"
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )
 

@@ -194,3 +194,18 @@ def test_float32_matmul_precision_is_followed_and_left_alone():
     before = torch.get_float32_matmul_precision()
     nt_xent(torch.randn(4, 3), torch.randn(4, 3))
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [SigLIP, NTXent, lambda: InfoNCE(learnable_temperature=True)],
+    ids=["SigLIP", "NTXent", "InfoNCE"],
+)
+def test_a_module_made_on_the_device_meta_can_be_printed(make):
+    """As whole models are before their weights are loaded."""
+    with torch.device("meta"):
+        module = make()
+        shown = repr(module)
+    learnable = any(True for _ in module.parameters())
+    assert ("temperature=?" in shown) == learnable
+    assert repr(module.to_empty(device="cpu")).count("?") == 0
