@@ -135,7 +135,7 @@ class NegativeQueue(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """How many keys have been taken in so far; tells where the oldest one is."""
-        return torch.tensor(self._taken)
+        return torch.tensor(self._taken, device="cpu")  # whatever the default device is
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what ``get_extra_state`` returned."""

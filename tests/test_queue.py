@@ -250,3 +250,13 @@ def test_a_refused_state_changes_nothing(broken):
     with pytest.raises(RuntimeError, match="rows"):
         queue.load_state_dict(state)
     assert torch.equal(queue.negatives(), before)
+
+
+def test_the_state_does_not_follow_the_default_device():
+    queue = NegativeQueue(4, 6)
+    queue(torch.randn(3, 4))
+    with torch.device("meta"):
+        state = queue.state_dict()
+    restored = NegativeQueue(4, 6)
+    restored.load_state_dict(state)
+    assert torch.equal(restored.negatives(), queue.negatives())
