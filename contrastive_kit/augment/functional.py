@@ -35,6 +35,12 @@ def check_images(images: object, channels: int | None = None) -> Tensor:
     return images
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False: any text, "no" too, would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def _to_working(images: Tensor) -> Tensor:
     """Floats in [0, 1], at least float32."""
     if images.dtype == torch.uint8:
@@ -429,6 +435,8 @@ def gaussian_blur(
 
 def check_kernel(kernel_size: int, shape: Sequence[int], padding: str) -> int:
     """The radius of a blur kernel that fits the images, else an error."""
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+        raise TypeError(f"kernel_size must be an integer, got {kernel_size!r}")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
     if padding not in ("reflect", "zeros"):
@@ -509,7 +517,8 @@ def crop_resize(
 def check_size(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, both positive, else an error."""
     pair = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if len(pair) != 2 or not whole or min(pair) < 1:
         raise ValueError(f"size must be a positive int or two of them, got {size!r}")
     return pair[0], pair[1]
 

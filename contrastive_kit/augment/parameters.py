@@ -6,7 +6,9 @@ result is a packed table, a float32 tensor whose last dimension has the columns 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -92,11 +94,15 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
 
 
 def _check_probability(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a probability, got {value!r}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a probability between 0 and 1, got {value}")
 
 
 def _check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
+    if not isinstance(value, Sequence) or not all(isinstance(end, Real) for end in value):
+        raise TypeError(f"{name} must be a range (low, high) of two numbers, got {value!r}")
     if len(value) != 2 or not low <= value[0] <= value[1] <= high:
         raise ValueError(
             f"{name} must be a range (low, high) with {low} <= low <= high <= {high}, got {value}"
@@ -125,6 +131,7 @@ class ViewDistribution:
         solarize: Probability of solarizing, one number for all views or one a view.
 
     Raises:
+        TypeError: If a probability is no number, or a range not two.
         ValueError: If a probability or a range is out of its bounds.
     """
 
@@ -158,8 +165,8 @@ class ViewDistribution:
             _check_range(name, getattr(self, name), 0.0, math.inf)
         _check_range("hue", self.hue, -0.5, 0.5)
         _check_range("sigma", self.sigma, 0.0, math.inf)
-        if self.sigma[0] <= 0:
-            raise ValueError(f"sigma must be positive, got {self.sigma}")
+        if self.sigma[0] <= 0 or math.isinf(self.sigma[1]):
+            raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
 
     def draw(
         self,

@@ -13,6 +13,7 @@ from contrastive_kit.augment.parameters import N_COLUMNS, ViewDistribution, to_d
 IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 _BACKENDS = ("cpu", "triton", "torch")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Blur = bool | float | Sequence[float] | Literal["auto"]
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -74,7 +75,7 @@ class SimCLRAugment(nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range.
-        TypeError: If `dtype` is not floating.
+        TypeError: If `dtype` is not floating, or an argument of another type than it is said to be.
 
     Example:
         >>> import torch
@@ -119,12 +120,16 @@ class SimCLRAugment(nn.Module):
     ) -> None:
         super().__init__()
         shape = functional.check_size(size)
-        if not isinstance(views, int) or views < 1:
+        if isinstance(views, bool) or not isinstance(views, int) or views < 1:
             raise ValueError(f"views must be a positive int, got {views!r}")
         if backend not in ("auto", *_BACKENDS):
             raise ValueError(f"backend must be 'auto', 'cpu', 'triton' or 'torch', got {backend!r}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating, got {dtype}")
+        if dtype not in _DTYPES:
+            raise TypeError(
+                f"dtype must be floating: torch.float32, float16, bfloat16 or float64; got {dtype}"
+            )
+        functional.check_flag("antialias", antialias)
+        functional.check_flag("check_values", check_values)
         if memory_format not in (torch.contiguous_format, torch.channels_last):
             raise ValueError(
                 "memory_format must be torch.contiguous_format or torch.channels_last, "
@@ -141,7 +146,7 @@ class SimCLRAugment(nn.Module):
         if not 0 <= solarize_threshold <= 1:
             raise ValueError(f"solarize_threshold must be in [0, 1], got {solarize_threshold}")
         blur_probability = _blur_probability(blur, shape)
-        solarize_probability = solarize if isinstance(solarize, float | int) else tuple(solarize)
+        solarize_probability = _solarize_probability(solarize)
         for name, probability in (("blur", blur_probability), ("solarize", solarize_probability)):
             if isinstance(probability, tuple) and len(probability) != views:
                 raise ValueError(
@@ -301,6 +306,8 @@ class SimCLRAugment(nn.Module):
             TypeError: If the images are neither uint8 nor floating, or `params` are not floating.
         """
         first = _check_images(images)
+        functional.check_flag("return_params", return_params)
+        functional.check_flag("concat", concat)
         if self.check_values:
             _check_range(images)
         table = self.draw(images) if params is None else self._check_params(params, images)
@@ -405,9 +412,21 @@ def _blur_probability(blur: Blur, shape: tuple[int, int]) -> float | tuple[float
         return 0.5 if min(shape) >= 64 else 0.0
     if isinstance(blur, bool):
         return 0.5 if blur else 0.0
+    if isinstance(blur, float | int):
+        return float(blur)
+    if not isinstance(blur, Sequence):
+        raise TypeError(
+            f"blur must be a bool, 'auto', a probability or one for each view, got {blur!r}"
+        )
     if isinstance(blur, str):
         raise ValueError(f"blur must be a bool, 'auto' or a probability, got {blur!r}")
-    return float(blur) if isinstance(blur, float | int) else tuple(blur)
+    return tuple(blur)
+
+
+def _solarize_probability(solarize: float | Sequence[float]) -> float | tuple[float, ...]:
+    if isinstance(solarize, str) or not isinstance(solarize, float | int | Sequence):
+        raise TypeError(f"solarize must be a probability or one a view, got {solarize!r}")
+    return solarize if isinstance(solarize, float | int) else tuple(solarize)
 
 
 def _any(probability: float | tuple[float, ...]) -> bool:
@@ -437,10 +456,14 @@ def _normalization(
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     if normalize is None:
         return None, None
-    mean, std = (tuple(float(value) for value in part) for part in normalize)
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+    try:
+        mean, std = (tuple(float(value) for value in part) for part in normalize)
+    except (TypeError, ValueError):
+        mean = std = ()
+    finite = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
+    if len(mean) != 3 or len(std) != 3 or not finite:
         raise ValueError(
-            "normalize must be three means and three positive standard deviations, "
+            "normalize must be three means and three positive standard deviations, all finite, "
             f"got {normalize!r}"
         )
     return mean, std

@@ -318,6 +318,23 @@ IMAGES = torch.rand(2, 3, 20, 20)
         ({"strength": float("nan")}, ValueError, "strength must be finite"),
         ({"strength": 3}, ValueError, "strength times the hue"),
         ({"views": 0}, ValueError, "views must be a positive int, got 0"),
+        ({"views": True}, ValueError, "views must be a positive int, got True"),
+        ({"size": (8, True)}, ValueError, "size must be a positive int"),
+        ({"antialias": "no"}, TypeError, "antialias must be True or False, got 'no'"),
+        ({"check_values": "no"}, TypeError, "check_values must be True or False, got 'no'"),
+        ({"dtype": "float32"}, TypeError, "dtype must be floating: .* got float32"),
+        ({"dtype": torch.float8_e5m2}, TypeError, "dtype must be floating: .* got torch.float8"),
+        ({"blur": None}, TypeError, "blur must be a bool, 'auto', a probability .* got None"),
+        ({"solarize": None}, TypeError, "solarize must be a probability or one a view, got None"),
+        ({"solarize": "no"}, TypeError, "solarize must be a probability or one a view, got 'no'"),
+        ({"flip": "no"}, TypeError, "flip must be a probability, got 'no'"),
+        ({"flip": (0.5, 0.5)}, TypeError, r"flip must be a probability, got \(0.5, 0.5\)"),
+        ({"scale": 0.5}, TypeError, "scale must be a range .* of two numbers, got 0.5"),
+        ({"sigma": (1.0, torch.inf)}, ValueError, "sigma must be positive and finite"),
+        ({"blur": True, "kernel_size": 3.0}, TypeError, "kernel_size must be an integer, got 3.0"),
+        ({"normalize": 0.5}, ValueError, "normalize must be three means .* got 0.5"),
+        ({"normalize": ((torch.nan, 0, 0), (1, 1, 1))}, ValueError, "normalize must be .*nan"),
+        ({"normalize": ((0, 0, 0), (torch.inf, 1, 1))}, ValueError, "normalize must be .*inf"),
         ({"blur": "yes"}, ValueError, "blur must be a bool, 'auto' or a probability, got 'yes'"),
         ({"blur": 1.5}, ValueError, "blur must be a probability"),
         ({"blur": (0.1, 0.2, 0.3)}, ValueError, "blur must be one probability or one for each"),
@@ -446,3 +463,9 @@ def test_a_table_that_is_not_floating(make_images):
     augment = SimCLRAugment(16)
     with pytest.raises(TypeError, match=r"params must be floating, got torch.int64"):
         augment(images, params=augment.draw(images).long())
+
+
+@pytest.mark.parametrize("flag", ["return_params", "concat"])
+def test_a_flag_of_the_call_that_is_none(flag):
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got 'no'"):
+        SimCLRAugment(16)(IMAGES, **{flag: "no"})
