@@ -40,7 +40,7 @@ class ProjectionHead(nn.Module):
         Input (N, ``in_dim``), output (N, ``out_dim``), not L2-normalised: the losses do that.
 
     Raises:
-        TypeError: A size or ``layers`` is not an integer.
+        TypeError: A size or ``layers`` is not an integer, ``batch_norm`` not True or False.
         ValueError: A size below 1, ``layers`` outside 0 … 3, ``hidden_dim`` given where there is no
             hidden layer, ``layers=0`` with ``out_dim != in_dim``; in the forward pass an input
             that is not (N, ``in_dim``).
@@ -82,6 +82,8 @@ class ProjectionHead(nn.Module):
                 raise TypeError(f"{name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if not isinstance(batch_norm, bool):  # any text, "no" too, would count as True
+            raise TypeError(f"batch_norm must be True or False, got {batch_norm!r}")
         if layers == 0 and out_dim != in_dim:
             raise ValueError(
                 f"out_dim must equal in_dim ({in_dim}) with layers=0, which is the identity; "

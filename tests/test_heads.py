@@ -110,6 +110,7 @@ def test_last_batch_norm_without_shift_survives_state_dict_and_sync_conversion()
         ((8, 0), {}, ValueError, "hidden_dim must be at least 1, got 0"),
         ((8,), {"out_dim": -2}, ValueError, "out_dim must be at least 1, got -2"),
         ((8.0,), {}, TypeError, "in_dim must be an integer, got 8.0"),
+        ((8,), {"batch_norm": "no"}, TypeError, "batch_norm must be True or False, got 'no'"),
     ],
 )
 def test_wrong_arguments(arguments, options, error, message):
