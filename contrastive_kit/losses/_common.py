@@ -292,7 +292,9 @@ class TemperatureLoss(nn.Module):
         log_scale = own_parameters(
             self.log_scale.to(dtype), self.gather_distributed, self.process_group
         )
-        return (-log_scale.clamp(max=_LARGEST_LOG_SCALE)).exp()
+        # Not clamp: in torch 2.14 it has no gradient at the bound, and the parameter would stay.
+        beyond = log_scale > _LARGEST_LOG_SCALE
+        return (-torch.where(beyond, _LARGEST_LOG_SCALE, log_scale)).exp()
 
     def _limit_log_scale(self) -> None:
         """Bring the parameter back to its bound, beyond which it would get no gradient."""

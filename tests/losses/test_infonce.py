@@ -3,6 +3,8 @@
 Equation numbers are those of docs/nt_xent.md.
 """
 
+import math
+
 import algorithm1
 import pytest
 import torch
@@ -225,3 +227,14 @@ def test_the_module_passes_negatives_on():
     loss, stats = InfoNCE()(q, k, queue, return_stats=True)
     expected, expected_stats = info_nce(q, k, queue, return_stats=True)
     torch.testing.assert_close((loss, *stats), (expected, *expected_stats))
+
+
+def test_a_temperature_at_its_bound_can_rise_again():
+    """Left beyond the bound, the parameter would get no gradient for the rest of training."""
+    loss_fn = InfoNCE(0.01, learnable_temperature=True)
+    with torch.no_grad():
+        loss_fn.log_scale += 5
+    query, key = torch.eye(5), -torch.eye(5)  # every answer is wrong: less scale is better
+    loss_fn(query, key).backward()
+    assert loss_fn.log_scale.item() == pytest.approx(math.log(100))
+    assert loss_fn.log_scale.grad > 0

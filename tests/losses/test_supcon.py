@@ -3,6 +3,8 @@
 Equations (15), (16) and (20) of docs/nt_xent.md.
 """
 
+import math
+
 import algorithm1
 import pytest
 import torch
@@ -366,3 +368,13 @@ class TestModule:
         loss = reference.sup_con(views.double(), LABELS, (-log_scale).exp()).mean()
         (expected,) = torch.autograd.grad(loss, log_scale)
         assert_within(loss_fn.log_scale.grad, expected, 1e-5)
+
+    def test_a_temperature_at_its_bound_can_rise_again(self):
+        """Left beyond the bound, the parameter would get no gradient for the rest of training."""
+        loss_fn = SupCon(0.01, learnable_temperature=True)
+        with torch.no_grad():
+            loss_fn.log_scale += 5
+        # Positives are opposed: less scale is better.
+        loss_fn(torch.eye(5), -torch.eye(5), labels=torch.arange(5)).backward()
+        assert loss_fn.log_scale.item() == pytest.approx(math.log(100))
+        assert loss_fn.log_scale.grad > 0
