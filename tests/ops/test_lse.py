@@ -3,6 +3,8 @@
 Equations (2), (5) and (8) of docs/nt_xent.md.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,6 +205,19 @@ def test_not_finite_reaches_the_result(bad, backend):
     assert not lse.isfinite().all()
 
 
+@exact_backends
+def test_a_row_of_nan_leaves_the_range_of_other_rows_alone(backend):
+    """Lengths tell whether exp may overflow, and NaN tells nothing: logits here exceed 88."""
+    q, k = torch.randn(35, 6) * 20, torch.randn(19, 6) * 20
+    expected = (q.double() @ k.double().T).logsumexp(1)
+    assert expected.max() > 500
+    q[17, 2] = torch.nan
+    lse, _ = kept_logsumexp(q, k, backend=backend)
+    others = torch.arange(35) != 17
+    assert lse[17].isnan()
+    assert_within(lse[others], expected[others], VALUE[torch.float32])
+
+
 @backends
 def test_each_input_alone_gets_its_gradient(backend):
     q, k = torch.randn(33, 5), torch.randn(50, 5)
@@ -304,12 +319,14 @@ def test_saved_tiles_change_nothing(logit_size, two_matrices, monkeypatch):
             assert torch.equal(a, b)
 
 
-def test_saved_tiles_are_not_computed_again(monkeypatch):
-    q = torch.randn(70, 6, requires_grad=True)
+@pytest.mark.parametrize("wanted", ["one matrix", "rows", "columns"])
+def test_saved_tiles_are_not_computed_again(wanted, monkeypatch):
+    q = torch.randn(70, 6, requires_grad=wanted != "columns")
+    k = None if wanted == "one matrix" else torch.randn(45, 6, requires_grad=wanted == "columns")
     products = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(1) or mm(*args, **kw))
-    lse, _ = kept_logsumexp(q, exclusion=Exclusion(35), backend="tiled")
+    lse, _ = kept_logsumexp(q, k, exclusion=Exclusion(35), backend="tiled")
     assert len(products) == 15
     lse.sum().backward()
     assert len(products) == 15 + 12  # small_tiles saves three of the 15
@@ -326,6 +343,15 @@ def test_no_tiles_are_saved_where_no_gradient_is_wanted(monkeypatch):
         kept_logsumexp(q, backend="tiled")
     with pytest.raises(AssertionError, match="nothing reads"):
         kept_logsumexp(q, backend="tiled")
+
+
+@pytest.mark.full_tiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [None, 5003])
+def test_saved_tiles_fit_into_their_bytes(columns, dtype):
+    q = torch.empty(9001, 1, dtype=dtype)
+    saved = _tiled.new_tiles(q, None if columns is None else q[:columns])
+    assert _tiled._CPU_SAVED_BYTES / 2 < saved.nbytes <= _tiled._CPU_SAVED_BYTES == 2**25
 
 
 @pytest.mark.parametrize("bound", [10.0, torch.inf])
@@ -347,6 +373,52 @@ def test_a_known_bound_changes_the_path_not_the_result(bound):
     (exact_grad,) = torch.autograd.grad(exact.sum(), exact_q)
     torch.testing.assert_close(lse.double(), exact, rtol=2e-7, atol=0)
     assert (grad - exact_grad).norm() <= 2e-6 * exact_grad.norm()
+
+
+@exact_backends
+@pytest.mark.parametrize(
+    ("dtype", "logit"),
+    [(torch.float32, x) for x in (31.0, 33.0, 68.0, 70.0, 84.0, 88.5, 95.0, 110.0)]
+    + [(torch.float64, x) for x in (68.0, 590.0, 605.0, 705.0, 715.0, 760.0)],
+)
+def test_equal_logits_of_any_size(logit, dtype, backend):
+    """Where exp, or a sum of exps over a tile, would leave the range: logit + log 699."""
+    q = torch.tensor([1.0, 2.0, 2.0], dtype=dtype).div(3).repeat(700, 1) * logit**0.5
+    for k, value in ((None, logit), (-q, -logit)):
+        inputs = [q.clone().requires_grad_()]
+        lse, _ = kept_logsumexp(inputs[0], k, exclusion=Exclusion(700), backend=backend)
+        expected = torch.full((700,), value + math.log(699), dtype=torch.float64)
+        assert_within(lse, expected, VALUE[dtype])
+        (grad,) = torch.autograd.grad(lse.sum(), inputs)
+        budget = gradient_budget(dtype, 1 / logit)
+        assert_within(grad, (2 if k is None else 1) * (q if k is None else k).double(), budget)
+
+
+@exact_backends
+@pytest.mark.parametrize("lengths", [(0.05, 30.0), (30.0, 0.05), (0.5, 300.0)])
+def test_matrices_of_different_lengths(lengths, backend):
+    """Neither alone tells how large a logit is."""
+    q, k = (
+        F.normalize(torch.randn(n, 5), dim=1) * x for n, x in ((35, lengths[0]), (50, lengths[1]))
+    )
+    check(q, k, Exclusion(50), True, backend, torch.float32, LARGE_LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("length", "bound", "shifted"),
+    [(7.0, torch.inf, False), (7.0, 1e9, False), (9.0, torch.inf, True), (9.0, 60.0, False)],
+)
+def test_short_rows_spare_the_running_maximum(length, bound, shifted, monkeypatch):
+    """Squares of 49 and 81 around the bound of 69; no logit of the latter is above 60."""
+    calls = []
+    for name in ("_forward_shifted", "_weight_tiles_shifted"):
+        function = getattr(_tiled, name)
+        monkeypatch.setattr(_tiled, name, lambda *args, f=function: calls.append(args) or f(*args))
+    q = (torch.eye(35) * length).requires_grad_()
+    lse, _ = kept_logsumexp(q, exclusion=Exclusion(35), bound=bound, backend="tiled")
+    lse.sum().backward()
+    assert len(calls) == (2 if shifted else 0)
+    torch.testing.assert_close(lse, torch.full((35,), 34.0).log())
 
 
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])

@@ -62,6 +62,16 @@ def test_no_length_under_or_overflows(dtype, exponent):
     torch.testing.assert_close(rows, direction / 0.75, rtol=info.eps, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_numbers_have_a_direction(dtype):
+    largest = torch.finfo(dtype).max
+    z = torch.tensor([[largest, 0.0, -largest], [0.0, -largest, 0.0]], dtype=dtype)
+    rows = scaled_unit_rows((z.requires_grad_(),), 1.0)[0]
+    expected = torch.tensor([[0.5**0.5, 0.0, -(0.5**0.5)], [0.0, -1.0, 0.0]], dtype=torch.float64)
+    assert_within(rows, expected, torch.finfo(rows.dtype).eps)
+    assert torch.autograd.grad(rows.sum(), z)[0].isfinite().all()
+
+
 @given(exponent=st.integers(-60, 60))
 def test_a_power_of_two_changes_nothing(exponent):
     z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
