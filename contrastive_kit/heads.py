@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from contrastive_kit._checks import check_flag
+
 MAX_LAYERS = 3
 
 
@@ -82,8 +84,7 @@ class ProjectionHead(nn.Module):
                 raise TypeError(f"{name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if not isinstance(batch_norm, bool):  # any text, "no" too, would count as True
-            raise TypeError(f"batch_norm must be True or False, got {batch_norm!r}")
+        check_flag("batch_norm", batch_norm)
         if layers == 0 and out_dim != in_dim:
             raise ValueError(
                 f"out_dim must equal in_dim ({in_dim}) with layers=0, which is the identity; "

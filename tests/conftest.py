@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
     if torch.cuda.is_available() or os.environ.get("CK_REQUIRE_CUDA") == "1":
         return
+    # Torch 2.9 asks the driver for the current device when a fake CUDA tensor is indexed; later
+    # releases replace that by nothing, with this function.
+    asks = not hasattr(torch._C, "_ensureCUDADeviceGuardSet")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+        elif asks and "indexes_fakes" in item.keywords:
+            reason = "this torch indexes fake CUDA tensors only where there is a CUDA device"
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -8,6 +8,8 @@ import inspect
 import json
 from pathlib import Path
 
+from torch import nn
+
 SURFACE = Path(__file__).with_name("api_surface.json")
 MODULES = [
     "contrastive_kit",
@@ -24,7 +26,8 @@ MODULES = [
 def _signature(thing):
     if inspect.isclass(thing) or inspect.isfunction(thing):
         surface = _parameters(thing)
-        if "forward" in vars(thing):
+        # Inherited too: Kornia 0.9 copies it into every class, earlier releases do not.
+        if inspect.isclass(thing) and issubclass(thing, nn.Module):
             return {"__init__": surface, "forward": _parameters(thing.forward)[1:]}
         return surface
     return type(thing).__name__

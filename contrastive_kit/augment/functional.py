@@ -35,12 +35,6 @@ def check_images(images: object, channels: int | None = None) -> Tensor:
     return images
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise unless `value` is True or False: any text, "no" too, would count as True."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def _to_working(images: Tensor) -> Tensor:
     """Floats in [0, 1], at least float32."""
     if images.dtype == torch.uint8:

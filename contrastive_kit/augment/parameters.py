@@ -296,7 +296,7 @@ def _gate(uniform: Tensor, probability: float) -> Tensor:
 
 
 def _view_gates(name: str, uniforms: Tensor, probability: float | tuple[float, ...]) -> Tensor:
-    if isinstance(probability, float | int):
+    if isinstance(probability, (float, int)):  # torch.compile of torch 2.9 cannot trace float | int
         return _gate(uniforms, probability)
     if len(probability) != uniforms.shape[0]:
         raise ValueError(

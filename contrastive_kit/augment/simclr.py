@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import _cpu, _triton, _view, functional
 from contrastive_kit.augment.parameters import N_COLUMNS, ViewDistribution, to_device, unpack
 
@@ -128,8 +129,8 @@ class SimCLRAugment(nn.Module):
             raise TypeError(
                 f"dtype must be floating: torch.float32, float16, bfloat16 or float64; got {dtype}"
             )
-        functional.check_flag("antialias", antialias)
-        functional.check_flag("check_values", check_values)
+        check_flag("antialias", antialias)
+        check_flag("check_values", check_values)
         if memory_format not in (torch.contiguous_format, torch.channels_last):
             raise ValueError(
                 "memory_format must be torch.contiguous_format or torch.channels_last, "
@@ -306,8 +307,8 @@ class SimCLRAugment(nn.Module):
             TypeError: If the images are neither uint8 nor floating, or `params` are not floating.
         """
         first = _check_images(images)
-        functional.check_flag("return_params", return_params)
-        functional.check_flag("concat", concat)
+        check_flag("return_params", return_params)
+        check_flag("concat", concat)
         if self.check_values:
             _check_range(images)
         table = self.draw(images) if params is None else self._check_params(params, images)

@@ -74,6 +74,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.indexes_fakes
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_views_are_made_without_waiting(name, dtype, monkeypatch):
@@ -122,6 +123,7 @@ MODULES = {
 }
 
 
+@pytest.mark.indexes_fakes
 @pytest.mark.parametrize("name", MODULES)
 def test_our_part_of_the_modules_does_not_wait(name, monkeypatch):
     """Kornia's own bases wait in some releases; the parameters and the operation never do."""
@@ -135,6 +137,7 @@ def test_our_part_of_the_modules_does_not_wait(name, monkeypatch):
     assert run(monkeypatch, parameters_and_operation, 8, dtype=torch.float32).blocking == []
 
 
+@pytest.mark.indexes_fakes
 def test_the_record_notices_a_wait(monkeypatch):
     def waits(images):
         return images * images.float().mean().cpu().to("cuda")

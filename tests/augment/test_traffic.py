@@ -1,5 +1,6 @@
 """What makes the views fast, guarded without a clock: bytes moved and operations launched."""
 
+import kornia
 import kornia.augmentation as K
 import pytest
 import torch
@@ -9,6 +10,12 @@ from contrastive_kit import SimCLRAugment
 
 VIEWS = {"view", "expand", "slice", "select", "unsqueeze", "permute", "transpose", "t", "unbind"}
 VIEWS |= {"split", "squeeze", "as_strided", "alias", "detach", "_unsafe_view", "empty"}
+
+
+# Bounds for small and for large views. Before 0.9 Kornia works on the drawn samples alone, and
+# moves less.
+OLD = tuple(map(int, kornia.__version__.split(".")[:2])) < (0, 9)
+SMALL, LARGE = (0.9, 0.55) if OLD else (0.8, 0.5)
 
 
 class Traffic(TorchDispatchMode):
@@ -43,7 +50,7 @@ def test_views_move_a_fraction_of_what_kornia_moves(size, source, budget_mb):
     batch = 32
     images = torch.randint(0, 256, (batch, 3, source, source), dtype=torch.uint8)
     blur = size // 10 // 2 * 2 + 1
-    kornia = K.AugmentationSequential(
+    pipeline = K.AugmentationSequential(
         K.RandomResizedCrop((size, size)),
         K.RandomHorizontalFlip(),
         K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
@@ -53,10 +60,10 @@ def test_views_move_a_fraction_of_what_kornia_moves(size, source, budget_mb):
     )
     augment = SimCLRAugment(size)
     ours, _ = traffic(lambda: augment(images), 2 * batch)
-    theirs, _ = traffic(lambda: kornia(images.float() / 255), batch)
+    theirs, _ = traffic(lambda: pipeline(images.float() / 255), batch)
     print(f"{size}: ours {ours / 1e6:.2f} MB, kornia {theirs / 1e6:.2f} MB a view")
     assert ours < budget_mb * 1e6
-    assert ours < (0.8 if size < 64 else 0.5) * theirs
+    assert ours < (SMALL if size < 64 else LARGE) * theirs
 
 
 def test_small_views_share_their_operations():
