@@ -24,7 +24,9 @@ class ContrastiveStats(NamedTuple):
 
     Attributes:
         accuracy: share of anchors whose most similar candidate is a positive, in [0, 1]. A tie with
-            a negative is a miss: a collapsed encoder has accuracy 0.
+            a negative is a miss: a collapsed encoder has accuracy 0. Cosines closer than 16 times
+            the epsilon of the loss's dtype are a tie, 2e-6 in float32. Products in half precision
+            or TensorFloat-32 are less exact than that, and may break a tie either way.
         positive_similarity: mean cosine between anchors and positives, in [-1, 1].
         negative_similarity: mean cosine over all negative pairs, in [-1, 1]; NaN if there is none.
         entropy: mean entropy, in nats, of the softmax over the candidates of an anchor, from 0 to
@@ -35,6 +37,16 @@ class ContrastiveStats(NamedTuple):
     positive_similarity: Tensor
     negative_similarity: Tensor
     entropy: Tensor
+
+
+def is_nearest(
+    positive_logits: Tensor, negative_logits: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """Where the largest positive logit is above the largest negative one, and no tie."""
+    # One is a sum over a row, the other comes from a product of matrices: equal rows give the two
+    # different roundings, and by chance a collapsed encoder would always be right.
+    tie = 16 * torch.finfo(positive_logits.dtype).eps / temperature
+    return positive_logits > negative_logits + tie
 
 
 def contrastive_stats(
@@ -50,7 +62,7 @@ def contrastive_stats(
         log_total = torch.logaddexp(negative_lse, positive_logits.logsumexp(0))
         expected_logit = (negative_lse - log_total).exp() * negatives.expected
         expected_logit += ((positive_logits - log_total).exp() * positive_logits).sum(0)
-        hit = positive_logits.amax(0) > negatives.maximum
+        hit = is_nearest(positive_logits.amax(0), negatives.maximum, temperature)
         return ContrastiveStats(
             accuracy=hit.to(log_total.dtype).mean(),
             positive_similarity=positive_logits.mean() * temperature,

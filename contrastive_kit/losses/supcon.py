@@ -27,7 +27,7 @@ from contrastive_kit.losses._common import (
 )
 from contrastive_kit.losses._gathered import described, several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
-from contrastive_kit.losses._stats import ContrastiveStats
+from contrastive_kit.losses._stats import ContrastiveStats, is_nearest
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
@@ -294,11 +294,8 @@ def _inside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, bound: fl
 def _statistics(
     batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, temperature: float | Tensor
 ) -> ContrastiveStats:
-    # Ids for both, which keeps equal logits equal: a positive is nearest where the largest of all
-    # logits is above that of the negatives.
-    lse, others = logsumexp(
-        exclusion=Exclusion(0, batch.images, batch.column_images), statistics=True
-    )
+    # A positive is nearest where the largest of all logits is above that of the negatives.
+    lse, others = logsumexp(exclusion=batch.other_images(), statistics=True)
     _, negatives = logsumexp(
         exclusion=Exclusion(0, batch.labels, batch.column_labels), statistics=True
     )
@@ -312,10 +309,10 @@ def _statistics(
     expected += ((own - log_total).exp() * own_finite).sum(0)
     nearest = torch.maximum(own.amax(0), others.maximum)
     has_positive = n_positives > 0
-    hits = (nearest > negatives.maximum) & has_positive
-    positive_total = others.total - negatives.total + own_finite.sum(0)
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(()).to(lse.dtype)
+    hits = is_nearest(nearest, negatives.maximum, temperature) & has_positive
+    positive_total = others.total - negatives.total + own_finite.sum(0)
     return ContrastiveStats(
         accuracy=hits.sum() / has_positive.sum().to(lse.dtype),
         positive_similarity=positive_total.sum() / n_positives.sum() * temperature,
