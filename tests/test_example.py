@@ -121,6 +121,10 @@ def test_a_stop_within_an_epoch_changes_nothing(root, tmp_path, changes, monkeyp
     assert "stopped in epoch 2 after 3 of 5 steps (time is up)" in capsys.readouterr().out
     state = checkpoint(parts)
     assert (state["step"], len(state["history"])) == (3, 1)
+    config = state["config"]
+    factor = simclr.warmup_cosine(5 + 3, 5 * config["warmup_epochs"], 5 * config["epochs"])
+    for group in state["optimizer"]["param_groups"]:  # a new rate at every step, not every epoch
+        assert group["lr"] == pytest.approx(group["initial_lr"] * factor)
     torch.manual_seed(1234)
     assert simclr.main(["--resume", str(parts), "--device", "cpu", "--workers", "0"]) == expected
     assert_same(checkpoint(parts), checkpoint(whole))

@@ -53,6 +53,19 @@ def test_equals_its_loop(bias, ids, backend):
 
 
 @backends
+@pytest.mark.parametrize("logit", [18.0, 21.0, 30.0])
+def test_float64_where_softplus_is_nearly_linear(logit, backend):
+    """Both rows are 1, both keys -1 or 1: the pair, or else the negative, is as wrong as can be."""
+    wrong, right = math.log1p(math.exp(-logit)) + logit, math.log1p(math.exp(-logit))
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    call = {"temperature": 1 / logit, "bias": 0.0, "backend": backend}
+    for keys in (ones, -ones):
+        torch.testing.assert_close(
+            siglip(ones, keys, **call).item(), wrong + right, rtol=1e-15, atol=0
+        )
+
+
+@backends
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "d"), [(2, 3), (3, 1), (63, 60), (65, 128), (252, 100)])
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
