@@ -11,6 +11,7 @@ A parameter is one number for all samples, or a ``(B,)`` tensor on the device of
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -429,7 +430,7 @@ def gaussian_blur(
 
 def check_kernel(kernel_size: int, shape: Sequence[int], padding: str) -> int:
     """The radius of a blur kernel that fits the images, else an error."""
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, Integral):
         raise TypeError(f"kernel_size must be an integer, got {kernel_size!r}")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")

@@ -6,9 +6,9 @@ result is a packed table, a float32 tensor whose last dimension has the columns 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -93,20 +93,36 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device)
 
 
-def _check_probability(name: str, value: float) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a probability, got {value!r}")
-    if not 0.0 <= value <= 1.0:
+def to_number(name: str, value: object) -> float:
+    """A number of any kind, NumPy's and a tensor of one value too, as a float; text is none."""
+    if not isinstance(value, str | bytes):
+        with suppress(TypeError, ValueError, RuntimeError):
+            return float(value)  # type: ignore[arg-type]
+    raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def to_numbers(name: str, values: object) -> tuple[float, ...]:
+    """Numbers as floats, where there must be several."""
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes)
+    if not several or getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"{name} must hold several numbers, got {values!r}")
+    return tuple(to_number(name, value) for value in values)  # type: ignore[attr-defined]
+
+
+def _to_probability(name: str, value: object) -> float:
+    probability = to_number(name, value)
+    if not 0.0 <= probability <= 1.0:
         raise ValueError(f"{name} must be a probability between 0 and 1, got {value}")
+    return probability
 
 
-def _check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
-    if not isinstance(value, Sequence) or not all(isinstance(end, Real) for end in value):
-        raise TypeError(f"{name} must be a range (low, high) of two numbers, got {value!r}")
-    if len(value) != 2 or not low <= value[0] <= value[1] <= high:
+def _to_range(name: str, value: object, low: float, high: float) -> tuple[float, float]:
+    ends = to_numbers(name, value)
+    if len(ends) != 2 or not low <= ends[0] <= ends[1] <= high:
         raise ValueError(
             f"{name} must be a range (low, high) with {low} <= low <= high <= {high}, got {value}"
         )
+    return ends[0], ends[1]
 
 
 @dataclass(frozen=True)
@@ -149,24 +165,24 @@ class ViewDistribution:
     solarize: float | tuple[float, ...] = 0.0
 
     def __post_init__(self) -> None:
-        _check_range("scale", self.scale, 0.0, 1.0)
+        per_view = ("blur", "solarize")
+        probabilities = ("flip", "jitter", "grayscale", *per_view)
+        bounds = {"hue": (-0.5, 0.5), "scale": (0.0, 1.0)}
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name not in probabilities:
+                value = _to_range(name, value, *bounds.get(name, (0.0, math.inf)))
+            elif name in per_view and isinstance(value, tuple):
+                value = tuple(_to_probability(name, each) for each in value)
+            else:
+                value = _to_probability(name, value)
+            object.__setattr__(self, name, value)  # what the dataclass itself does
         if self.scale[0] <= 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
-        _check_range("ratio", self.ratio, 0.0, math.inf)
-        if self.ratio[0] <= 0 or math.isinf(self.ratio[1]):
-            raise ValueError(f"ratio must be positive and finite, got {self.ratio}")
-        for name in ("flip", "jitter", "grayscale"):
-            _check_probability(name, getattr(self, name))
-        for name in ("blur", "solarize"):
-            value = getattr(self, name)
-            for probability in value if isinstance(value, tuple) else (value,):
-                _check_probability(name, probability)
-        for name in ("brightness", "contrast", "saturation"):
-            _check_range(name, getattr(self, name), 0.0, math.inf)
-        _check_range("hue", self.hue, -0.5, 0.5)
-        _check_range("sigma", self.sigma, 0.0, math.inf)
-        if self.sigma[0] <= 0 or math.isinf(self.sigma[1]):
-            raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
+        for name in ("ratio", "sigma"):
+            low, high = getattr(self, name)
+            if low <= 0 or math.isinf(high):
+                raise ValueError(f"{name} must be positive and finite, got {(low, high)}")
 
     def draw(
         self,

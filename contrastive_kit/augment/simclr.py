@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import _cpu, _triton, _view, functional
-from contrastive_kit.augment.parameters import N_COLUMNS, ViewDistribution, to_device, unpack
+from contrastive_kit.augment.parameters import (
+    N_COLUMNS,
+    ViewDistribution,
+    to_device,
+    to_number,
+    to_numbers,
+    unpack,
+)
 
 IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -76,7 +83,8 @@ class SimCLRAugment(nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range.
-        TypeError: If `dtype` is not floating, or an argument of another type than it is said to be.
+        TypeError: If `dtype` is not floating, a flag is not True or False, or something is no
+            number where one must be.
 
     Example:
         >>> import torch
@@ -144,10 +152,11 @@ class SimCLRAugment(nn.Module):
             raise ValueError(f"contrast_mean must be 'gray' or 'channel', got {contrast_mean!r}")
         if saturation_mode not in ("gray", "hsv"):
             raise ValueError(f"saturation_mode must be 'gray' or 'hsv', got {saturation_mode!r}")
+        solarize_threshold = to_number("solarize_threshold", solarize_threshold)
         if not 0 <= solarize_threshold <= 1:
             raise ValueError(f"solarize_threshold must be in [0, 1], got {solarize_threshold}")
         blur_probability = _blur_probability(blur, shape)
-        solarize_probability = _solarize_probability(solarize)
+        solarize_probability = _per_view("solarize", solarize)
         for name, probability in (("blur", blur_probability), ("solarize", solarize_probability)):
             if isinstance(probability, tuple) and len(probability) != views:
                 raise ValueError(
@@ -301,9 +310,10 @@ class SimCLRAugment(nn.Module):
 
         Raises:
             ValueError: If a shape does not fit, the named backend does not take the images, or
-                `check_values` finds some out of range. If `params` on the CPU hold a box that is
-                not inside its image, an order that is none, or a blur or a solarization that this
-                module does not make.
+                `check_values` finds some out of range. If `params` on the CPU are not finite, or
+                hold a box that is not inside its image, an order of the colour operations that is
+                none, a sigma of 0 for a blur, or a blur or a solarization where this module has a
+                probability of 0 for it.
             TypeError: If the images are neither uint8 nor floating, or `params` are not floating.
         """
         first = _check_images(images)
@@ -361,22 +371,32 @@ class SimCLRAugment(nn.Module):
 
     def _check_operations(self, params: Tensor) -> None:
         """Raise where a table asks for what cannot be done, instead of leaving it out."""
+        if not bool(params.isfinite().all()):
+            raise ValueError("params must be finite, got NaN or inf")
         p = unpack(params)
         no_order = (p.order.sort(dim=-1).values != torch.arange(4, device="cpu")).any(dim=-1)
+        no_order &= p.jitter != 0
+        # Read, if not followed, also where nothing is jittered.
+        no_order |= ((p.order < 0) | (p.order > 3)).any(dim=-1)
         if bool(no_order.any()):
             raise ValueError(
                 "params must hold each of 0, 1, 2 and 3 once in the columns of the order, 6 to 9, "
                 f"got {p.order[no_order][0].tolist()}"
             )
-        if bool(p.blur.any()) and not self.settings.kernel_size:
+        for name, column, asked, made in (
+            ("blur", 15, p.blur, self.settings.kernel_size),
+            ("solarize", 17, p.solarize, self.settings.solarize_threshold is not None),
+        ):
+            if not made and bool(asked.any()):
+                raise ValueError(
+                    f"params must have 0 in column {column}, as this SimCLRAugment has {name}=0; "
+                    f"got another number for {int(asked.count_nonzero())} of {asked.numel()} views"
+                )
+        no_sigma = (p.blur != 0) & (p.sigma <= 0)
+        if bool(no_sigma.any()):
             raise ValueError(
-                "params must not ask for a blur (column 15) where no view is blurred, with a "
-                "probability of 0; give this SimCLRAugment a blur, or set the column to 0"
-            )
-        if bool(p.solarize.any()) and self.settings.solarize_threshold is None:
-            raise ValueError(
-                "params must not ask for solarizing (column 17) where no view is solarized, with a "
-                "probability of 0; give this SimCLRAugment solarize=, or set the column to 0"
+                "params must hold a positive sigma in column 16 where column 15 asks for a blur, "
+                f"got {float(p.sigma[no_sigma][0])}"
             )
 
     def extra_repr(self) -> str:
@@ -409,25 +429,21 @@ class SimCLRAugment(nn.Module):
 
 
 def _blur_probability(blur: Blur, shape: tuple[int, int]) -> float | tuple[float, ...]:
-    if blur == "auto":
+    if isinstance(blur, str):
+        if blur != "auto":
+            raise ValueError(f"blur must be a bool, 'auto' or a probability, got {blur!r}")
         return 0.5 if min(shape) >= 64 else 0.0
     if isinstance(blur, bool):
         return 0.5 if blur else 0.0
-    if isinstance(blur, float | int):
-        return float(blur)
-    if not isinstance(blur, Sequence):
-        raise TypeError(
-            f"blur must be a bool, 'auto', a probability or one for each view, got {blur!r}"
-        )
-    if isinstance(blur, str):
-        raise ValueError(f"blur must be a bool, 'auto' or a probability, got {blur!r}")
-    return tuple(blur)
+    return _per_view("blur", blur)
 
 
-def _solarize_probability(solarize: float | Sequence[float]) -> float | tuple[float, ...]:
-    if isinstance(solarize, str) or not isinstance(solarize, float | int | Sequence):
-        raise TypeError(f"solarize must be a probability or one a view, got {solarize!r}")
-    return solarize if isinstance(solarize, float | int) else tuple(solarize)
+def _per_view(name: str, probability: float | Sequence[float]) -> float | tuple[float, ...]:
+    """One number for all views, or one a view."""
+    several = isinstance(probability, Sequence) and not isinstance(probability, str)
+    if several or getattr(probability, "ndim", False):
+        return to_numbers(name, probability)
+    return to_number(name, probability)
 
 
 def _any(probability: float | tuple[float, ...]) -> bool:
@@ -437,6 +453,7 @@ def _any(probability: float | tuple[float, ...]) -> bool:
 def _jitter_ranges(
     colors: Sequence[float], strength: float
 ) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]:
+    strength, colors = to_number("strength", strength), to_numbers("colors", colors)
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and not negative, got {strength}")
     if len(colors) != 4 or not all(0 <= color < math.inf for color in colors):

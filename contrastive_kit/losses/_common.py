@@ -293,7 +293,8 @@ class TemperatureLoss(nn.Module):
             self.log_scale.to(dtype), self.gather_distributed, self.process_group
         )
         # Not clamp: in torch 2.14 it has no gradient at the bound, and the parameter would stay.
-        beyond = log_scale > _LARGEST_LOG_SCALE
+        # Compared in its own dtype, in which the bound may have been rounded up.
+        beyond = self.log_scale > _LARGEST_LOG_SCALE
         return (-torch.where(beyond, _LARGEST_LOG_SCALE, log_scale)).exp()
 
     def _limit_log_scale(self) -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -324,12 +325,17 @@ IMAGES = torch.rand(2, 3, 20, 20)
         ({"check_values": "no"}, TypeError, "check_values must be True or False, got 'no'"),
         ({"dtype": "float32"}, TypeError, "dtype must be floating: .* got float32"),
         ({"dtype": torch.float8_e5m2}, TypeError, "dtype must be floating: .* got torch.float8"),
-        ({"blur": None}, TypeError, "blur must be a bool, 'auto', a probability .* got None"),
-        ({"solarize": None}, TypeError, "solarize must be a probability or one a view, got None"),
-        ({"solarize": "no"}, TypeError, "solarize must be a probability or one a view, got 'no'"),
-        ({"flip": "no"}, TypeError, "flip must be a probability, got 'no'"),
-        ({"flip": (0.5, 0.5)}, TypeError, r"flip must be a probability, got \(0.5, 0.5\)"),
-        ({"scale": 0.5}, TypeError, "scale must be a range .* of two numbers, got 0.5"),
+        ({"blur": None}, TypeError, "blur must be a number, got None"),
+        ({"solarize": None}, TypeError, "solarize must be a number, got None"),
+        ({"solarize": "no"}, TypeError, "solarize must be a number, got 'no'"),
+        ({"flip": "no"}, TypeError, "flip must be a number, got 'no'"),
+        ({"flip": (0.5, 0.5)}, TypeError, r"flip must be a number, got \(0.5, 0.5\)"),
+        ({"scale": 0.5}, TypeError, "scale must hold several numbers, got 0.5"),
+        ({"scale": "ab"}, TypeError, "scale must hold several numbers, got 'ab'"),
+        ({"scale": (0.5,)}, ValueError, r"scale must be a range \(low, high\)"),
+        ({"strength": "1"}, TypeError, "strength must be a number, got '1'"),
+        ({"colors": 0.4}, TypeError, "colors must hold several numbers, got 0.4"),
+        ({"solarize_threshold": "1"}, TypeError, "solarize_threshold must be a number, got '1'"),
         ({"sigma": (1.0, torch.inf)}, ValueError, "sigma must be positive and finite"),
         ({"blur": True, "kernel_size": 3.0}, TypeError, "kernel_size must be an integer, got 3.0"),
         ({"normalize": 0.5}, ValueError, "normalize must be three means .* got 0.5"),
@@ -421,7 +427,8 @@ def test_the_defaults_of_torch_change_no_view(default, as_list, size, backend, m
             backend=backend,
             generator=torch.Generator().manual_seed(0),
         )
-        return augment(images, return_params=True, concat=True)
+        views, params = augment(images, return_params=True, concat=True)
+        return views, params, augment(images, params=params, concat=True)
 
     expected = views()
     try:
@@ -440,22 +447,66 @@ def test_the_defaults_of_torch_change_no_view(default, as_list, size, backend, m
 @pytest.mark.parametrize(
     ("columns", "value", "message"),
     [
-        (slice(15, 16), 1, r"params must not ask for a blur \(column 15\)"),
-        (slice(17, 18), 1, r"params must not ask for solarizing \(column 17\)"),
+        (slice(15, 16), 1, "params must have 0 in column 15, .* blur=0; got .* 6 of 6 views"),
+        (slice(17, 18), 1, "params must have 0 in column 17, .* solarize=0; got .* 6 of 6 views"),
         (slice(6, 7), 9, r"params must hold each of 0, 1, 2 and 3 once .* got \[9.0"),
         (slice(6, 10), 1, r"params must hold each of 0, 1, 2 and 3 once"),
-        (slice(8, 9), torch.nan, r"params must hold each of 0, 1, 2 and 3 once"),
+        (slice(8, 9), torch.nan, "params must be finite"),
         (slice(0, 1), 0.5, r"box must be whole numbers of pixels, got .*\[0.5, "),
     ],
 )
 def test_a_table_that_asks_for_the_impossible(columns, value, message, backend, make_images):
     """Neither left out in silence nor an error from within."""
     images = make_images(3, 20, 20)
-    augment = SimCLRAugment(16, scale=(0.1, 0.3), grayscale=1.0, backend=backend)
+    augment = SimCLRAugment(16, scale=(0.1, 0.3), jitter=1.0, grayscale=1.0, backend=backend)
     params = augment.draw(images)
     params[..., columns] = value
     with pytest.raises(ValueError, match=message):
         augment(images, params=params)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_table_of_zeros_but_for_the_crop(backend, make_images):
+    """Views of one's own: where nothing is jittered no order is followed, nor need be given."""
+    images = make_images(3, 20, 20)
+    augment = SimCLRAugment(16, backend=backend)
+    params = torch.zeros(2, 3, 18)
+    params[..., 2:4] = 16
+    for view in augment(images, params=params):
+        torch.testing.assert_close(view, images[..., :16, :16], atol=1e-6, rtol=0)
+    params[0, 0, 7] = 4
+    with pytest.raises(ValueError, match="once in the columns of the order"):
+        augment(images, params=params)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_table_whose_blur_has_no_width(backend, make_images):
+    images = make_images(3, 20, 20)
+    augment = SimCLRAugment(16, blur=1.0, backend=backend)
+    params = augment.draw(images)
+    params[1, 2, 16] = 0
+    with pytest.raises(ValueError, match=r"positive sigma in column 16 .* got 0\.0"):
+        augment(images, params=params)
+
+
+def test_numbers_of_any_kind():
+    """NumPy's and tensors make the recipe that floats make."""
+    expected = repr(
+        SimCLRAugment(
+            32, scale=(0.5, 1.0), flip=0.25, blur=(0.25, 0.5), strength=0.5, colors=[1] * 4
+        )
+    )
+    for array in (np.array, torch.tensor):
+        augment = SimCLRAugment(
+            32,
+            scale=array([0.5, 1.0]),
+            flip=array(0.25),
+            blur=array([0.25, 0.5]),
+            strength=array(0.5),
+            colors=array([1, 1, 1, 1]),
+            kernel_size=np.int64(3),
+        )
+        assert repr(augment) == expected
 
 
 def test_a_table_that_is_not_floating(make_images):

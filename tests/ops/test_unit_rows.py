@@ -72,6 +72,13 @@ def test_the_largest_numbers_have_a_direction(dtype):
     assert torch.autograd.grad(rows.sum(), z)[0].isfinite().all()
 
 
+def test_a_scale_that_rounds_to_zero_has_no_gradient():
+    z = torch.randn(3, 4, requires_grad=True)
+    rows = scaled_unit_rows((z,), 1e95)
+    assert torch.equal(rows, torch.zeros(1, 3, 4))
+    assert torch.equal(torch.autograd.grad(rows.sum(), z)[0], torch.zeros(3, 4))
+
+
 @given(exponent=st.integers(-60, 60))
 def test_a_power_of_two_changes_nothing(exponent):
     z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
