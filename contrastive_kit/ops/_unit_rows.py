@@ -83,7 +83,7 @@ def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tens
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
     norm = torch.where(norm > 0, norm, 1)
     factor = (root_scale / norm).to(z.dtype)
-    # Their length as the rounded factor makes it, not the root of the scale, which may round to 0.
+    # Their length as the rounded factor makes it; any but 0 where that has rounded to 0.
     length = torch.where(factor > 0, norm * factor, 1)
     return z * factor, power, factor, length
 
