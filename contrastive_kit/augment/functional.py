@@ -519,7 +519,7 @@ def check_size(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
-    """Raise an error if a box on the CPU is not inside its image."""
+    """Raise unless boxes on the CPU are inside their images, and whole pixels."""
     top, left, tall, wide = box.unbind(-1)
     inside = (top >= 0) & (left >= 0) & (tall >= 1) & (wide >= 1)
     inside &= (top + tall <= height) & (left + wide <= width)
@@ -530,8 +530,8 @@ def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
             f"{box.reshape(-1, 4)[wrong].tolist()} for sample {wrong}"
         )
     # One way to crop would round them, the other would not.
-    broken = (box != box.floor()).any(dim=-1) if box.is_floating_point() else None
-    if broken is not None and bool(broken.any()):
+    broken = (box != box.floor()).any(dim=-1)
+    if bool(broken.any()):
         raise ValueError(
             "box must be whole numbers of pixels, got (top, left, height, width) = "
             f"{box[broken][0].tolist()}"

@@ -234,9 +234,11 @@ def reduce(
 
 def shown(value: float | Tensor) -> str:
     """A number as ``repr`` shows it; a module on the device meta can be printed too."""
-    if isinstance(value, Tensor) and value.is_meta:
-        return "?"
-    return f"{float(value):.4g}"
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return "?"
+        value = value.item()
+    return f"{value:.4g}"
 
 
 class TemperatureLoss(nn.Module):
@@ -309,11 +311,8 @@ class TemperatureLoss(nn.Module):
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         hardness = f", hardness={self.hardness}" if self.hardness else ""
         gathering = ", gather_distributed=True" if self.gather_distributed else ""
-        temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.detach()
         return (
-            f"temperature={shown(temperature)}{learnable}"
+            f"temperature={shown(self.temperature)}{learnable}"
             f"{smoothing}{hardness}{gathering}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}"
         )

@@ -232,8 +232,8 @@ class SigLIP(nn.Module):
         """The options, as the constructor takes them, with the present temperature and bias."""
         gathering = "gather_distributed=True, " if self.gather_distributed else ""
         return (
-            f"temperature={shown(self.temperature.detach())}, "
-            f"bias={shown(self.bias.detach())}, {gathering}"
+            f"temperature={shown(self.temperature)}, "
+            f"bias={shown(self.bias)}, {gathering}"
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )
 
