@@ -1,17 +1,16 @@
 """GradCache against the plain loop over chunks, whose graph is kept whole; float64 unless said."""
 
 import random
-import subprocess
-import sys
-from pathlib import Path
+import weakref
+from collections import UserDict
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from contrastive_kit import GradCache, InfoNCE, NTXent, SimCLRAugment
@@ -297,9 +296,8 @@ def test_views_of_structured_results():
             return {"z": z, "half": (z / 2, z.sum())}
 
     model = Pair()
-    first, second = GradCache(model, chunk_size=3).views(*views)
-    with pytest.raises(RuntimeError, match="a scalar that differs from chunk to chunk"):
-        nt_xent(first["z"], second["z"]).backward()
+    with pytest.raises(ValueError, match=r"only what is the same for each chunk; got tensor\("):
+        GradCache(model, chunk_size=3).views(*views)
     first, second = GradCache(model, chunk_size=100).views(*views)
     torch.testing.assert_close(first["z"], model.encoder(views[0]))
     torch.testing.assert_close(second["half"][0], model.encoder(views[1]) / 2)
@@ -462,17 +460,22 @@ def test_random_numbers_that_are_not_repeated_raise_and_leave_no_gradient():
 
 def test_an_error_in_the_second_pass_leaves_the_state_alone():
     class Fails(nn.Module):
+        on_purpose = False
+
         def forward(self, x):
             torch.rand(1)
-            if torch.is_grad_enabled():
+            if self.on_purpose:
                 raise KeyError("on purpose")
             return x
 
     module = nn.Sequential(encoder("batch norm"), Fails())
     loss = nt_xent(*GradCache(module, chunk_size=4).views(*images(11)))
+    module[1].on_purpose = True
+    module.eval()
     state, mean = torch.get_rng_state(), module[0][1].running_mean.clone()
     with pytest.raises(KeyError):
         loss.backward()
+    assert not any(part.training for part in module.modules())
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(module[0][1].running_mean, mean)
     assert module[0][1].num_batches_tracked == 3
@@ -487,46 +490,33 @@ def test_compiled_encoder():
     assert_same_state(actual, expected, rtol=1e-11)
 
 
-class _Held:
-    """A saved tensor that counts while it lives."""
+class Watched(nn.Module):
+    """Keeps a tensor for its backward, and counts those of them that are in memory at once."""
 
-    bytes_now = bytes_at_most = 0
+    now = most = 0
 
-    def __init__(self, tensor):
-        self.tensor = tensor
-        self.size = tensor.numel() * tensor.element_size()
-        _Held.bytes_now += self.size
-        _Held.bytes_at_most = max(_Held.bytes_at_most, _Held.bytes_now)
+    def forward(self, x):
+        kept = 2 * x
+        Watched.now += kept.numel()
+        Watched.most = max(Watched.most, Watched.now)
+        weakref.finalize(kept, self.freed, kept.numel())
+        return kept * kept
 
-    def __del__(self):
-        _Held.bytes_now -= self.size
-
-
-def saved_bytes(step):
-    _Held.bytes_now = _Held.bytes_at_most = 0
-    with torch.autograd.graph.saved_tensors_hooks(_Held, lambda held: held.tensor):
-        step()
-    return _Held.bytes_at_most
+    @staticmethod
+    def freed(numbers):
+        Watched.now -= numbers
 
 
 def test_activations_of_one_chunk_at_a_time():
-    """Sixteen chunks need no more than one chunk does, but for the arguments and the loss."""
     views = images(64)
-    module = encoder("batch norm", "dropout")
-
-    def step(encode, batch):
-        nt_xent(*encode(*batch)).backward()
-
-    whole = saved_bytes(lambda: step(lambda a, b: module(torch.cat([a, b])).chunk(2), views))
-    chunk = saved_bytes(
-        lambda: step(lambda a, b: module(torch.cat([a, b])).chunk(2), [view[:4] for view in views])
-    )
-    cached = saved_bytes(lambda: step(GradCache(module, chunk_size=4).views, views))
-    arguments = sum(view.numel() for view in views) * 8
-    embeddings = [torch.randn(64, D, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    loss = saved_bytes(lambda: nt_xent(*embeddings).backward())
-    assert cached <= chunk + arguments + loss
-    assert cached - arguments - loss < (whole - loss) / 5
+    module = nn.Sequential(encoder("batch norm", "dropout"), Watched())
+    most = []
+    for encode in (lambda *x: module(torch.cat(x)).chunk(2), GradCache(module, chunk_size=4).views):
+        Watched.now = Watched.most = 0
+        nt_xent(*encode(*views)).backward()
+        most.append(Watched.most)
+        assert Watched.now == 0
+    assert most == [2 * 64 * D, 2 * 4 * D]
 
 
 def test_training_at_sixteen_times_the_chunk_follows_the_uncached_curve():
@@ -611,10 +601,24 @@ def test_wrong_rows_for_views():
         GradCache(Constant(lambda x: x[::2]), chunk_size=4).views(X, X)
 
 
-def test_results_without_gradient():
-    z = GradCache(Constant(lambda x: x * 2), chunk_size=4)(X)
-    with pytest.raises(RuntimeError, match=r"encoder must return results with a gradient"):
-        z.sum().backward()
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda x: {"z": x, "n": len(x)}, "got 4 and 3"),
+        (lambda x: (x, x.mean()), r"got tensor\(.*\) and tensor\("),
+        (lambda x: (x, f"{len(x)} rows"), "got '4 rows' and '3 rows'"),
+    ],
+)
+def test_results_of_the_batch_that_differ_from_chunk_to_chunk(result, got):
+    with pytest.raises(ValueError, match=f"only what is the same for each chunk; {got}"):
+        GradCache(Constant(result), chunk_size=4)(X)
+    with torch.no_grad(), pytest.raises(ValueError, match=got):
+        GradCache(Constant(result), chunk_size=4)(X)
+
+
+def test_results_of_another_structure_for_each_chunk():
+    with pytest.raises(ValueError, match="one structure of tensors for all chunks"):
+        GradCache(Constant(lambda x: (x, ["name"] * len(x))), chunk_size=4)(X)
 
 
 @pytest.mark.parametrize(
@@ -631,19 +635,173 @@ def test_wrong_options(options, error, message):
         GradCache(**{"encoder": nn.Identity(), "chunk_size": 4, **options})
 
 
-@pytest.mark.filterwarnings("ignore:Using backward")
-def test_only_backward_into_all_parameters():
-    module = encoder()
-    loss = nt_xent(*GradCache(module, chunk_size=4).views(*images(11)))
-    with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
-    with pytest.raises(RuntimeError, match="omit create_graph=True"):
-        loss.backward(create_graph=True)
+@pytest.mark.parametrize("parts", [(), ("batch norm", "dropout")], ids=" + ".join)
+def test_gradients_by_every_call_of_autograd(parts):
     views = [view.requires_grad_() for view in images(11)]
-    loss = nt_xent(*GradCache(module, chunk_size=4).views(*views))
-    with pytest.raises(RuntimeError, match=r"call backward\(\) without inputs="):
-        torch.autograd.grad(loss, views)
+    expected, actual = encoder(*parts), encoder(*parts)
+    unused = nn.Parameter(torch.zeros(2))
+    torch.manual_seed(3)
+    weights = list(expected.parameters())
+    want = torch.autograd.grad(nt_xent(*loop(expected, views, 4)), [*weights, *views])
+    weights = list(actual.parameters())
+    encode = GradCache(actual, chunk_size=4)
+
+    def loss():
+        torch.manual_seed(3)
+        return nt_xent(*encode.views(*views))
+
+    def check(found, expected):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+    check(torch.autograd.grad(loss(), [*weights, *views]), want)
+    *found, nothing = torch.autograd.grad(loss(), [*weights, unused], allow_unused=True)
+    assert nothing is None
+    check(found, want[: len(weights)])
+    found = torch.autograd.grad(loss(), [unused, weights[0]], materialize_grads=True)
+    check(found, [torch.zeros(2), want[0]])
+    loss().backward(inputs=[weights[-1]])
+    check([weights[-1].grad], [want[len(weights) - 1]])
+    assert all(x.grad is None for x in [*weights[:-1], *views])
+
+
+def test_second_derivatives():
+    x, results = images(11, 1)[0], []
+    for chunk_size in (4, 100):
+        module = encoder("dropout").eval()
+        z = GradCache(module, chunk_size=chunk_size)(x)
+        weights = list(module.parameters())
+        grads = torch.autograd.grad((z @ z.T).logsumexp(1).sum(), weights, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), weights))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_modes_of_the_first_pass_are_those_of_the_second():
+    views = images(11)
+    parts = ("batch norm", "dropout")
+    expected, actual = encoder(*parts), encoder(*parts)
+    encode = GradCache(actual, chunk_size=4)
+    nt_xent(*encode.views(*views)).backward()  # it verifies, and later calls do not
+    actual.load_state_dict(expected.state_dict())
+    actual.zero_grad()
+    torch.manual_seed(3)
+    nt_xent(*loop(expected, views, 4)).backward()
+    torch.manual_seed(3)
+    loss = nt_xent(*encode.views(*views))
+    actual.eval()
+    loss.backward()
+    assert_same_state(actual, expected)
+    assert not any(module.training for module in actual.modules())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_changed_before_the_backward_are_noticed(frozen):
+    module = encoder()
+    module[0].requires_grad_(not frozen)
+    encode = GradCache(module, chunk_size=4)
+    nt_xent(*encode.views(*images(11))).backward()
+    loss = nt_xent(*encode.views(*images(11)))
+    module.zero_grad()
+    with torch.no_grad():
+        module[0].weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="has changed between the call and its backward"):
+        loss.backward()
     assert all(p.grad is None for p in module.parameters())
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_cached_parametrizations(backward_inside):
+    views = images(11)
+    expected, actual = encoder(), encoder()
+    for module in (expected, actual):
+        parametrize.register_parametrization(module[0], "weight", Halved())
+    nt_xent(*loop(expected, views, 4)).backward()
+    encode = GradCache(actual, chunk_size=4)
+    with parametrize.cached():
+        loss = nt_xent(*encode.views(*views))
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    assert_same_state(actual, expected)
+
+
+def test_a_user_dict_is_split_like_a_dict():
+    """Tokenizers return one."""
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(4)
+            self.embed = nn.EmbeddingBag(50, D).double()
+
+        def forward(self, x):
+            assert type(x) is UserDict
+            return self.embed(x["ids"]) * x["mask"].sum(1, keepdim=True)
+
+    batch = UserDict(ids=torch.randint(0, 50, (11, 6)), mask=torch.rand(11, 6).double())
+    expected, actual = Text(), Text()
+    expected(batch).square().sum().backward()
+    GradCache(actual, chunk_size=4)(batch).square().sum().backward()
+    assert_same_state(actual, expected)
+    assert len(batch["ids"]) == 11
+
+
+def test_hooks_see_the_gradient_of_the_whole_batch_once():
+    views = images(11)
+    expected, actual = encoder(), encoder()
+    nt_xent(*loop(expected, views, 4)).backward()
+    seen = []
+    actual[0].weight.register_hook(lambda grad: seen.append(grad.clone()))
+    actual[0].weight.register_post_accumulate_grad_hook(lambda x: seen.append(x.grad.clone()))
+    nt_xent(*GradCache(actual, chunk_size=4).views(*views)).backward()
+    assert len(seen) == 2
+    for grad in seen:
+        torch.testing.assert_close(grad, expected[0].weight.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_an_encoder_that_writes_into_its_argument_is_told_so(with_graph):
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
+    writes = pytest.raises(RuntimeError, match="encoder must not write into its arguments")
+    with torch.set_grad_enabled(with_graph), writes:
+        GradCache(module, chunk_size=4)(X.clone())
+    module = nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True))
+    GradCache(module, chunk_size=4)(X).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_small_differences_between_the_passes_are_noticed(dtype):
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator = random.Random(0)
+
+        def forward(self, x):
+            noise = [self.generator.uniform(-1, 1) for _ in range(x.numel())]
+            size = 0.05 if dtype == torch.bfloat16 else 1e-3
+            return x * (1 + size * torch.tensor(noise, dtype=x.dtype).view_as(x))
+
+    module = nn.Sequential(encoder(), Foreign()).to(dtype)
+    (x,) = images(11, 1)
+    z = GradCache(module, chunk_size=4)(x.to(dtype))
+    with pytest.raises(RuntimeError, match="gives other embeddings than the first"):
+        z.float().square().sum().backward()
+
+
+def test_it_is_a_module():
+    module = encoder("batch norm")
+    model = nn.ModuleDict({"encode": GradCache(module, chunk_size=4), "loss": NTXent()})
+    model.eval()
+    assert not module[1].training
+    assert list(model.state_dict()) == [f"encode.encoder.{name}" for name in module.state_dict()]
+    assert "chunk_size=4" in repr(model)
 
 
 def test_a_reused_batch_is_noticed():
@@ -653,159 +811,3 @@ def test_a_reused_batch_is_noticed():
     views[0].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_repr():
-    assert repr(GradCache(encoder(), chunk_size=4)) == "GradCache(Sequential, chunk_size=4)"
-
-
-def linear_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.GELU(), nn.Linear(9, D)).double()
-
-
-def one_process(n):
-    """Two views, and the gradient of one direction of CLIP's loss over all rows."""
-    generator = torch.Generator().manual_seed(5)
-    views = [torch.randn(n, 12, generator=generator).double() for _ in range(2)]
-    model = linear_model()
-    a, b = (F.normalize(model(view), dim=1) for view in views)
-    F.cross_entropy(a @ b.T / 0.1, torch.arange(n)).backward()
-    return views, [parameter.grad for parameter in model.parameters()]
-
-
-def rank_main(rank, size, store):
-    """One of two processes: DDP in several guises, and fully_shard, against one process."""
-    import torch.distributed as dist
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    from contrastive_kit.distributed import gather_rows
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    n = 12
-    views, expected = one_process(n)
-
-    def loss(z1, z2, offset):
-        columns = gather_rows(F.normalize(z2, dim=1))
-        logits = F.normalize(z1, dim=1) @ columns.T / 0.1
-        targets = torch.arange(len(z1)) + offset
-        return F.cross_entropy(logits, targets, reduction="sum") * size / n
-
-    def mine(first):
-        """The rows of this rank, and where they begin."""
-        begin, end = [(0, first), (first, n)][rank]
-        return [view[begin:end] for view in views], begin
-
-    def counted(ddp):
-        reductions = []
-
-        def hook(state, bucket):
-            reductions.append(bucket.index())
-            return allreduce_hook(None, bucket)
-
-        ddp.register_comm_hook(None, hook)
-        return reductions
-
-    def check(parameters, times=1.0):
-        for parameter, want in zip(parameters, expected, strict=True):
-            grad = parameter.grad
-            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-            torch.testing.assert_close(grad, times * want, rtol=1e-11, atol=1e-14)
-
-    for first in (6, 7, 10):  # chunks of 3: 2 and 2, 3 and 2, 4 and 1
-        for options in ({}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
-            ddp = DistributedDataParallel(linear_model(), **options)
-            reductions = counted(ddp)
-            encode = GradCache(ddp, chunk_size=3)
-            local, offset = mine(first)
-            for step in range(3):
-                ddp.zero_grad()
-                loss(*encode.views(*local), offset).backward()
-                check(ddp.parameters())
-                assert len(reductions) == step + 1, "one reduction a step"
-
-    def ours(**options):
-        return NTXent(0.2, learnable_temperature=True, **options).double()
-
-    whole, whole_loss = linear_model(), ours()
-    whole_loss(*whole(torch.cat(views)).chunk(2)).backward()
-    for first in (6, 10):
-        ddp = DistributedDataParallel(linear_model())
-        loss_fn = DistributedDataParallel(ours(gather_distributed=True))
-        encode = GradCache(ddp, chunk_size=3)
-        local, _ = mine(first)
-        for _ in range(2):
-            ddp.zero_grad()
-            loss_fn.zero_grad()
-            loss_fn(*encode.views(*local)).backward()
-            assert_same_state(ddp.module, whole, rtol=1e-11)
-            assert_same_state(loss_fn.module, whole_loss, rtol=1e-11)
-
-    local, offset = mine(6)
-    ddp = DistributedDataParallel(linear_model())
-    reductions = counted(ddp)
-    encode = GradCache(ddp, chunk_size=3)
-    with ddp.no_sync():
-        loss(*encode.views(*local), offset).backward()
-    assert not reductions
-    loss(*encode.views(*local), offset).backward()
-    check(ddp.parameters(), times=2)
-    assert len(reductions) == 1
-
-    model = linear_model()
-    inside = nn.Sequential(DistributedDataParallel(model[:3]), DistributedDataParallel(model[3:]))
-    reductions = [counted(part) for part in inside]
-    loss(*GradCache(inside, chunk_size=4).views(*local), offset).backward()
-    check(inside.parameters())
-    assert [len(part) for part in reductions] == [1, 1]
-
-    with pytest.raises(ValueError, match="static_graph"):
-        GradCache(DistributedDataParallel(linear_model(), static_graph=True), chunk_size=3)
-
-    sharded = linear_model()
-    mesh = init_device_mesh("cpu", (size,))
-    for part in (sharded[1], sharded[3], sharded):
-        fully_shard(part, mesh=mesh)
-    encode = GradCache(sharded, chunk_size=4)
-    shards, reduced_before = list(sharded.parameters()), []
-    hook = sharded.register_forward_pre_hook(
-        lambda *_: reduced_before.append(any(shard.grad is not None for shard in shards))
-    )
-    for times in (1, 2):
-        loss(*encode.views(*local), offset).backward()
-        check(sharded.parameters(), times)
-        if times == 1:
-            assert reduced_before == [False] * 4, "no gradient before that of the last chunk"
-            hook.remove()
-
-    dist.barrier()
-    dist.destroy_process_group()
-    print("done", flush=True)
-
-
-@pytest.mark.distributed
-def test_two_processes_reduce_once_and_give_the_gradient_of_one(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__), str(rank), "2", tmp_path / "store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
-        assert output.endswith("done\n")
-
-
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -24,6 +24,12 @@ def several(request):
     return _WORLDS[request.param]
 
 
+@pytest.fixture(params=[2, 3], ids=lambda size: f"{size} processes")
+def few(request):
+    """A world of two processes, and one of three, for what costs more."""
+    return _WORLDS[request.param]
+
+
 @pytest.fixture
 def alone():
     """The world of one process."""
@@ -38,5 +44,5 @@ def pair():
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if {"world", "several", "pair", "alone"} & set(getattr(item, "fixturenames", ())):
+        if {"world", "several", "few", "pair", "alone"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("distributed")
