@@ -667,16 +667,6 @@ def test_an_old_device_is_refused(monkeypatch):
     assert reason == "it needs compute capability 8.0 or higher, Tesla T4 has 7.5"
 
 
-@not_interpreted
-def test_losses_on_the_cpu_do_not_import_triton():
-    code = (
-        "import sys, torch, contrastive_kit.functional as f; a = torch.randn(4, 3);"
-        "f.nt_xent(a, a); f.info_nce(a, a, symmetric=True);"
-        "assert 'triton' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 class TestOnCuda:
     """What only a device can show."""
 
