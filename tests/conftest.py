@@ -32,12 +32,25 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(_NEW_EMPTY(*a, **k)))
 
 
+# A worker that takes one of these last works alone at the end.
+LONG_FILES = {
+    "test_example_distributed.py",
+    "test_example_gpu_script.py",
+    "test_gpu_script.py",
+    "test_triton.py",
+    "test_triton_aot.py",
+}
+
+
 def pytest_collection_modifyitems(items):
-    """Skip GPU tests with their reason, or fail them where CK_REQUIRE_CUDA says a GPU is owed.
+    """Begin with the files that take longest; skip what cannot run here.
+
+    GPU tests are skipped with their reason, or fail where CK_REQUIRE_CUDA says a GPU is owed.
 
     Tests that take every backend on CPU tensors reach "triton" in the interpreter's process, which
     tests/ops/test_triton.py starts.
     """
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -44,7 +44,8 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+# "sup_con stats" also calls what "sup_con" does.
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sup_con"])
 def test_compiles_to_one_graph_at_every_size(name):
     torch.compiler.reset()
     loss_fn = LOSSES[name]

@@ -430,6 +430,7 @@ def test_opcheck_of_one_op_triton():
     torch.library.opcheck(pair_loss_backward, (grad, a, b, *saved, 0.1, "float16"))
 
 
+@not_interpreted
 def test_either_way_to_ask_for_tf32_is_followed():
     code = """
         import torch
@@ -445,10 +446,14 @@ def test_either_way_to_ask_for_tf32_is_followed():
 
 @on_device
 @pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.bfloat16, "highest"), (torch.float32, "highest"), (torch.float32, "high")],
+    ("name", "dtype", "precision"),
+    [
+        ("mean", torch.bfloat16, "highest"),
+        ("mean", torch.float32, "highest"),
+        ("mean", torch.float32, "high"),
+        ("clip", torch.bfloat16, "highest"),
+    ],
 )
-@pytest.mark.parametrize("name", ["mean", "clip"])
 def test_compiles_to_one_graph_triton(name, dtype, precision, request):
     if precision == "high":
         request.getfixturevalue("tf32")
