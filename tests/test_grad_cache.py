@@ -798,7 +798,7 @@ def test_two_processes_reduce_once_and_give_the_gradient_of_one(tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
