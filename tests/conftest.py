@@ -24,6 +24,38 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_patches_once_a_launch():
+    """Triton's interpreter also patches its language at each call of a function within a kernel.
+
+    That is a third of its time, and changes nothing after the first call of a launch.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    function = interpreter.InterpretedFunction
+    launch, patched = function.run, set()
+
+    def run(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        modules = id(self.fn.__globals__)
+        if modules not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(modules)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(interpreter, "_LangPatchScope"):  # as in the releases that this was read in
+            patch.setattr(function, "run", run)
+            patch.setattr(function, "__call__", call)
+        yield
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """Uninitialised floats are NaN, so that a result which reads them cannot look right."""
@@ -32,12 +64,25 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(_NEW_EMPTY(*a, **k)))
 
 
+# A worker that takes one of these last works alone at the end.
+LONG_FILES = {
+    "test_example_distributed.py",
+    "test_example_gpu_script.py",
+    "test_gpu_script.py",
+    "test_triton.py",
+    "test_triton_aot.py",
+}
+
+
 def pytest_collection_modifyitems(items):
-    """Skip GPU tests with their reason, or fail them where CK_REQUIRE_CUDA says a GPU is owed.
+    """Begin with the files that take longest; skip what cannot run here.
+
+    GPU tests are skipped with their reason, or fail where CK_REQUIRE_CUDA says a GPU is owed.
 
     Tests that take every backend on CPU tensors reach "triton" in the interpreter's process, which
     tests/ops/test_triton.py starts.
     """
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":

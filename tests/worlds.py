@@ -16,7 +16,8 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-TIME_OUT = 60
+# Seconds. On a machine that does other work, the processes alone may take a minute to start.
+TIME_OUT = 240
 
 # What takes long to import, once instead of once a process.
 _PRELOADED = [
@@ -80,7 +81,7 @@ class World:
                 results.append(("died", "the process ended"))
             if results[-1][0] != "returned":
                 # The others may wait for this one forever.
-                deadline = min(deadline, time.monotonic() + 10)
+                deadline = min(deadline, time.monotonic() + 30)
         if any(kind != "returned" for kind, _ in results):
             self.stop()
         return results

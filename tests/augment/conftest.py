@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as v1
 from torchvision.transforms.v2 import functional as v2
@@ -45,8 +46,13 @@ def torchvision_view(image, row, settings):
     """One view of one image by torchvision, from its row of the parameter table."""
     p = unpack(row)
     box = [int(value) for value in p.box]
-    mode = MODES[settings.interpolation]
-    x = v2.resized_crop(image, *box, list(settings.size), mode, antialias=settings.antialias)
+    size, mode = list(settings.size), MODES[settings.interpolation]
+    if image.dtype == torch.uint8 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        # Without AVX2 torchvision resizes in floats, and not by torch's operation for uint8.
+        crop = v2.crop(image, *box)[None]
+        x = F.interpolate(crop, size, mode=settings.interpolation, antialias=settings.antialias)[0]
+    else:
+        x = v2.resized_crop(image, *box, size, mode, antialias=settings.antialias)
     if image.dtype == torch.uint8:
         x = x.float() / 255
     elif settings.interpolation == "bicubic":

@@ -1,8 +1,6 @@
 """Every operation against torchvision's, image by image, with the same parameters."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -324,12 +322,3 @@ RGB = torch.rand(2, 3, 8, 8)
 def test_errors_name_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-def test_importing_it_loads_neither_kornia_nor_torchvision():
-    code = (
-        "import sys, contrastive_kit.augment.functional;"
-        "print([m for m in ('kornia', 'torchvision', 'triton') if m in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"

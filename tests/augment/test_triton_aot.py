@@ -45,7 +45,7 @@ def variants():
 
 
 def compile_all(target):
-    """Compile every variant for a target and print what each takes, as JSON."""
+    """Compile every variant for a target; what each takes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,21 +104,25 @@ def compile_all(target):
                 "shared": compiled.metadata.shared,
             }
         )
-    print(json.dumps(report))
+    return report
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
-def test_registers_and_shared_memory(target):
+@pytest.fixture(scope="module")
+def reports():
     pytest.importorskip(
         "triton", minversion="3.3", reason="compiles through Triton 3.3's interface"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__, target], check=False, capture_output=True, text=True,
-        env=environment,
-    )  # fmt: skip
+        [sys.executable, __file__], check=False, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_registers_and_shared_memory(reports, target):
+    report = reports[target]
     assert len(report) == len(list(variants()))
     for kernel in report:
         assert 0 < kernel["registers"] <= REGISTER_LIMIT, kernel
@@ -127,4 +131,4 @@ def test_registers_and_shared_memory(target):
 
 
 if __name__ == "__main__":
-    compile_all(sys.argv[1])
+    print(json.dumps({target: compile_all(target) for target in SHARED_LIMIT}))

@@ -184,12 +184,10 @@ def rows_that_differ(rank, what):
 
 
 def check_disagreement(rank, size, what, message):
-    start = time.monotonic()
     with pytest.raises(ValueError, match=r"rank 0: \(n, 3\) torch.float32 on cpu with gr") as error:
         gather_rows(rows_that_differ(rank, what))
     assert message in str(error.value)
     assert f"this is rank {rank}" in str(error.value)
-    assert time.monotonic() - start < 10
     # Everybody raised, so that everybody can go on.
     assert len(gather_rows(torch.ones(rank, 1))) == size * (size - 1) // 2
 
@@ -275,7 +273,7 @@ def test_a_process_that_dies_is_an_error_for_the_others(several):
     for kind, answer in living:
         assert kind == "returned"
         seconds, message = answer
-        assert seconds < 20
+        assert seconds < 60  # and not the 120 after which the other group gives up
         assert message
 
 

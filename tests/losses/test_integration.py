@@ -44,7 +44,8 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+# "sup_con stats" also calls what "sup_con" does, and "weights and smoothing" has ids.
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("sup_con", "ids")])
 def test_compiles_to_one_graph_at_every_size(name):
     torch.compiler.reset()
     loss_fn = LOSSES[name]
@@ -73,10 +74,10 @@ def test_compiles_to_one_graph_at_every_size(name):
 )
 def test_a_learnable_module_trains_compiled_as_it_does_eagerly(module):
     torch.compiler.reset()
-    a, b = torch.randn(2, 9, 6).unbind(0)
+    a, b = torch.randn(2, 9, 6, dtype=torch.float64).unbind(0)
     results = []
     for compiled in (False, True):
-        loss_fn = copy.deepcopy(module)
+        loss_fn = copy.deepcopy(module).double()
         call = torch.compile(loss_fn, fullgraph=True, backend="aot_eager") if compiled else loss_fn
         optimiser = torch.optim.SGD(loss_fn.parameters(), lr=0.05)
         for _ in range(6):
@@ -85,7 +86,7 @@ def test_a_learnable_module_trains_compiled_as_it_does_eagerly(module):
             optimiser.step()
         results.append((call(a, b).detach(), loss_fn.log_scale.detach()))
     torch.testing.assert_close(results[1], results[0])
-    assert not torch.equal(results[0][1], module.log_scale)
+    assert abs(results[0][1] - module.log_scale) > 1e-3
 
 
 @pytest.mark.parametrize("module", [SigLIP(), SupCon(learnable_temperature=True, variant="in")])
