@@ -82,6 +82,36 @@ def row_counts(
     return _exchange(x, group, settings, rank, size)
 
 
+def refuse_rows(reason: str, group: "dist.ProcessGroup | None" = None) -> None:
+    """Answer the ``row_counts`` of other processes where this one cannot bring rows.
+
+    Without it they would wait for this process until the time-out. Their ``row_counts`` raises, and
+    tells ``reason``.
+
+    Args:
+        reason: what is wrong with the rows of this process.
+        group: the processes; None for all of them.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as ``rank_and_size``.
+    """
+    if rank_and_size(group)[1] == 1:
+        return
+    if torch.compiler.is_compiling():
+        refuse: Callable[..., None] = torch.compiler.disable(_refuse)  # type: ignore[no-untyped-call]
+        refuse(reason, group)
+    else:
+        _refuse(reason, group)
+
+
+# What a process that brings no rows sends for their number.
+_REFUSED = -1
+
+
+def _refuse(reason: str, group: "dist.ProcessGroup | None") -> None:
+    _exchanged(_REFUSED, reason, torch.device("cpu"), group)
+
+
 def _exchange(
     x: Tensor, group: "dist.ProcessGroup | None", settings: str, rank: int, size: int
 ) -> tuple[int, ...]:
@@ -90,20 +120,53 @@ def _exchange(
         f"(n{''.join(f', {length}' for length in x.shape[1:])}) {x.dtype} on {x.device.type} "
         f"{'with' if needs_gradient else 'without'} gradient{settings and f', {settings}'}"
     )
-    device = "cpu" if "cpu:" in dist.get_backend_config(group) else x.device
-    mine = torch.tensor([len(x), zlib.crc32(description.encode())], device=device)
-    table = torch.empty(2 * size, dtype=mine.dtype, device=device)
-    dist.all_gather_into_tensor(table, mine, group)
-    counts, checks = table.view(size, 2).T.tolist()
-    if len(set(checks)) > 1:
-        descriptions: list[Any] = [None] * size
-        dist.all_gather_object(descriptions, description, group)
-        listed = "; ".join(f"rank {i}: {text}" for i, text in enumerate(descriptions))
-        raise ValueError(
-            f"processes must bring rows alike in all but their number, got {listed} "
-            f"(this is rank {rank})"
+    counts, descriptions = _exchanged(x.shape[0], description, x.device, group)
+    if not descriptions:
+        return counts
+    if _REFUSED in counts:
+        listed = "; ".join(
+            f"rank {i}: {text}"
+            for i, (n, text) in enumerate(zip(counts, descriptions, strict=True))
+            if n == _REFUSED
         )
-    return tuple(counts)
+        raise ValueError(
+            f"no process can gather, because not all have rows to bring, got {listed} (this is "
+            f"rank {rank}); a batch that is empty or short on some processes is left out by "
+            "drop_last=True in the DataLoader"
+        )
+    listed = "; ".join(f"rank {i}: {text}" for i, text in enumerate(descriptions))
+    raise ValueError(
+        f"processes must bring rows alike in all but their number, got {listed} "
+        f"(this is rank {rank})"
+    )
+
+
+def _exchanged(
+    count: int, description: str, device: torch.device, group: "dist.ProcessGroup | None"
+) -> tuple[tuple[int, ...], list[str]]:
+    """The counts of all processes, and their descriptions if one of them refuses or differs."""
+    size = dist.get_world_size(group)
+    device = torch.device("cpu") if _talks_on("cpu", group) else _device_of(group, device)
+    mine = torch.tensor([count, zlib.crc32(description.encode())], device=device)
+    table = torch.empty(2 * size, dtype=mine.dtype, device=device)
+    _all_gather(table, mine, group)
+    counts, checks = table.view(size, 2).T.tolist()
+    if len(set(checks)) == 1 and _REFUSED not in counts:
+        return tuple(counts), []
+    descriptions: list[Any] = [None] * size
+    dist.all_gather_object(descriptions, description, group)
+    return tuple(counts), descriptions
+
+
+def _talks_on(device_type: str, group: "dist.ProcessGroup | None") -> bool:
+    return f"{device_type}:" in dist.get_backend_config(group)
+
+
+def _device_of(group: "dist.ProcessGroup | None", device: torch.device) -> torch.device:
+    """``device``, or the accelerator where the group, through NCCL alone, reaches only that."""
+    if _talks_on(device.type, group) or not torch.accelerator.is_available():
+        return device
+    return torch.accelerator.current_accelerator() or device
 
 
 def gather_rows(
@@ -166,7 +229,7 @@ class _GatherRows(torch.autograd.Function):
         longest = max(counts)
         mine = _pad(x, longest)
         everyone = mine.new_empty(len(counts) * longest, *x.shape[1:])
-        dist.all_gather_into_tensor(everyone, mine, group)
+        _all_gather(everyone, mine, group)
         if min(counts) == longest:
             return everyone
         blocks = zip(torch.split(everyone, longest), counts, strict=True)
@@ -181,6 +244,20 @@ class _GatherRows(torch.autograd.Function):
         return _SumToOwners.apply(grad, *ctx.ranks), None, None, None
 
 
+def _all_gather(everyone: Tensor, mine: Tensor, group: "dist.ProcessGroup | None") -> None:
+    if hasattr(dist, "all_gather_single"):  # torch 2.14 warns that the other is deprecated
+        dist.all_gather_single(everyone, mine, group)
+    else:
+        dist.all_gather_into_tensor(everyone, mine, group)
+
+
+def _reduce_scatter(mine: Tensor, everyone: Tensor, group: "dist.ProcessGroup | None") -> None:
+    if hasattr(dist, "reduce_scatter_single"):
+        dist.reduce_scatter_single(mine, everyone, group=group)
+    else:
+        dist.reduce_scatter_tensor(mine, everyone, group=group)
+
+
 class _SumToOwners(torch.autograd.Function):
     """The adjoint of ``_GatherRows``, which is the adjoint of this one."""
 
@@ -192,7 +269,7 @@ class _SumToOwners(torch.autograd.Function):
         if min(counts) != longest:
             grad = torch.cat([_pad(block, longest) for block in torch.split(grad, list(counts))])
         mine = grad.new_empty(longest, *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=group)
+        _reduce_scatter(mine, grad.contiguous(), group)
         return mine[: counts[rank]]
 
     @staticmethod
@@ -250,12 +327,7 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, group: "dist.ProcessGroup | None", size: int) -> Tensor:
         # A temperature may be on the CPU while the processes talk through NCCL alone.
-        device = x.device
-        if f"{device.type}:" not in dist.get_backend_config(group) and (
-            torch.accelerator.is_available()
-        ):
-            device = torch.accelerator.current_accelerator() or device
-        total = (x / size).to(device)
+        total = (x / size).to(_device_of(group, x.device))
         dist.all_reduce(total, group=group)
         return total.to(x.device)
 

@@ -11,8 +11,10 @@ from contrastive_kit._checks import (
     check_embeddings,
     check_flag,
     check_ids,
+    check_reverse_mode,
 )
 from contrastive_kit.losses._common import (
+    CheckedOptions,
     LossOutput,
     TemperatureLoss,
     check_options,
@@ -23,7 +25,12 @@ from contrastive_kit.losses._common import (
     softmax_loss,
     weighted_by_hardness,
 )
-from contrastive_kit.losses._gathered import gather_batch, several_processes
+from contrastive_kit.losses._gathered import (
+    checked,
+    gather_batch,
+    settings_of,
+    several_processes,
+)
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import (
@@ -132,14 +139,24 @@ def info_nce(
         tensor(0.3690)
     """
     gather = several_processes(gather_distributed, process_group)
-    _check_inputs(query, key, negatives, symmetric, ids, gather_distributed, 1 if gather else 2)
-    if weights is not None:
-        check_weights(weights, len(query), "query", query)
-    check_options(
-        temperature, reduction, backend, query, label_smoothing=label_smoothing, hardness=hardness
-    )
-    check_flag("return_stats", return_stats)
-    n = len(query)
+
+    def check() -> CheckedOptions:
+        least = 1 if gather else 2
+        _check_inputs(query, key, negatives, symmetric, ids, gather_distributed, least)
+        if weights is not None:
+            check_weights(weights, query.shape[0], "query", query)
+        check_flag("return_stats", return_stats)
+        return check_options(
+            temperature,
+            reduction,
+            backend,
+            query,
+            label_smoothing=label_smoothing,
+            hardness=hardness,
+        )
+
+    temperature, label_smoothing, hardness = checked(check, gather, process_group)
+    n = query.shape[0]
 
     # Normalised apart, so that a key or a queue without gradient costs none.
     queries = scaled_unit_rows((query,), temperature)[0]
@@ -152,12 +169,23 @@ def info_nce(
     exclusion, weight_per_process = Exclusion(n, ids), None
     if negatives is not None:
         exclusion = Exclusion()
-        if len(negatives) == 0:
+        if negatives.shape[0] == 0:
             # One column, of which nothing is kept: a defined edge of everything below.
             negatives, exclusion = query.new_zeros(1, query.shape[1]), _nothing(n, query.device)
         columns = [scaled_unit_rows((negatives,), temperature)[0]]
     elif gather:
-        batch = gather_batch(torch.stack(columns), ids, weights, process_group)
+        settings = settings_of(
+            "info_nce",
+            (query, key),
+            temperature=temperature,
+            symmetric=symmetric,
+            ids=ids,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            hardness=hardness,
+            reduction=reduction,
+        )
+        batch = gather_batch(torch.stack(columns), ids, weights, process_group, settings)
         columns = [x.contiguous() for x in batch.rows.unbind(1)]
         exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
     directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
@@ -215,6 +243,8 @@ def _check_inputs(
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_alike("key", key, "query", query)
+    check_reverse_mode("query", query)
+    check_reverse_mode("key", key)
     n, d = query.shape
     if negatives is None:
         if n < least:
@@ -249,6 +279,30 @@ def _check_inputs(
                 f"negatives must have shape (K, {d}) to match query, got {tuple(negatives.shape)}"
             )
     check_device("negatives", negatives, "query", query)
+    check_reverse_mode("negatives", negatives)
+    _check_own_keys(key, negatives)
+
+
+def _check_own_keys(key: Tensor, negatives: Tensor) -> None:
+    """Raise where shared negatives begin or end with the keys, if that can be seen for nothing.
+
+    On a GPU, and in a graph, it would have to be waited for. Keys that are all alike, as of a
+    collapsed encoder, may well have been seen before.
+    """
+    again = negatives is key
+    plain = type(key) is Tensor and type(negatives) is Tensor and key.device.type == "cpu"
+    if not again and plain and negatives.ndim == 2 and not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return
+        n, same = len(key), key.to(negatives.dtype)
+        again = torch.equal(negatives[:n], same) or torch.equal(negatives[-n:], same)
+        again = again and not torch.equal(key, key[:1].expand_as(key))
+    if again:
+        raise ValueError(
+            "negatives must not hold the keys of the same call, which would count each positive "
+            "twice; omit negatives to compare with the other keys, or give the rows of the queue "
+            "alone"
+        )
 
 
 def _per_query_logsumexp(
@@ -280,11 +334,11 @@ def _joined(found: list[_Found]) -> _Found:
 
 def _totals(queries: Tensor, columns: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
     """Sum of the logits of the negatives of each query, and how many they are."""
-    n, device = len(queries), queries.device
+    n, device = queries.shape[0], queries.device
     if columns.ndim == 3:
         counts = torch.full((n,), columns.shape[1], device=device)
         return (queries * columns.sum(1)).sum(1), counts
-    counts = kept_counts(n, len(columns), exclusion, device)
+    counts = kept_counts(n, columns.shape[0], exclusion, device)
     return (queries * kept_sums(n, columns, exclusion)).sum(1), counts
 
 
