@@ -57,15 +57,15 @@ def check_reverse_mode(name: str, x: object) -> None:
     if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             f"{name} carries a tangent, but the losses of contrastive_kit have no forward-mode "
-            "derivative (torch.func.jvp, jacfwd, hessian); use the formulas in "
-            "contrastive_kit.reference, or reverse mode (torch.func.grad, vjp, jacrev)"
+            "derivative (torch.func.jvp, jacfwd); use the formulas in contrastive_kit.reference, "
+            "or reverse mode (torch.func.grad, vjp, jacrev)"
         )
 
 
 def check_embeddings(name: str, x: Tensor, ndim: int = 2) -> None:
     """Raise unless ``x`` is a dense floating tensor of ``ndim`` dimensions, none of them 0."""
     shape = {2: "(N, D)", 3: "(N, K, D)"}[ndim]
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise RuntimeError(
             "torch.jit.trace would keep the batch size of its example in what is computed from "
             f"{name}; use torch.export or torch.compile"

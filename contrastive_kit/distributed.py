@@ -7,11 +7,13 @@ process has on the concatenated batch.
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_Result = TypeVar("_Result")
 
 
 def rank_and_size(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
@@ -82,26 +84,34 @@ def row_counts(
     return _exchange(x, group, settings, rank, size)
 
 
-def refuse_rows(reason: str, group: "dist.ProcessGroup | None" = None) -> None:
-    """Answer the ``row_counts`` of other processes where this one cannot bring rows.
+def checked(check: Callable[[], _Result], group: "dist.ProcessGroup | None" = None) -> _Result:
+    """What ``check`` returns; if it raises on one process, all others get an error too.
 
-    Without it they would wait for this process until the time-out. Their ``row_counts`` raises, and
-    tells ``reason``.
+    For what a process looks at before it calls ``row_counts`` or ``gather_rows``: an error there,
+    on an empty batch, say, would leave the others waiting for it until the time-out. Here it takes
+    the place of the exchange that they wait in, and their call raises a ``ValueError`` that tells
+    it. A process without error communicates nothing.
 
     Args:
-        reason: what is wrong with the rows of this process.
+        check: called without arguments.
         group: the processes; None for all of them.
 
     Raises:
+        Exception: what ``check`` raises.
         RuntimeError, TypeError, ValueError: as ``rank_and_size``.
+
+    Example:
+        >>> from contrastive_kit.distributed import checked, gather_rows
+        >>> def gathered(x):
+        ...     checked(lambda: check_my_rows(x))
+        ...     return gather_rows(x)
     """
-    if rank_and_size(group)[1] == 1:
-        return
-    if torch.compiler.is_compiling():
-        refuse: Callable[..., None] = torch.compiler.disable(_refuse)  # type: ignore[no-untyped-call]
-        refuse(reason, group)
-    else:
-        _refuse(reason, group)
+    try:
+        return check()
+    except Exception as error:
+        if rank_and_size(group)[1] > 1:
+            _refuse(f"{type(error).__name__}: {error}", group)
+        raise
 
 
 # What a process that brings no rows sends for their number.

@@ -17,7 +17,7 @@ ROOMS = {
     "heads": {"_checks"},
     "encoders": set(),
     "queue": {"_checks", "ops", "distributed"},
-    "evaluation": {"_dtypes"},
+    "evaluation": {"_checks", "_dtypes"},
     "grad_cache": set(),
     "metrics": {"_checks", "ops"},
     "augment": {"augment", "_checks"},

@@ -211,7 +211,8 @@ def test_construction_checks(options, error, message):
     [
         (torch.randn(2, 5), ValueError, r"keys must have shape \(n, 4\), got \(2, 5\)"),
         (torch.randn(4), ValueError, r"keys must have shape \(N, D\), got \(4,\)"),
-        (torch.zeros(0, 4), ValueError, "keys must have no empty dimension"),
+        (torch.zeros(0, 5), ValueError, "keys must have no empty dimension"),
+        (torch.zeros(0, 4, dtype=torch.int64), TypeError, "keys must hold floating point"),
         (torch.ones(2, 4, dtype=torch.int64), TypeError, "keys must hold floating point"),
         (torch.empty(2, 4, device="meta"), ValueError, "keys must be on the device of the queue"),
         ([[1.0] * 4], TypeError, "keys must be a tensor"),

@@ -32,6 +32,7 @@ LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
 # Named here, because torch 2.9 cannot compile a function inside another that spells them out.
 Scalar = float | Tensor
+Scalars = tuple[Scalar, Scalar]
 CheckedOptions = tuple[Scalar, float, float]
 _LogSumExpAndStatistics = tuple[Tensor, LogitStatistics | None]
 

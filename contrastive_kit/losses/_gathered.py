@@ -1,7 +1,7 @@
 """The batch of all processes, which the anchors of one process are compared with."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,15 +12,12 @@ from contrastive_kit.distributed import (
     average_gradient,
     gather_rows,
     rank_and_size,
-    refuse_rows,
     row_counts,
 )
 from contrastive_kit.ops import Exclusion
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_Checked = TypeVar("_Checked")
 
 
 class GatheredBatch(NamedTuple):
@@ -48,17 +45,6 @@ def several_processes(gather_distributed: bool, group: "ProcessGroup | None") ->
     """Whether there are processes to gather from; raises where there cannot be any."""
     check_gathering(gather_distributed, group)
     return gather_distributed and rank_and_size(group)[1] > 1
-
-
-def checked(check: Callable[[], _Checked], gather: bool, group: "ProcessGroup | None") -> _Checked:
-    """What ``check`` returns. An error of one process is one on all that would wait for it."""
-    if not gather:
-        return check()
-    try:
-        return check()
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        refuse_rows(f"{type(error).__name__}: {error}", group)
-        raise
 
 
 def settings_of(loss: str, embeddings: Sequence[Tensor], **options: object) -> str:

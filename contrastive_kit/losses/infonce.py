@@ -13,6 +13,7 @@ from contrastive_kit._checks import (
     check_ids,
     check_reverse_mode,
 )
+from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     CheckedOptions,
     LossOutput,
@@ -26,7 +27,6 @@ from contrastive_kit.losses._common import (
     weighted_by_hardness,
 )
 from contrastive_kit.losses._gathered import (
-    checked,
     gather_batch,
     settings_of,
     several_processes,
@@ -155,7 +155,7 @@ def info_nce(
             hardness=hardness,
         )
 
-    temperature, label_smoothing, hardness = checked(check, gather, process_group)
+    temperature, label_smoothing, hardness = checked(check, process_group) if gather else check()
     n = query.shape[0]
 
     # Normalised apart, so that a key or a queue without gradient costs none.

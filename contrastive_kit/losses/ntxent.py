@@ -12,6 +12,7 @@ from contrastive_kit._checks import (
     check_ids,
     check_reverse_mode,
 )
+from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     CheckedOptions,
     LossOutput,
@@ -25,7 +26,6 @@ from contrastive_kit.losses._common import (
     softmax_loss,
 )
 from contrastive_kit.losses._gathered import (
-    checked,
     gather_batch,
     settings_of,
     several_processes,
@@ -152,7 +152,7 @@ def nt_xent(
         check_flag("return_stats", return_stats)
         return options
 
-    temperature, label_smoothing, hardness = checked(check, gather, process_group)
+    temperature, label_smoothing, hardness = checked(check, process_group) if gather else check()
     n = z1.shape[0]
 
     unusual = more_views or gather or decoupled or label_smoothing or hardness or return_stats

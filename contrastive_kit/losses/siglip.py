@@ -18,10 +18,11 @@ from contrastive_kit._checks import (
     check_scalar,
     check_temperature,
 )
+from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LARGEST_LEARNABLE_TEMPERATURE,
     REDUCTIONS,
-    Scalar,
+    Scalars,
     at_least_float32,
     check_weights,
     limit_log_scale_,
@@ -30,7 +31,6 @@ from contrastive_kit.losses._common import (
     shown,
 )
 from contrastive_kit.losses._gathered import (
-    checked,
     gather_batch,
     own_parameters,
     settings_of,
@@ -120,7 +120,7 @@ def siglip(
     """
     gather = several_processes(gather_distributed, process_group)
 
-    def check() -> tuple[Scalar, Scalar]:
+    def check() -> Scalars:
         check_embeddings("z1", z1)
         check_embeddings("z2", z2)
         check_alike("z2", z2, "z1", z1)
@@ -134,7 +134,7 @@ def siglip(
         check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
         return check_temperature(temperature, z1), _check_bias(bias, z1)
 
-    temperature, bias = checked(check, gather, process_group)
+    temperature, bias = checked(check, process_group) if gather else check()
     rows = scaled_unit_rows((z1,), temperature)[0]
     columns = scaled_unit_rows((z2,), temperature)[0]
     match = (rows * columns).sum(1) + _as(bias, rows)

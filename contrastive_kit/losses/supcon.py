@@ -17,7 +17,7 @@ from contrastive_kit._checks import (
     check_ids,
     check_reverse_mode,
 )
-from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
+from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
 from contrastive_kit.losses._common import (
     LossOutput,
     Scalar,
@@ -27,7 +27,7 @@ from contrastive_kit.losses._common import (
     positive_pair_logits,
     reduce,
 )
-from contrastive_kit.losses._gathered import checked, settings_of, several_processes
+from contrastive_kit.losses._gathered import settings_of, several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
 from contrastive_kit.losses._stats import ContrastiveStats, is_nearest
 from contrastive_kit.ops import (
@@ -152,7 +152,7 @@ def sup_con(
         check_flag("return_stats", return_stats)
         return check_options(temperature, reduction, backend, views[0])[0]
 
-    temperature = checked(check, gather, process_group)
+    temperature = checked(check, process_group) if gather else check()
     n = views[0].shape[0]
 
     rows = scaled_unit_rows(views, temperature)
