@@ -76,12 +76,8 @@ def row_counts(
     rank, size = rank_and_size(group)
     if size == 1:
         return (len(x),)
-    # Dynamo would compile fragments of the exchange; disabling it only where it runs spares others
-    # the import of it.
-    if torch.compiler.is_compiling():
-        exchange: Callable[..., tuple[int, ...]] = torch.compiler.disable(_exchange)  # type: ignore[no-untyped-call]
-        return exchange(x, group, settings, rank, size)
-    return _exchange(x, group, settings, rank, size)
+    exchange = _outside_graphs(_exchange)
+    return exchange(x, group, settings, rank, size)
 
 
 def checked(check: Callable[[], _Result], group: "dist.ProcessGroup | None" = None) -> _Result:
@@ -110,8 +106,18 @@ def checked(check: Callable[[], _Result], group: "dist.ProcessGroup | None" = No
         return check()
     except Exception as error:
         if rank_and_size(group)[1] > 1:
-            _refuse(f"{type(error).__name__}: {error}", group)
+            refuse = _outside_graphs(_refuse)
+            refuse(f"{type(error).__name__}: {error}", group)
         raise
+
+
+def _outside_graphs(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """``function``, at which a graph of ``torch.compile`` breaks, or Dynamo would compile parts."""
+    # Only where it runs, which spares others the import of Dynamo.
+    if not torch.compiler.is_compiling():
+        return function
+    disabled: Callable[..., _Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 # What a process that brings no rows sends for their number.
