@@ -7,7 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_device, check_embeddings, check_gathering, check_int
+from contrastive_kit._checks import (
+    check_dense,
+    check_device,
+    check_embeddings,
+    check_gathering,
+    check_int,
+)
 from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
 from contrastive_kit.ops import scaled_unit_rows
 
@@ -42,7 +48,8 @@ class NegativeQueue(nn.Module):
     Raises:
         TypeError: if ``dim`` or ``size`` is no integer, for keys that are not floating tensors.
         ValueError: if ``dim`` or ``size`` is below 1, for keys of another shape or device, for a
-            ``process_group`` without ``gather_distributed``.
+            ``process_group`` without ``gather_distributed``. With it, in training, on every
+            process if one of them raises.
         RuntimeError: in training with ``gather_distributed`` where there is no process group.
 
     Memory:
@@ -112,6 +119,8 @@ class NegativeQueue(nn.Module):
 
     def _check(self, keys: Tensor) -> None:
         dim = self.rows.shape[1]
+        if isinstance(keys, Tensor):
+            check_dense("keys", keys)
         if not (isinstance(keys, Tensor) and keys.shape == (0, dim) and keys.is_floating_point()):
             check_embeddings("keys", keys)
         if keys.shape[1] != dim:

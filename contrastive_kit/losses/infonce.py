@@ -7,6 +7,7 @@ from torch import Tensor
 
 from contrastive_kit._checks import (
     check_alike,
+    check_dense,
     check_device,
     check_embeddings,
     check_flag,
@@ -77,7 +78,8 @@ def info_nce(
         query: embeddings (N, D), any floating dtype, normalised here; N ≥ 2 without ``negatives``.
         key: embeddings (N, D); row i is the positive of row i of ``query``.
         negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query.
-            With K = 0 shared ones, as in a queue that is still empty, all losses are 0.
+            With K = 0 shared ones, as in a queue that is still empty, all losses are 0. Without
+            the keys themselves, which would count each positive twice.
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient. The value of a tensor is not checked; if it is not positive
             the loss is NaN.
@@ -112,12 +114,15 @@ def info_nce(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, ids that are not
             integers.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, fewer than two rows without
-            ``negatives``, ``symmetric`` or ``ids`` with ``negatives``, a temperature that is not
-            positive and finite, an option out of its range, ``label_smoothing`` with ``hardness``,
-            an unknown ``reduction`` or ``backend``; on every process, for processes whose
-            embeddings differ in anything but their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+            ``negatives``, sparse or nested tensors, ``symmetric`` or ``ids`` with ``negatives``,
+            ``negatives`` that begin or end with the keys (seen on a CPU only), a temperature that
+            is not positive and finite, an option out of its range, ``label_smoothing`` with
+            ``hardness``, an unknown ``reduction`` or ``backend``; on every process, if one of them
+            raises, or they differ in options, or in embeddings but for their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O((N + K)·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the
@@ -264,6 +269,8 @@ def _check_inputs(
         )
     if ids is not None:
         raise ValueError("ids tell which keys are no negatives; with negatives given, omit ids")
+    if isinstance(negatives, Tensor):
+        check_dense("negatives", negatives)
     if isinstance(negatives, Tensor) and negatives.ndim == 3:
         check_embeddings("negatives", negatives, ndim=3)
         if (negatives.shape[0], negatives.shape[2]) != (n, d):
@@ -355,11 +362,11 @@ class InfoNCE(TemperatureLoss):
     """InfoNCE as a module: ``info_nce`` with its options stored.
 
     Args:
-        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
+        temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
         symmetric: average both directions: the loss of CLIP.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay. With
-            ``gather_distributed`` its gradient is averaged over processes.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
+            call brings back to within ±log(100). Give it to the optimiser without weight
+            decay. With ``gather_distributed`` its gradient is averaged over processes.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``hardness``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.

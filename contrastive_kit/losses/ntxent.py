@@ -107,11 +107,14 @@ def nt_xent(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, ids that are not
             integers.
-        ValueError: for shapes or devices that do not match, fewer than two rows, a temperature
-            that is not positive and finite, an option out of its range or next to one it cannot
-            be combined with, an unknown ``reduction`` or ``backend``; on every process, for
-            processes whose embeddings differ in anything but their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
+        ValueError: for shapes or devices that do not match, sparse or nested tensors, fewer than
+            two rows, a temperature that is not positive and finite, an option out of its range or
+            next to one it cannot be combined with, an unknown ``reduction`` or ``backend``; on
+            every process, if one of them raises, or they differ in options, or in embeddings but
+            for their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
@@ -216,10 +219,10 @@ class NTXent(TemperatureLoss):
     """NT-Xent as a module: ``nt_xent`` with its options stored.
 
     Args:
-        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay. With
-            ``gather_distributed`` its gradient is averaged over processes.
+        temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
+            call brings back to within ±log(100). Give it to the optimiser without weight
+            decay. With ``gather_distributed`` its gradient is averaged over processes.
         decoupled: leave the positives out of the denominator.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``decoupled`` or ``hardness``.

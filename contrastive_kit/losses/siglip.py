@@ -98,11 +98,13 @@ def siglip(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, ids that are not
             integers, a bias that is no number.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, sparse or nested tensors, a temperature
             that is not positive and finite, a bias that is not finite, an unknown ``reduction`` or
             ``backend``; on every process, if one of them raises, or they differ in embeddings or
             options.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O(N·D) and a few tiles, in the backward too, which computes the logits again. With

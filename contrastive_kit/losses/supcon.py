@@ -103,10 +103,13 @@ def sup_con(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, labels that are not
             integers.
-        ValueError: for no view, shapes or devices that do not match, fewer than two rows, a
-            temperature that is not positive and finite, an unknown ``variant``, ``reduction`` or
-            ``backend``; on every process, if their embeddings do not match.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
+        ValueError: for no view, shapes or devices that do not match, sparse or nested tensors,
+            fewer than two rows, a temperature that is not positive and finite, an unknown
+            ``variant``, ``reduction`` or ``backend``; on every process, if one of them raises, or
+            they differ in options, or in embeddings but for their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
@@ -349,9 +352,10 @@ class SupCon(TemperatureLoss):
     """SupCon as a module: ``sup_con`` with its options stored.
 
     Args:
-        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay.
+        temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
+            call brings back to within ±log(100). Give it to the optimiser without weight
+            decay.
         variant: "out" or "in".
         reduction: "mean", "sum" or "none".
         gather_distributed: take the images of all processes as positives and negatives.
