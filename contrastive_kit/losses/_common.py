@@ -259,8 +259,12 @@ def limited_log_scale(log_scale: Tensor, largest: float = _LARGEST_LOG_SCALE) ->
 
 @torch.no_grad()
 def limit_log_scale_(log_scale: Tensor, largest: float = _LARGEST_LOG_SCALE) -> None:
-    """Bring the parameter back to its bounds, beyond which it would get no gradient."""
-    log_scale.clamp_(_SMALLEST_LOG_SCALE, largest)
+    """Bring the parameter back to its bounds, beyond which it would get no gradient.
+
+    An exported program keeps to the bounds, but writes to no parameter of its own.
+    """
+    if not torch.compiler.is_exporting():
+        log_scale.clamp_(_SMALLEST_LOG_SCALE, largest)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

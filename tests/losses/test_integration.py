@@ -250,22 +250,26 @@ def test_exports_for_any_batch_size(name, strict):
     """Both modes: the default one runs Python, in which ``len`` would fix the size."""
     module = EXPORTED[name]
     n, k = torch.export.Dim("n", min=2, max=4096), torch.export.Dim("k", min=2, max=4096)
+    # What the strict mode makes of any autograd.Function has no gradient, and torch 2.9 exports
+    # none for a size that varies.
+    gradients = not strict and not torch.__version__.startswith("2.9.")
 
     def inputs(size):
-        z = [torch.randn(size, 5, requires_grad=True) for _ in range(2)]
+        z = [torch.randn(size, 5, requires_grad=gradients) for _ in range(2)]
         extra = {"queue": torch.randn(2 * size, 5), "SupCon": torch.arange(size) // 2}
         return (*z, *(x for key, x in extra.items() if name.startswith(key)))
 
     sizes = ({0: n}, {0: n}, {0: k if name == "queue" else n})
     example = inputs(6)
-    program = torch.export.export(
-        module, example, dynamic_shapes=sizes[: len(example)], strict=strict
-    )
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(
+            module, example, dynamic_shapes=sizes[: len(example)], strict=strict
+        )
     for size in (6, 11):
         x = inputs(size)
         actual, expected = program.module()(*x), module(*x)
         torch.testing.assert_close(actual.detach(), expected.detach())
-        if not strict:  # what the other mode makes of any autograd.Function has no gradient
+        if gradients:
             torch.testing.assert_close(
                 torch.autograd.grad(actual, x[:2]), torch.autograd.grad(expected, x[:2])
             )
