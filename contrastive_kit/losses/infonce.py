@@ -296,15 +296,14 @@ def _check_own_keys(key: Tensor, negatives: Tensor) -> None:
     On a GPU, and in a graph, it would have to be waited for. Keys that are all alike, as of a
     collapsed encoder, may well have been seen before.
     """
-    again = negatives is key
     plain = type(key) is Tensor and type(negatives) is Tensor and key.device.type == "cpu"
-    if not again and plain and negatives.ndim == 2 and not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            return
-        n, same = len(key), key.to(negatives.dtype)
-        again = torch.equal(negatives[:n], same) or torch.equal(negatives[-n:], same)
-        again = again and not torch.equal(key, key[:1].expand_as(key))
-    if again:
+    if not plain or negatives.ndim != 2 or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    n, same = len(key), key.to(negatives.dtype)
+    again = torch.equal(negatives[:n], same) or torch.equal(negatives[-n:], same)
+    if again and not torch.equal(key, key[:1].expand_as(key)):
         raise ValueError(
             "negatives must not hold the keys of the same call, which would count each positive "
             "twice; omit negatives to compare with the other keys, or give the rows of the queue "
