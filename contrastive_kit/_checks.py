@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Collection
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from contrastive_kit._dtypes import compute_dtype
 
@@ -12,11 +14,65 @@ from contrastive_kit._dtypes import compute_dtype
 _HARDLY_SUPPORTED = (torch.uint16, torch.uint32, torch.uint64)
 
 
+def check_int(name: str, value: object, at_least: int | None = None) -> int:
+    """The integer of Python that ``value``, one of Python or NumPy, is; raise if it is none.
+
+    A bool is none: where a number is expected, it is a mistake.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    number = int(value)
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {number}")
+    return number
+
+
+def check_number(name: str, value: object) -> float:
+    """The number of Python that ``value``, one of Python or NumPy, is; raise if it is none."""
+    # First, as under torch.compile a number may be a symbol, which is of this type and no Real.
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise if ``x`` is sparse or nested, whose rows cannot be computed with here."""
+    if x.is_nested:
+        raise ValueError(
+            f"{name} must be a dense tensor, got a nested one; join its rows with "
+            "torch.cat(x.unbind())"
+        )
+    if x.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be a dense tensor, got one of layout {x.layout}; call .to_dense() on it"
+        )
+
+
+def check_reverse_mode(name: str, x: object) -> None:
+    """Raise if ``x`` carries a tangent of forward-mode differentiation (``torch.func.jvp``)."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return
+    if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            f"{name} carries a tangent, but the losses of contrastive_kit have no forward-mode "
+            "derivative (torch.func.jvp, jacfwd); use the formulas in contrastive_kit.reference, "
+            "or reverse mode (torch.func.grad, vjp, jacrev)"
+        )
+
+
 def check_embeddings(name: str, x: Tensor, ndim: int = 2) -> None:
-    """Raise unless ``x`` is a floating tensor of ``ndim`` dimensions and no dimension is 0."""
+    """Raise unless ``x`` is a dense floating tensor of ``ndim`` dimensions, none of them 0."""
     shape = {2: "(N, D)", 3: "(N, K, D)"}[ndim]
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace would keep the batch size of its example in what is computed from "
+            f"{name}; use torch.export or torch.compile"
+        )
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
+    check_dense(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must hold floating point embeddings, got {x.dtype}")
     if x.ndim != ndim:
@@ -47,6 +103,7 @@ def check_ids(name: str, ids: Tensor, n: int, other_name: str, other: Tensor) ->
     """Raise unless ``ids`` holds ``n`` integers on the device of ``other``."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be an integer tensor of shape ({n},), got {ids!r}")
+    check_dense(name, ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {ids.dtype}")
     if ids.dtype in _HARDLY_SUPPORTED:
@@ -59,8 +116,8 @@ def check_ids(name: str, ids: Tensor, n: int, other_name: str, other: Tensor) ->
     check_device(name, ids, other_name, other)
 
 
-def check_temperature(temperature: float | Tensor, z: Tensor | None = None) -> None:
-    """Raise unless ``temperature`` is a finite number above 0, or a floating tensor of one value.
+def check_temperature(temperature: object, z: Tensor | None = None) -> float | Tensor:
+    """``temperature``, a finite number above 0, or a floating tensor of one value; else raise.
 
     A tensor must be where the embeddings ``z`` are, or a scalar on the CPU. A number must leave
     logits between which the dtype of the loss can tell 1 apart, or exp of their rounding overflows.
@@ -69,25 +126,32 @@ def check_temperature(temperature: float | Tensor, z: Tensor | None = None) -> N
     is not positive gives a NaN loss.
     """
     if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point() or temperature.numel() != 1:
-            raise ValueError(
-                "temperature must be a number or a floating point tensor of one value, got "
-                f"{temperature.dtype} of shape {tuple(temperature.shape)}"
-            )
-        if z is not None and (temperature.device.type != "cpu" or temperature.ndim):
-            check_device("temperature", temperature, "the embeddings", z)
-        return
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        check_scalar("temperature", temperature, z)
+        return temperature
+    number = check_number("temperature", temperature)
+    if not 0 < number < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, got {number}")
     if z is not None:
         dtype = compute_dtype(z)
-        if temperature < torch.finfo(dtype).eps:
+        if number < torch.finfo(dtype).eps:
             raise ValueError(
                 f"temperature must be at least {torch.finfo(dtype).eps:.2g} for a loss in {dtype}, "
-                f"got {temperature}"
+                f"got {number}"
             )
+    return number
+
+
+def check_scalar(name: str, x: Tensor, z: Tensor | None) -> None:
+    """Raise unless ``x`` is a floating tensor of one value, where ``z`` is or on the CPU."""
+    check_dense(name, x)
+    if not x.is_floating_point() or x.numel() != 1:
+        raise ValueError(
+            f"{name} must be a number or a floating point tensor of one value, got "
+            f"{x.dtype} of shape {tuple(x.shape)}"
+        )
+    if z is not None and (x.device.type != "cpu" or x.ndim):
+        check_device(name, x, "the embeddings", z)
+    check_reverse_mode(name, x)
 
 
 def check_flag(name: str, value: object) -> None:

@@ -7,11 +7,13 @@ process has on the concatenated batch.
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_Result = TypeVar("_Result")
 
 
 def rank_and_size(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
@@ -74,12 +76,56 @@ def row_counts(
     rank, size = rank_and_size(group)
     if size == 1:
         return (len(x),)
-    # Dynamo would compile fragments of the exchange; disabling it only where it runs spares others
-    # the import of it.
-    if torch.compiler.is_compiling():
-        exchange: Callable[..., tuple[int, ...]] = torch.compiler.disable(_exchange)  # type: ignore[no-untyped-call]
-        return exchange(x, group, settings, rank, size)
-    return _exchange(x, group, settings, rank, size)
+    exchange = _outside_graphs(_exchange)
+    return exchange(x, group, settings, rank, size)
+
+
+def checked(check: Callable[[], _Result], group: "dist.ProcessGroup | None" = None) -> _Result:
+    """What ``check`` returns; if it raises on one process, all others get an error too.
+
+    For what a process looks at before it calls ``row_counts`` or ``gather_rows``: an error there,
+    on an empty batch, say, would leave the others waiting for it until the time-out. Here it takes
+    the place of the exchange that they wait in, and their call raises a ``ValueError`` that tells
+    it. A process without error communicates nothing.
+
+    Args:
+        check: called without arguments.
+        group: the processes; None for all of them.
+
+    Raises:
+        Exception: what ``check`` raises.
+        RuntimeError, TypeError, ValueError: as ``rank_and_size``.
+
+    Example:
+        >>> from contrastive_kit.distributed import checked, gather_rows
+        >>> def gathered(x):
+        ...     checked(lambda: check_my_rows(x))
+        ...     return gather_rows(x)
+    """
+    try:
+        return check()
+    except Exception as error:
+        if rank_and_size(group)[1] > 1:
+            refuse = _outside_graphs(_refuse)
+            refuse(f"{type(error).__name__}: {error}", group)
+        raise
+
+
+def _outside_graphs(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """``function``, at which a graph of ``torch.compile`` breaks, or Dynamo would compile parts."""
+    # Only where it runs, which spares others the import of Dynamo.
+    if not torch.compiler.is_compiling():
+        return function
+    disabled: Callable[..., _Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+# What a process that brings no rows sends for their number.
+_REFUSED = -1
+
+
+def _refuse(reason: str, group: "dist.ProcessGroup | None") -> None:
+    _exchanged(_REFUSED, reason, torch.device("cpu"), group)
 
 
 def _exchange(
@@ -90,20 +136,53 @@ def _exchange(
         f"(n{''.join(f', {length}' for length in x.shape[1:])}) {x.dtype} on {x.device.type} "
         f"{'with' if needs_gradient else 'without'} gradient{settings and f', {settings}'}"
     )
-    device = "cpu" if "cpu:" in dist.get_backend_config(group) else x.device
-    mine = torch.tensor([len(x), zlib.crc32(description.encode())], device=device)
-    table = torch.empty(2 * size, dtype=mine.dtype, device=device)
-    dist.all_gather_into_tensor(table, mine, group)
-    counts, checks = table.view(size, 2).T.tolist()
-    if len(set(checks)) > 1:
-        descriptions: list[Any] = [None] * size
-        dist.all_gather_object(descriptions, description, group)
-        listed = "; ".join(f"rank {i}: {text}" for i, text in enumerate(descriptions))
-        raise ValueError(
-            f"processes must bring rows alike in all but their number, got {listed} "
-            f"(this is rank {rank})"
+    counts, descriptions = _exchanged(x.shape[0], description, x.device, group)
+    if not descriptions:
+        return counts
+    if _REFUSED in counts:
+        listed = "; ".join(
+            f"rank {i}: {text}"
+            for i, (n, text) in enumerate(zip(counts, descriptions, strict=True))
+            if n == _REFUSED
         )
-    return tuple(counts)
+        raise ValueError(
+            f"no process can gather, because not all have rows to bring, got {listed} (this is "
+            f"rank {rank}); a batch that is empty or short on some processes is left out by "
+            "drop_last=True in the DataLoader"
+        )
+    listed = "; ".join(f"rank {i}: {text}" for i, text in enumerate(descriptions))
+    raise ValueError(
+        f"processes must bring rows alike in all but their number, got {listed} "
+        f"(this is rank {rank})"
+    )
+
+
+def _exchanged(
+    count: int, description: str, device: torch.device, group: "dist.ProcessGroup | None"
+) -> tuple[tuple[int, ...], list[str]]:
+    """The counts of all processes, and their descriptions if one of them refuses or differs."""
+    size = dist.get_world_size(group)
+    device = torch.device("cpu") if _talks_on("cpu", group) else _device_of(group, device)
+    mine = torch.tensor([count, zlib.crc32(description.encode())], device=device)
+    table = torch.empty(2 * size, dtype=mine.dtype, device=device)
+    _all_gather(table, mine, group)
+    counts, checks = table.view(size, 2).T.tolist()
+    if len(set(checks)) == 1 and _REFUSED not in counts:
+        return tuple(counts), []
+    descriptions: list[Any] = [None] * size
+    dist.all_gather_object(descriptions, description, group)
+    return tuple(counts), descriptions
+
+
+def _talks_on(device_type: str, group: "dist.ProcessGroup | None") -> bool:
+    return f"{device_type}:" in dist.get_backend_config(group)
+
+
+def _device_of(group: "dist.ProcessGroup | None", device: torch.device) -> torch.device:
+    """``device``, or the accelerator where the group, through NCCL alone, reaches only that."""
+    if _talks_on(device.type, group) or not torch.accelerator.is_available():
+        return device
+    return torch.accelerator.current_accelerator() or device
 
 
 def gather_rows(
@@ -166,7 +245,7 @@ class _GatherRows(torch.autograd.Function):
         longest = max(counts)
         mine = _pad(x, longest)
         everyone = mine.new_empty(len(counts) * longest, *x.shape[1:])
-        dist.all_gather_into_tensor(everyone, mine, group)
+        _all_gather(everyone, mine, group)
         if min(counts) == longest:
             return everyone
         blocks = zip(torch.split(everyone, longest), counts, strict=True)
@@ -181,6 +260,20 @@ class _GatherRows(torch.autograd.Function):
         return _SumToOwners.apply(grad, *ctx.ranks), None, None, None
 
 
+def _all_gather(everyone: Tensor, mine: Tensor, group: "dist.ProcessGroup | None") -> None:
+    if hasattr(dist, "all_gather_single"):  # torch 2.14 warns that the other is deprecated
+        dist.all_gather_single(everyone, mine, group)
+    else:
+        dist.all_gather_into_tensor(everyone, mine, group)
+
+
+def _reduce_scatter(mine: Tensor, everyone: Tensor, group: "dist.ProcessGroup | None") -> None:
+    if hasattr(dist, "reduce_scatter_single"):
+        dist.reduce_scatter_single(mine, everyone, group=group)
+    else:
+        dist.reduce_scatter_tensor(mine, everyone, group=group)
+
+
 class _SumToOwners(torch.autograd.Function):
     """The adjoint of ``_GatherRows``, which is the adjoint of this one."""
 
@@ -192,7 +285,7 @@ class _SumToOwners(torch.autograd.Function):
         if min(counts) != longest:
             grad = torch.cat([_pad(block, longest) for block in torch.split(grad, list(counts))])
         mine = grad.new_empty(longest, *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=group)
+        _reduce_scatter(mine, grad.contiguous(), group)
         return mine[: counts[rank]]
 
     @staticmethod
@@ -250,12 +343,7 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, group: "dist.ProcessGroup | None", size: int) -> Tensor:
         # A temperature may be on the CPU while the processes talk through NCCL alone.
-        device = x.device
-        if f"{device.type}:" not in dist.get_backend_config(group) and (
-            torch.accelerator.is_available()
-        ):
-            device = torch.accelerator.current_accelerator() or device
-        total = (x / size).to(device)
+        total = (x / size).to(_device_of(group, x.device))
         dist.all_reduce(total, group=group)
         return total.to(x.device)
 

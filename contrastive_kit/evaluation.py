@@ -7,12 +7,14 @@ encoder. Evaluate the encoder's output h, not the projection z (SimCLR, section 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from numbers import Real
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contrastive_kit._checks import check_dense, check_int, check_number
 from contrastive_kit._dtypes import compute_dtype
 
 _Arguments = ParamSpec("_Arguments")
@@ -83,7 +85,9 @@ def extract_features(
         Features (N, D), float32 (float64 from a float64 encoder), and labels (N,), on ``device``.
 
     Raises:
-        ValueError: ``batches`` is empty, or features and labels do not fit together.
+        TypeError: Features or labels are no tensors.
+        ValueError: ``batches`` is empty, or the features and labels of a batch do not fit together;
+            the message tells which.
 
     Example:
         >>> import torch
@@ -100,12 +104,20 @@ def extract_features(
     dtype = torch.float32 if parameter is None else parameter.dtype
     training = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
-    features, labels = [], []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
     try:
         with torch.no_grad():
-            for images, batch_labels in batches:
+            for i, (images, batch_labels) in enumerate(batches):
                 x = images.to(device, non_blocking=True)
                 h = encoder(x.to(dtype) / 255 if x.dtype == torch.uint8 else x)
+                # Each: over all of them, what one lacks another may have too much.
+                _check(h, batch_labels, f"encoder(images) of batch {i}", f"labels of batch {i}")
+                if features and h.shape[1] != features[0].shape[1]:
+                    raise ValueError(
+                        f"encoder(images) of batch {i} must have {features[0].shape[1]} columns "
+                        f"as that of batch 0, got {h.shape[1]}"
+                    )
                 # A copy: an encoder may return its input, and a loader may reuse that.
                 features.append(h.to(compute_dtype(h), copy=True))
                 labels.append(batch_labels.to(h.device))
@@ -114,9 +126,7 @@ def extract_features(
             module.training = mode
     if not features:
         raise ValueError("batches must hold at least one batch, got none")
-    all_features, all_labels = torch.cat(features), torch.cat(labels)
-    _check(all_features, all_labels, "encoder(images)", "labels")
-    return all_features, all_labels
+    return torch.cat(features), torch.cat(labels)
 
 
 @_without_ambient_modes
@@ -170,19 +180,14 @@ def knn_accuracy(
         KNNResult(accuracy=1.0, k=1, temperature=0.1)
     """
     _check_sets(train_features, train_labels, test_features, test_labels)
-    for name, value in [("k", k), ("chunk_size", chunk_size)]:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
+    k, chunk_size = check_int("k", k), check_int("chunk_size", chunk_size, 1)
     if not 1 <= k <= len(train_features):
         raise ValueError(
             f"k must be from 1 to the number of training samples ({len(train_features)}), got {k}"
         )
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a number, got {temperature!r}")
+    temperature = check_number("temperature", temperature)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
     train_features, test_features = _prepared(train_features, test_features)
     bank = _unit_rows(train_features)
@@ -198,7 +203,7 @@ def knn_accuracy(
         votes = weight.new_zeros(len(queries), len(classes))
         votes.scatter_add_(1, targets[index], weight)
         correct += (classes[votes.argmax(dim=1)] == labels).sum()
-    return KNNResult(correct.item() / len(test_labels), k, float(temperature))
+    return KNNResult(correct.item() / len(test_labels), k, temperature)
 
 
 @_without_ambient_modes
@@ -261,30 +266,21 @@ def linear_probe(
         1.0
     """
     _check_sets(train_features, train_labels, test_features, test_labels)
-    values = [l2] if isinstance(l2, int | float) else l2
-    if isinstance(values, str | Tensor) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values
-    ):
+    values = [l2] if isinstance(l2, Real) else l2
+    if isinstance(values, str | Tensor) or not isinstance(values, Iterable):
         raise TypeError(f"l2 must be a number or a sequence of numbers, got {l2!r}")
-    path = sorted({float(value) for value in values}, reverse=True)
+    path = sorted({check_number("l2", value) for value in values}, reverse=True)
     if not path or not all(value >= 0 and math.isfinite(value) for value in path):
         raise ValueError(f"l2 must be finite and not negative, got {l2!r}")
+    validation_fraction = check_number("validation_fraction", validation_fraction)
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
-    for name, number in [("max_iter", max_iter), ("seed", seed)]:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} must be an integer, got {number!r}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    max_iter, seed = check_int("max_iter", max_iter, 1), check_int("seed", seed)
     classes, targets = torch.unique(train_labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError("train_labels must hold at least 2 classes, got 1")
 
-    train, test = _prepared(train_features, test_features)
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
-    # a feature that varies by no more than its rounding says nothing; do not blow that up
-    std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
-    train, test = (train - mean) / std, (test - mean) / std
+    train, test = _standardized(*_prepared(train_features, test_features))
 
     validation_accuracy: dict[float, float] = {}
     if len(path) > 1:
@@ -304,7 +300,13 @@ def linear_probe(
             validation_accuracy[value] = hits.double().mean().item()
     best = max(path, key=lambda value: validation_accuracy.get(value, 0.0))
     layer = _fit(train, targets, len(classes), best, max_iter=max_iter)
-    predicted = classes[layer(test).argmax(dim=1)]
+    logits = layer(test)
+    if not logits.isfinite().all():
+        raise ValueError(
+            "test_features lie so far from train_features that their logits overflow; scale both "
+            "sets alike, or give float64"
+        )
+    predicted = classes[logits.argmax(dim=1)]
     accuracy = (predicted == test_labels).double().mean().item()
     return LinearProbeResult(accuracy, best, validation_accuracy)
 
@@ -361,6 +363,19 @@ def _prepared(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return train.to(dtype), test.to(dtype)
 
 
+def _standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets less the mean of the first, over its standard deviation."""
+    # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
+    peak = train.abs().amax(dim=0)
+    power = peak / (2 * torch.frexp(peak).mantissa)
+    power = torch.where(peak < torch.finfo(peak.dtype).tiny, 1, power)
+    train, test = train / power, test / power
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    # a feature that varies by no more than its rounding says nothing; do not blow that up
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+    return train.sub_(mean).div_(std), test.sub_(mean).div_(std)
+
+
 def _unit_rows(features: Tensor) -> Tensor:
     """Rows of length 1 (zero rows stay zero), whatever their length was."""
     peak = features.abs().amax(dim=1, keepdim=True)
@@ -368,6 +383,10 @@ def _unit_rows(features: Tensor) -> Tensor:
 
 
 def _check(features: Tensor, labels: Tensor, features_name: str, labels_name: str) -> None:
+    for name, tensor in [(features_name, features), (labels_name, labels)]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(
             f"{features_name} must have shape (N, D) with N and D of at least 1, "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from contrastive_kit._checks import check_int
 from contrastive_kit._replay import (
     BatchContext,
     Replayed,
@@ -104,17 +105,13 @@ class GradCache(nn.Module):
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-            raise TypeError(f"chunk_size must be an integer, got {chunk_size!r}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         if any(ddp.static_graph for ddp in data_parallel(encoder)):
             raise ValueError(
                 "encoder must not be a DistributedDataParallel with static_graph=True, which "
                 "allows one forward a backward"
             )
         self.encoder = encoder
-        self.chunk_size = chunk_size
+        self.chunk_size = check_int("chunk_size", chunk_size, at_least=1)
         self._verified = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_flag
+from contrastive_kit._checks import check_flag, check_int
 
 MAX_LAYERS = 3
 
@@ -69,8 +69,7 @@ class ProjectionHead(nn.Module):
         batch_norm: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(layers, bool) or not isinstance(layers, int):
-            raise TypeError(f"layers must be an integer from 0 to {MAX_LAYERS}, got {layers!r}")
+        layers = check_int("layers", layers)
         if not 0 <= layers <= MAX_LAYERS:
             raise ValueError(f"layers must be from 0 to {MAX_LAYERS}, got {layers}")
         if hidden_dim is not None and layers < 2:
@@ -78,12 +77,8 @@ class ProjectionHead(nn.Module):
                 f"hidden_dim must be None where there is no hidden layer (layers={layers}), "
                 f"got {hidden_dim}"
             )
-        hidden_dim = in_dim if hidden_dim is None else hidden_dim
-        for name, size in [("in_dim", in_dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)]:
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an integer, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        in_dim, out_dim = check_int("in_dim", in_dim, 1), check_int("out_dim", out_dim, 1)
+        hidden_dim = in_dim if hidden_dim is None else check_int("hidden_dim", hidden_dim, 1)
         check_flag("batch_norm", batch_norm)
         if layers == 0 and out_dim != in_dim:
             raise ValueError(

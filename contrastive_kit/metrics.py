@@ -10,7 +10,13 @@ import math
 import torch
 from torch import Tensor
 
-from contrastive_kit._checks import check_alike, check_choice, check_embeddings
+from contrastive_kit._checks import (
+    check_alike,
+    check_choice,
+    check_embeddings,
+    check_number,
+    check_reverse_mode,
+)
 from contrastive_kit.ops import BACKENDS, Exclusion, kept_logsumexp, scaled_unit_rows
 
 
@@ -45,7 +51,9 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     check_embeddings("z1", z1)
     check_embeddings("z2", z2)
     check_alike("z2", z2, "z1", z1)
-    _check_positive("alpha", alpha)
+    check_reverse_mode("z1", z1)
+    check_reverse_mode("z2", z2)
+    alpha = _check_positive("alpha", alpha)
     u, v = scaled_unit_rows((z1, z2), 1.0)
     squared = (u - v).square().sum(1)
     # Where views coincide, the derivative of a power below 1 is infinite, and times 0 it is NaN.
@@ -90,10 +98,11 @@ def uniformity(z: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
         tensor(-4.)
     """
     check_embeddings("z", z)
-    n = len(z)
+    check_reverse_mode("z", z)
+    n = z.shape[0]
     if n < 2:
         raise ValueError(f"z must have at least 2 rows, or there are no pairs; got {n}")
-    _check_positive("t", t)
+    t = _check_positive("t", t)
     check_choice("backend", backend, ["auto", *BACKENDS])
     rows = scaled_unit_rows((z,), 1 / (2 * t))[0]
     lse, _ = kept_logsumexp(rows, exclusion=Exclusion(n), bound=2.002 * t, backend=backend)
@@ -176,14 +185,15 @@ def feature_std(z: Tensor) -> Tensor:
         tensor(0.)
     """
     check_embeddings("z", z)
-    if len(z) < 2:
-        raise ValueError(f"z must have at least 2 rows, or nothing varies; got {len(z)}")
+    check_reverse_mode("z", z)
+    if z.shape[0] < 2:
+        raise ValueError(f"z must have at least 2 rows, or nothing varies; got {z.shape[0]}")
     rows = scaled_unit_rows((z,), 1.0)[0]
     return rows.std(0, correction=0).mean() * math.sqrt(z.shape[1])
 
 
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+def _check_positive(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {number}")
+    return number

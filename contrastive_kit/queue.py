@@ -7,8 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_device, check_embeddings, check_gathering
-from contrastive_kit.distributed import gather_rows, rank_and_size
+from contrastive_kit._checks import (
+    check_dense,
+    check_device,
+    check_embeddings,
+    check_gathering,
+    check_int,
+)
+from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
 from contrastive_kit.ops import scaled_unit_rows
 
 
@@ -26,6 +32,11 @@ class NegativeQueue(nn.Module):
     waits for a GPU (but the exchange of sizes, with NCCL alone: see ``row_counts``).
     ``torch.compile`` breaks the graph here and compiles the rest.
 
+    One call a step, also where both views have queries and keys: with a second call, after the keys
+    of the first went in, images would be negatives of themselves.
+    ``negatives = queue(torch.cat([key1, key2]))`` serves both losses. Nor do keys belong beside the
+    queue, ``torch.cat([key, negatives])``: each would be the negative of its own query.
+
     Args:
         dim: length D of a key.
         size: number of keys to hold; MoCo has 65,536.
@@ -37,7 +48,8 @@ class NegativeQueue(nn.Module):
     Raises:
         TypeError: if ``dim`` or ``size`` is no integer, for keys that are not floating tensors.
         ValueError: if ``dim`` or ``size`` is below 1, for keys of another shape or device, for a
-            ``process_group`` without ``gather_distributed``.
+            ``process_group`` without ``gather_distributed``. With it, in training, on every
+            process if one of them raises.
         RuntimeError: in training with ``gather_distributed`` where there is no process group.
 
     Memory:
@@ -69,11 +81,7 @@ class NegativeQueue(nn.Module):
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("size", size)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        dim, size = check_int("dim", dim, 1), check_int("size", size, 1)
         check_gathering(gather_distributed, process_group)
         if process_group is not None:
             rank_and_size(process_group)
@@ -87,7 +95,8 @@ class NegativeQueue(nn.Module):
         """Negatives from earlier calls, and the keys go into the queue if it is in training mode.
 
         Args:
-            keys: embeddings (n, D), n ≥ 1, any floating dtype, not necessarily normalised.
+            keys: embeddings (n, D), any floating dtype, not necessarily normalised. With n = 0 the
+                queue stays as it is, or takes in the keys of the other processes.
 
         Returns:
             A detached copy of the rows held before the call, oldest first: (K, D), 0 ≤ K ≤ size.
@@ -98,16 +107,25 @@ class NegativeQueue(nn.Module):
         return self._step(keys)
 
     def _step(self, keys: Tensor) -> Tensor:
-        check_embeddings("keys", keys)
-        if keys.shape[1] != self.rows.shape[1]:
-            raise ValueError(
-                f"keys must have shape (n, {self.rows.shape[1]}), got {tuple(keys.shape)}"
-            )
-        check_device("keys", keys, "the queue", self.rows)
+        if self.training and self.gather_distributed:
+            rank_and_size(self.process_group)  # raises first where there are no processes
+            checked(lambda: self._check(keys), self.process_group)
+        else:
+            self._check(keys)
         negatives = self.negatives()
         if self.training:
             self._take(keys)
         return negatives
+
+    def _check(self, keys: Tensor) -> None:
+        dim = self.rows.shape[1]
+        if isinstance(keys, Tensor):
+            check_dense("keys", keys)
+        if not (isinstance(keys, Tensor) and keys.shape == (0, dim) and keys.is_floating_point()):
+            check_embeddings("keys", keys)
+        if keys.shape[1] != dim:
+            raise ValueError(f"keys must have shape (n, {dim}), got {tuple(keys.shape)}")
+        check_device("keys", keys, "the queue", self.rows)
 
     def negatives(self) -> Tensor:
         """A detached copy of the rows held, oldest first: (K, D), 0 ≤ K ≤ size."""
@@ -117,10 +135,12 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def _take(self, keys: Tensor) -> None:
+        settings = f"keys of {keys.dtype}"
         dtype = torch.promote_types(keys.dtype, self.rows.dtype)
         keys = scaled_unit_rows((keys.to(dtype),), 1.0)[0]
         if self.gather_distributed:
-            keys = gather_rows(keys, self.process_group)
+            counts = row_counts(keys, self.process_group, settings=settings)
+            keys = gather_rows(keys, self.process_group, counts)
         size = len(self.rows)
         start = (self._taken + max(0, len(keys) - size)) % size
         kept = keys[-size:].to(self.rows.dtype)
@@ -132,6 +152,10 @@ class NegativeQueue(nn.Module):
 
     def __len__(self) -> int:
         return min(self._taken, len(self.rows))
+
+    def __bool__(self) -> bool:
+        """True, also while it is empty: ``if queue`` asks whether there is one."""
+        return True
 
     def get_extra_state(self) -> Tensor:
         """How many keys have been taken in so far; tells where the oldest one is."""

@@ -277,7 +277,20 @@ def test_modes_come_back_after_an_error():
     ("batches", "message"),
     [
         ([], "batches must hold at least one batch"),
-        ([(torch.rand(2, 3), torch.zeros(3, dtype=torch.long))], "labels must have shape"),
+        ([(torch.rand(2, 3), torch.zeros(3, dtype=torch.long))], "labels of batch 0 must have"),
+        (
+            # Together as many labels as images.
+            [(torch.rand(n, 3), torch.arange(12 - n)) for n in (6, 8, 4)],
+            r"labels of batch 1 must have shape \(8,\), .* got \(4,\)",
+        ),
+        (
+            [(torch.rand(2, n), torch.arange(2)) for n in (3, 4)],
+            r"batch 1 must have 3 columns as that of batch 0, got 4",
+        ),
+        (
+            [(torch.rand(2, 3).to_sparse(), torch.arange(2))],
+            r"encoder\(images\) of batch 0 must be a dense tensor",
+        ),
         ([(torch.rand(2, 3, 4), torch.zeros(2, dtype=torch.long))], r"must have shape \(N, D\)"),
     ],
 )
@@ -373,3 +386,54 @@ def test_progress_is_shown_over_chunks_and_penalties():
     plain = linear_probe(x, y, x, y, l2=[0.1, 1.0])
     assert linear_probe(x, y, x, y, l2=[0.1, 1.0], progress=progress) == plain
     assert seen == [1.0, 0.1]
+
+
+@pytest.mark.parametrize("scale", [1e37, 1e-30])
+def test_a_probe_does_not_depend_on_the_scale_of_features(scale):
+    """Squares of such features leave the range of float32."""
+    x, y = gaussian_classes(100, 4, 3, seed=0, dtype=torch.float32)
+    q, t = gaussian_classes(100, 4, 3, seed=1, dtype=torch.float32)
+    expected = linear_probe(x, y, q, t)
+    assert 0.4 < expected.accuracy < 1
+    actual = linear_probe(x * scale, y, q * scale, t)
+    assert actual.l2 == expected.l2
+    assert actual.accuracy == pytest.approx(expected.accuracy, abs=0.03)
+
+
+def test_test_features_out_of_range_of_the_training_set_are_refused():
+    x, y = gaussian_classes(100, 4, 3, seed=0, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"test_features lie so far .*; scale both"):
+        linear_probe(x * 1e-20, y, x * 1e30, y, l2=1e-2)
+
+
+@pytest.mark.parametrize("evaluate", [knn_accuracy, linear_probe])
+def test_sparse_features_are_refused(evaluate):
+    x, y = torch.eye(4), torch.arange(4)
+    with pytest.raises(ValueError, match=r"train_features must be a dense .*to_dense"):
+        evaluate(x.to_sparse(), y, x, y)
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, y = gaussian_classes(60, 4, 3, seed=0)
+    options = {"k": 5, "temperature": 0.5, "chunk_size": 7}
+    expected = knn_accuracy(x, y, x, y, **options)
+    of_numpy = {"k": np.int64(5), "temperature": np.float32(0.5), "chunk_size": np.uint8(7)}
+    actual = knn_accuracy(x, y, x, y, **of_numpy)
+    assert actual == expected
+    assert [type(value) for value in actual] == [float, int, float]
+    options = {"validation_fraction": 0.25, "max_iter": 20, "seed": 3}
+    of_numpy = {
+        "validation_fraction": np.float32(0.25),
+        "max_iter": np.int32(20),
+        "seed": np.int64(3),
+    }
+    expected = linear_probe(x, y, x, y, l2=[0.5, 0.25], **options)
+    for l2 in (np.array([0.5, 0.25]), [np.float32(0.5), np.float16(0.25)]):
+        assert linear_probe(x, y, x, y, l2=l2, **of_numpy) == expected
+    single = linear_probe(x, y, x, y, l2=0.5)
+    assert linear_probe(x, y, x, y, l2=np.float32(0.5)) == single
+    for wrong in (True, np.True_, "0.1", [True], None):
+        with pytest.raises(TypeError, match="l2 must be a number"):
+            linear_probe(x, y, x, y, l2=wrong)
+    with pytest.raises(TypeError, match=r"validation_fraction must be a number, got '0\.2'"):
+        linear_probe(x, y, x, y, validation_fraction="0.2")

@@ -5,6 +5,7 @@ import weakref
 from collections import UserDict
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -797,7 +798,7 @@ def test_small_differences_between_the_passes_are_noticed(dtype):
 
 def test_it_is_a_module():
     module = encoder("batch norm")
-    model = nn.ModuleDict({"encode": GradCache(module, chunk_size=4), "loss": NTXent()})
+    model = nn.ModuleDict({"encode": GradCache(module, chunk_size=np.int64(4)), "loss": NTXent()})
     model.eval()
     assert not module[1].training
     assert list(model.state_dict()) == [f"encode.encoder.{name}" for name in module.state_dict()]

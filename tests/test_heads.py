@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,3 +125,11 @@ def test_wrong_input(layers, shape):
     head = ProjectionHead(8, out_dim=8, layers=layers)
     with pytest.raises(ValueError, match=r"h must have shape \(N, 8\), got"):
         head(torch.randn(shape))
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    sizes = {"in_dim": 5, "hidden_dim": 7, "out_dim": 3, "layers": 2}
+    head = ProjectionHead(**{name: np.int64(size) for name, size in sizes.items()})
+    assert repr(head) == repr(ProjectionHead(**sizes))
+    with pytest.raises(TypeError, match="out_dim must be an integer, got np"):
+        ProjectionHead(5, out_dim=np.float64(3.0))

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -211,7 +212,8 @@ def test_construction_checks(options, error, message):
     [
         (torch.randn(2, 5), ValueError, r"keys must have shape \(n, 4\), got \(2, 5\)"),
         (torch.randn(4), ValueError, r"keys must have shape \(N, D\), got \(4,\)"),
-        (torch.zeros(0, 4), ValueError, "keys must have no empty dimension"),
+        (torch.zeros(0, 5), ValueError, "keys must have no empty dimension"),
+        (torch.zeros(0, 4, dtype=torch.int64), TypeError, "keys must hold floating point"),
         (torch.ones(2, 4, dtype=torch.int64), TypeError, "keys must hold floating point"),
         (torch.empty(2, 4, device="meta"), ValueError, "keys must be on the device of the queue"),
         ([[1.0] * 4], TypeError, "keys must be a tensor"),
@@ -260,3 +262,69 @@ def test_the_state_does_not_follow_the_default_device():
     restored = NegativeQueue(4, 6)
     restored.load_state_dict(state)
     assert torch.equal(restored.negatives(), queue.negatives())
+
+
+def test_an_empty_queue_is_a_queue():
+    """``queue(key) if queue else None`` must fill it."""
+    queue = NegativeQueue(4, 3)
+    assert len(queue) == 0
+    assert queue
+
+
+@pytest.mark.parametrize("held", [0, 2, 5])
+def test_no_keys_change_nothing(held):
+    queue = NegativeQueue(4, 3)
+    if held:
+        queue(torch.randn(held, 4))
+    before = queue.negatives()
+    for keys in (torch.empty(0, 4), torch.empty(0, 4, dtype=torch.float16)):
+        assert torch.equal(queue(keys), before)
+    assert torch.equal(queue.negatives(), before)
+    queue(torch.eye(4))
+    assert_holds(queue, list(torch.eye(4).double()[1:]))
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    assert repr(NegativeQueue(np.int64(4), np.uint8(3))) == repr(NegativeQueue(4, 3))
+
+
+class TestBothViewsHaveQueriesAndKeys:
+    """MoCo in both directions. The lines of docs/choosing_a_loss.md."""
+
+    def views(self):
+        query1, query2 = torch.randn(2, 8, 16, dtype=torch.float64)
+        return query1, query2, query1 + 0.1, query2 - 0.1
+
+    def test_one_call_a_step_serves_both_losses(self):
+        queue, loss_fn = NegativeQueue(16, 32), InfoNCE()
+        held = torch.randn(20, 16)
+        queue(held)
+        query1, query2, key1, key2 = self.views()
+        negatives = queue(torch.cat([key1, key2]))
+        loss = loss_fn(query1, key2, negatives) + loss_fn(query2, key1, negatives)
+        expected = info_nce(query1, key2, held) + info_nce(query2, key1, held)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        assert len(queue) == 32
+
+    def test_keys_beside_the_queue_are_refused_where_that_can_be_seen(self):
+        query, _, key, queue = self.views()
+        for negatives in (torch.cat([key, queue]), torch.cat([queue, key]), key, key.clone()):
+            with pytest.raises(ValueError, match="negatives must not hold the keys of the same"):
+                info_nce(query, key, negatives)
+        narrow = key.float()
+        with pytest.raises(ValueError, match="negatives must not hold the keys"):
+            info_nce(query, narrow.double(), torch.cat([narrow, queue.float()]))
+
+    def test_a_collapsed_encoder_is_not_refused(self):
+        ones = torch.ones(4, 3)
+        assert info_nce(ones, ones, torch.ones(6, 3)).isfinite()
+
+    def test_other_keys_and_a_queue(self):
+        query, _, key, queue = self.views()
+        n = len(key)
+        others = key[(torch.arange(n)[:, None] + torch.arange(1, n)) % n]
+        negatives = torch.cat([others, queue.expand(n, -1, -1)], 1)
+        u, k, q = (F.normalize(x, dim=1) / 0.07**0.5 for x in (query, key, queue))
+        logits = torch.cat([u @ k.T, u @ q.T], 1)
+        expected = F.cross_entropy(logits, torch.arange(n))
+        torch.testing.assert_close(info_nce(query, key, negatives), expected)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from contrastive_kit._checks import (
     check_choice,
+    check_dense,
     check_device,
     check_flag,
     check_gathering,
+    check_number,
     check_temperature,
 )
 from contrastive_kit._dtypes import compute_dtype
@@ -28,44 +30,55 @@ if TYPE_CHECKING:
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
-# Named here, because torch 2.9 cannot compile a function inside another that spells it out.
+# Named here, because torch 2.9 cannot compile a function inside another that spells them out.
+Scalar = float | Tensor
+Scalars = tuple[Scalar, Scalar]
+CheckedOptions = tuple[Scalar, float, float]
 _LogSumExpAndStatistics = tuple[Tensor, LogitStatistics | None]
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# The bound of CLIP: below this temperature training with a learnable one becomes unstable.
+# The bounds of a learnable temperature. Below the one of CLIP training becomes unstable. Far above
+# the other the logits, and with them the gradient that could bring the temperature back, vanish.
 _SMALLEST_LEARNABLE_TEMPERATURE = 0.01
+LARGEST_LEARNABLE_TEMPERATURE = 100.0
 _LARGEST_LOG_SCALE = -math.log(_SMALLEST_LEARNABLE_TEMPERATURE)
+_SMALLEST_LOG_SCALE = -math.log(LARGEST_LEARNABLE_TEMPERATURE)
 
 
 def check_options(
-    temperature: float | Tensor,
+    temperature: object,
     reduction: str,
     backend: str,
     z: Tensor | None = None,
     *,
-    label_smoothing: float = 0.0,
-    hardness: float = 0.0,
-) -> None:
-    """Raise unless the options that losses share are valid for embeddings ``z``."""
-    check_temperature(temperature, z)
+    label_smoothing: object = 0.0,
+    hardness: object = 0.0,
+) -> CheckedOptions:
+    """Raise unless the options that losses share are valid for embeddings ``z``.
+
+    Returns:
+        The temperature, label smoothing and hardness, as numbers of Python.
+    """
+    tau = check_temperature(temperature, z)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, ["auto", *BACKENDS])
-    _check_number("label_smoothing", label_smoothing, 1.0)
-    _check_number("hardness", hardness, sys.float_info.max)
-    if hardness and z is not None and not isinstance(temperature, Tensor):
+    smoothing = _check_number("label_smoothing", label_smoothing, 1.0)
+    beta = _check_number("hardness", hardness, sys.float_info.max)
+    if beta and z is not None and not isinstance(tau, Tensor):
         # The limit of check_temperature, for logits that are multiplied by 1 + hardness.
-        largest = temperature / torch.finfo(compute_dtype(z)).eps
-        if hardness > largest:
+        largest = tau / torch.finfo(compute_dtype(z)).eps
+        if beta > largest:
             raise ValueError(
                 f"hardness must be at most {largest:.2g} for a loss in {compute_dtype(z)} at "
-                f"temperature {temperature}, got {hardness}"
+                f"temperature {tau}, got {beta}"
             )
-    if label_smoothing and hardness:
+    if smoothing and beta:
         raise ValueError(
             "label_smoothing and hardness cannot be combined: weighted negatives have no "
-            f"probabilities to smooth; got {label_smoothing} and {hardness}, set one to 0"
+            f"probabilities to smooth; got {smoothing} and {beta}, set one to 0"
         )
+    return tau, smoothing, beta
 
 
 def check_weights(weights: Tensor, n: int, other_name: str, other: Tensor) -> None:
@@ -78,15 +91,16 @@ def check_weights(weights: Tensor, n: int, other_name: str, other: Tensor) -> No
             f"weights must have shape ({n},), one for each row of {other_name}, "
             f"got {tuple(weights.shape)}"
         )
+    check_dense("weights", weights)
     check_device("weights", weights, other_name, other)
 
 
-def _check_number(name: str, value: float, largest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value <= largest:
+def _check_number(name: str, value: object, largest: float) -> float:
+    number = check_number(name, value)
+    if not 0 <= number <= largest:
         bound = "a finite number of at least 0" if largest > 1 else "between 0 and 1"
-        raise ValueError(f"{name} must be {bound}, got {value}")
+        raise ValueError(f"{name} must be {bound}, got {number}")
+    return number
 
 
 def negative_logsumexp(
@@ -124,13 +138,13 @@ def negative_logsumexp(
     if not hardness:
         lse, stats = at_scale(1, statistics)
         return lse, lse, stats
-    n_columns = len(q) if k is None else len(k)
-    counts = kept_counts(len(q), n_columns, exclusion, q.device)
+    n_rows, n_columns = q.shape[0], q.shape[0] if k is None else k.shape[0]
+    counts = kept_counts(n_rows, n_columns, exclusion, q.device)
     if both and k is not None:
         transposed = exclusion
         if exclusion.column_ids is not None:
             transposed = Exclusion(exclusion.period, exclusion.column_ids, exclusion.row_ids)
-        counts = torch.cat([counts, kept_counts(n_columns, len(q), transposed, q.device)])
+        counts = torch.cat([counts, kept_counts(n_columns, n_rows, transposed, q.device)])
     weighted = weighted_by_hardness(counts, lambda scale: at_scale(scale, False)[0], hardness)
     lse, stats = at_scale(1, True) if statistics else (weighted, None)
     return weighted, lse.detach(), stats
@@ -232,6 +246,32 @@ def reduce(
     return loss.sum() / total
 
 
+def limited_log_scale(log_scale: Tensor, largest: float = _LARGEST_LOG_SCALE) -> Tensor:
+    """A learnable ``log_scale`` within its bounds, in at least float32.
+
+    Compared in its own dtype, in which a bound may have been rounded away from 0. No clamp, which
+    in torch 2.14 has no gradient at a bound: a parameter there would stay for ever.
+    """
+    x = at_least_float32(log_scale)
+    x = torch.where(log_scale < _SMALLEST_LOG_SCALE, _SMALLEST_LOG_SCALE, x)
+    return torch.where(log_scale > largest, largest, x)
+
+
+@torch.no_grad()
+def limit_log_scale_(log_scale: Tensor, largest: float = _LARGEST_LOG_SCALE) -> None:
+    """Bring the parameter back to its bounds, beyond which it would get no gradient.
+
+    An exported program keeps to the bounds, but writes to no parameter of its own.
+    """
+    if not torch.compiler.is_exporting():
+        log_scale.clamp_(_SMALLEST_LOG_SCALE, largest)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, unless it is in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def shown(value: float | Tensor) -> str:
     """A number as ``repr`` shows it; a module on the device meta can be printed too."""
     if isinstance(value, Tensor):
@@ -244,8 +284,9 @@ def shown(value: float | Tensor) -> str:
 class TemperatureLoss(nn.Module):
     """Base of the losses that divide cosines by a temperature, fixed or learnable.
 
-    A learnable temperature is the parameter ``log_scale`` = log(1 / temperature), kept at or below
-    log(100) at each call, as CLIP does. With ``gather_distributed`` its gradient is averaged over
+    A learnable temperature is the parameter ``log_scale`` = log(1 / temperature). Each call brings
+    it back into [-log(100), log(100)]: the upper bound is that of CLIP, the lower one keeps a
+    gradient that it can come back by. With ``gather_distributed`` its gradient is averaged over
     processes, whether or not the loss is inside a ``DistributedDataParallel``.
     """
 
@@ -264,46 +305,38 @@ class TemperatureLoss(nn.Module):
         super().__init__()
         if isinstance(temperature, Tensor):
             raise TypeError("temperature must be a number; see learnable_temperature")
-        check_options(
+        tau, self.label_smoothing, self.hardness = check_options(
             temperature, reduction, backend, label_smoothing=label_smoothing, hardness=hardness
         )
         check_flag("learnable_temperature", learnable_temperature)
-        self.label_smoothing = label_smoothing
-        self.hardness = hardness
         check_gathering(gather_distributed, process_group)
         self.gather_distributed = gather_distributed
         self.process_group = process_group
         self.reduction = reduction
         self.backend = backend
         self.log_scale: nn.Parameter | None = None
-        self._fixed_temperature = float(temperature)
+        self._fixed_temperature = float(tau)
         if learnable_temperature:
-            if temperature < _SMALLEST_LEARNABLE_TEMPERATURE:
+            smallest, largest = _SMALLEST_LEARNABLE_TEMPERATURE, LARGEST_LEARNABLE_TEMPERATURE
+            if not smallest <= tau <= largest:
                 raise ValueError(
-                    "temperature must be at least "
-                    f"{_SMALLEST_LEARNABLE_TEMPERATURE} if it is learnable, got {temperature}"
+                    f"temperature must be at least {smallest} and at most {largest} if it is "
+                    f"learnable, got {tau}"
                 )
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)))
 
     @property
     def temperature(self) -> float | Tensor:
         """The temperature: a number, or a tensor that carries the gradient of ``log_scale``."""
         if self.log_scale is None:
             return self._fixed_temperature
-        dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
-        log_scale = own_parameters(
-            self.log_scale.to(dtype), self.gather_distributed, self.process_group
-        )
-        # Not clamp: in torch 2.14 it has no gradient at the bound, and the parameter would stay.
-        # Compared in its own dtype, in which the bound may have been rounded up.
-        beyond = self.log_scale > _LARGEST_LOG_SCALE
-        return (-torch.where(beyond, _LARGEST_LOG_SCALE, log_scale)).exp()
+        log_scale = limited_log_scale(self.log_scale)
+        log_scale = own_parameters(log_scale, self.gather_distributed, self.process_group)
+        return (-log_scale).exp()
 
     def _limit_log_scale(self) -> None:
-        """Bring the parameter back to its bound, beyond which it would get no gradient."""
         if self.log_scale is not None:
-            with torch.no_grad():
-                self.log_scale.clamp_(max=_LARGEST_LOG_SCALE)
+            limit_log_scale_(self.log_scale)
 
     def extra_repr(self) -> str:
         """The options, as the constructor takes them."""

@@ -1,5 +1,6 @@
 """The batch of all processes, which the anchors of one process are compared with."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -7,7 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contrastive_kit._checks import check_gathering
-from contrastive_kit.distributed import average_gradient, gather_rows, rank_and_size, row_counts
+from contrastive_kit.distributed import (
+    average_gradient,
+    gather_rows,
+    rank_and_size,
+    row_counts,
+)
 from contrastive_kit.ops import Exclusion
 
 if TYPE_CHECKING:
@@ -41,6 +47,17 @@ def several_processes(gather_distributed: bool, group: "ProcessGroup | None") ->
     return gather_distributed and rank_and_size(group)[1] > 1
 
 
+def settings_of(loss: str, embeddings: Sequence[Tensor], **options: object) -> str:
+    """What must be the same on every process, as text: the loss, its options, dtypes as given.
+
+    Of a tensor only the dtype and whether it needs a gradient: its value would have to be waited
+    for.
+    """
+    dtypes = "/".join(str(z.dtype) for z in embeddings)
+    listed = ", ".join(f"{name} {_described(value)}" for name, value in options.items())
+    return f"{loss} of {dtypes}, {listed}"
+
+
 def own_parameters(x: Tensor, gather_distributed: bool, group: "ProcessGroup | None") -> Tensor:
     """Parameters of a loss as they are, with the mean over processes for a gradient.
 
@@ -52,11 +69,17 @@ def own_parameters(x: Tensor, gather_distributed: bool, group: "ProcessGroup | N
 
 
 def gather_batch(
-    rows: Tensor, ids: Tensor | None, weights: Tensor | None, group: "ProcessGroup | None"
+    rows: Tensor,
+    ids: Tensor | None,
+    weights: Tensor | None,
+    group: "ProcessGroup | None",
+    settings: str,
 ) -> GatheredBatch:
-    """Gather ``rows`` (V, n, D) in one collective, and ids and weights (n,) if there are any."""
+    """Gather ``rows`` (V, n, D) in one collective, and ids and weights (n,) if there are any.
+
+    ``settings`` must be the same text on every process, see ``settings_of``.
+    """
     images = rows.transpose(0, 1)
-    settings = f"ids {described(ids)}, weights {described(weights)}"
     counts = row_counts(images, group, settings=settings)
     rank, size = rank_and_size(group)
     if ids is None:
@@ -71,8 +94,7 @@ def gather_batch(
     return GatheredBatch(gather_rows(images, group, counts), everyones_ids, own_ids, weight / size)
 
 
-def described(x: Tensor | None) -> str:
-    """What must be the same on every process, or one would wait for a gradient that none sends."""
-    if x is None:
-        return "none"
+def _described(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return str(x)
     return f"{x.dtype}{' with gradient' if x.requires_grad and torch.is_grad_enabled() else ''}"

@@ -16,7 +16,7 @@ def kept_counts(n_rows: int, n_columns: int, exclusion: Exclusion, device: torch
 
 def kept_sums(n_rows: int, columns: Tensor, exclusion: Exclusion) -> Tensor:
     """The sum of those of ``columns`` (C, D) that each row keeps, (R, D)."""
-    ids = _written_out(n_rows, len(columns), exclusion, columns.device)
+    ids = _written_out(n_rows, columns.shape[0], exclusion, columns.device)
     everything = columns.sum(0)
     if ids is None:
         return everything.expand(n_rows, -1)
@@ -38,8 +38,8 @@ def equal_id_sums(columns: Tensor, row_ids: Tensor, column_ids: Tensor) -> Tenso
     column_class = torch.searchsorted(ordered, column_ids)
     row_class = torch.searchsorted(ordered, row_ids)
     absent = torch.searchsorted(ordered, row_ids, right=True) == row_class
-    row_class = row_class.masked_fill(absent, len(columns))
-    zeros = columns.new_zeros(len(columns) + 1, columns.shape[1])
+    row_class = row_class.masked_fill(absent, columns.shape[0])
+    zeros = columns.new_zeros(columns.shape[0] + 1, columns.shape[1])
     if columns.device.type == "cpu":
         return zeros.index_add(0, column_class, columns).index_select(0, row_class)
     return _sorted_sums(zeros, column_class, columns, row_class)

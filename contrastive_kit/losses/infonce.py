@@ -7,12 +7,16 @@ from torch import Tensor
 
 from contrastive_kit._checks import (
     check_alike,
+    check_dense,
     check_device,
     check_embeddings,
     check_flag,
     check_ids,
+    check_reverse_mode,
 )
+from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
+    CheckedOptions,
     LossOutput,
     TemperatureLoss,
     check_options,
@@ -23,7 +27,11 @@ from contrastive_kit.losses._common import (
     softmax_loss,
     weighted_by_hardness,
 )
-from contrastive_kit.losses._gathered import gather_batch, several_processes
+from contrastive_kit.losses._gathered import (
+    gather_batch,
+    settings_of,
+    several_processes,
+)
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import (
@@ -70,7 +78,8 @@ def info_nce(
         query: embeddings (N, D), any floating dtype, normalised here; N ≥ 2 without ``negatives``.
         key: embeddings (N, D); row i is the positive of row i of ``query``.
         negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query.
-            With K = 0 shared ones, as in a queue that is still empty, all losses are 0.
+            With K = 0 shared ones, as in a queue that is still empty, all losses are 0. Without
+            the keys themselves, which would count each positive twice.
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient. The value of a tensor is not checked; if it is not positive
             the loss is NaN.
@@ -105,12 +114,15 @@ def info_nce(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, ids that are not
             integers.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, fewer than two rows without
-            ``negatives``, ``symmetric`` or ``ids`` with ``negatives``, a temperature that is not
-            positive and finite, an option out of its range, ``label_smoothing`` with ``hardness``,
-            an unknown ``reduction`` or ``backend``; on every process, for processes whose
-            embeddings differ in anything but their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+            ``negatives``, sparse or nested tensors, ``symmetric`` or ``ids`` with ``negatives``,
+            ``negatives`` that begin or end with the keys (seen on a CPU only), a temperature that
+            is not positive and finite, an option out of its range, ``label_smoothing`` with
+            ``hardness``, an unknown ``reduction`` or ``backend``; on every process, if one of them
+            raises, or they differ in options, or in embeddings but for their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O((N + K)·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the
@@ -132,14 +144,24 @@ def info_nce(
         tensor(0.3690)
     """
     gather = several_processes(gather_distributed, process_group)
-    _check_inputs(query, key, negatives, symmetric, ids, gather_distributed, 1 if gather else 2)
-    if weights is not None:
-        check_weights(weights, len(query), "query", query)
-    check_options(
-        temperature, reduction, backend, query, label_smoothing=label_smoothing, hardness=hardness
-    )
-    check_flag("return_stats", return_stats)
-    n = len(query)
+
+    def check() -> CheckedOptions:
+        least = 1 if gather else 2
+        _check_inputs(query, key, negatives, symmetric, ids, gather_distributed, least)
+        if weights is not None:
+            check_weights(weights, query.shape[0], "query", query)
+        check_flag("return_stats", return_stats)
+        return check_options(
+            temperature,
+            reduction,
+            backend,
+            query,
+            label_smoothing=label_smoothing,
+            hardness=hardness,
+        )
+
+    temperature, label_smoothing, hardness = checked(check, process_group) if gather else check()
+    n = query.shape[0]
 
     # Normalised apart, so that a key or a queue without gradient costs none.
     queries = scaled_unit_rows((query,), temperature)[0]
@@ -152,12 +174,23 @@ def info_nce(
     exclusion, weight_per_process = Exclusion(n, ids), None
     if negatives is not None:
         exclusion = Exclusion()
-        if len(negatives) == 0:
+        if negatives.shape[0] == 0:
             # One column, of which nothing is kept: a defined edge of everything below.
             negatives, exclusion = query.new_zeros(1, query.shape[1]), _nothing(n, query.device)
         columns = [scaled_unit_rows((negatives,), temperature)[0]]
     elif gather:
-        batch = gather_batch(torch.stack(columns), ids, weights, process_group)
+        settings = settings_of(
+            "info_nce",
+            (query, key),
+            temperature=temperature,
+            symmetric=symmetric,
+            ids=ids,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            hardness=hardness,
+            reduction=reduction,
+        )
+        batch = gather_batch(torch.stack(columns), ids, weights, process_group, settings)
         columns = [x.contiguous() for x in batch.rows.unbind(1)]
         exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
     directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
@@ -215,6 +248,8 @@ def _check_inputs(
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_alike("key", key, "query", query)
+    check_reverse_mode("query", query)
+    check_reverse_mode("key", key)
     n, d = query.shape
     if negatives is None:
         if n < least:
@@ -234,6 +269,8 @@ def _check_inputs(
         )
     if ids is not None:
         raise ValueError("ids tell which keys are no negatives; with negatives given, omit ids")
+    if isinstance(negatives, Tensor):
+        check_dense("negatives", negatives)
     if isinstance(negatives, Tensor) and negatives.ndim == 3:
         check_embeddings("negatives", negatives, ndim=3)
         if (negatives.shape[0], negatives.shape[2]) != (n, d):
@@ -249,6 +286,29 @@ def _check_inputs(
                 f"negatives must have shape (K, {d}) to match query, got {tuple(negatives.shape)}"
             )
     check_device("negatives", negatives, "query", query)
+    check_reverse_mode("negatives", negatives)
+    _check_own_keys(key, negatives)
+
+
+def _check_own_keys(key: Tensor, negatives: Tensor) -> None:
+    """Raise where shared negatives begin or end with the keys, if that can be seen for nothing.
+
+    On a GPU, and in a graph, it would have to be waited for. Keys that are all alike, as of a
+    collapsed encoder, may well have been seen before.
+    """
+    plain = type(key) is Tensor and type(negatives) is Tensor and key.device.type == "cpu"
+    if not plain or negatives.ndim != 2 or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    n, same = len(key), key.to(negatives.dtype)
+    again = torch.equal(negatives[:n], same) or torch.equal(negatives[-n:], same)
+    if again and not torch.equal(key, key[:1].expand_as(key)):
+        raise ValueError(
+            "negatives must not hold the keys of the same call, which would count each positive "
+            "twice; omit negatives to compare with the other keys, or give the rows of the queue "
+            "alone"
+        )
 
 
 def _per_query_logsumexp(
@@ -280,11 +340,11 @@ def _joined(found: list[_Found]) -> _Found:
 
 def _totals(queries: Tensor, columns: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
     """Sum of the logits of the negatives of each query, and how many they are."""
-    n, device = len(queries), queries.device
+    n, device = queries.shape[0], queries.device
     if columns.ndim == 3:
         counts = torch.full((n,), columns.shape[1], device=device)
         return (queries * columns.sum(1)).sum(1), counts
-    counts = kept_counts(n, len(columns), exclusion, device)
+    counts = kept_counts(n, columns.shape[0], exclusion, device)
     return (queries * kept_sums(n, columns, exclusion)).sum(1), counts
 
 
@@ -301,11 +361,11 @@ class InfoNCE(TemperatureLoss):
     """InfoNCE as a module: ``info_nce`` with its options stored.
 
     Args:
-        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
+        temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
         symmetric: average both directions: the loss of CLIP.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay. With
-            ``gather_distributed`` its gradient is averaged over processes.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
+            call brings back to within ±log(100). Give it to the optimiser without weight
+            decay. With ``gather_distributed`` its gradient is averaged over processes.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``hardness``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.

@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from contrastive_kit._checks import check_alike, check_embeddings, check_flag, check_ids
+from contrastive_kit._checks import (
+    check_alike,
+    check_embeddings,
+    check_flag,
+    check_ids,
+    check_reverse_mode,
+)
+from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
+    CheckedOptions,
     LossOutput,
     TemperatureLoss,
     check_options,
@@ -17,7 +25,11 @@ from contrastive_kit.losses._common import (
     smoothed,
     softmax_loss,
 )
-from contrastive_kit.losses._gathered import gather_batch, several_processes
+from contrastive_kit.losses._gathered import (
+    gather_batch,
+    settings_of,
+    several_processes,
+)
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import Exclusion, operand_dtype, pair_loss, scaled_unit_rows
@@ -95,11 +107,14 @@ def nt_xent(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, ids that are not
             integers.
-        ValueError: for shapes or devices that do not match, fewer than two rows, a temperature
-            that is not positive and finite, an option out of its range or next to one it cannot
-            be combined with, an unknown ``reduction`` or ``backend``; on every process, for
-            processes whose embeddings differ in anything but their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
+        ValueError: for shapes or devices that do not match, sparse or nested tensors, fewer than
+            two rows, a temperature that is not positive and finite, an option out of its range or
+            next to one it cannot be combined with, an unknown ``reduction`` or ``backend``; on
+            every process, if one of them raises, or they differ in options, or in embeddings but
+            for their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
@@ -118,23 +133,30 @@ def nt_xent(
         tensor(0.2395)
     """
     views = (z1, z2, *more_views)
-    names = ["z1", "z2", *(f"more_views[{i}]" for i in range(len(more_views)))]
-    for name, view in zip(names, views, strict=True):
-        check_embeddings(name, view)
-        check_alike(name, view, "z1", z1)
-    n = len(z1)
     gather = several_processes(gather_distributed, process_group)
-    if n < 2 and not gather:
-        raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
-    if ids is not None:
-        check_ids("ids", ids, n, "z1", z1)
-    if weights is not None:
-        check_weights(weights, n, "z1", z1)
-    check_options(
-        temperature, reduction, backend, z1, label_smoothing=label_smoothing, hardness=hardness
-    )
-    _check_decoupled(decoupled, label_smoothing)
-    check_flag("return_stats", return_stats)
+
+    def check() -> CheckedOptions:
+        names = ["z1", "z2", *(f"more_views[{i}]" for i in range(len(more_views)))]
+        for name, view in zip(names, views, strict=True):
+            check_embeddings(name, view)
+            check_alike(name, view, "z1", z1)
+            check_reverse_mode(name, view)
+        n = z1.shape[0]
+        if n < 2 and not gather:
+            raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
+        if ids is not None:
+            check_ids("ids", ids, n, "z1", z1)
+        if weights is not None:
+            check_weights(weights, n, "z1", z1)
+        options = check_options(
+            temperature, reduction, backend, z1, label_smoothing=label_smoothing, hardness=hardness
+        )
+        _check_decoupled(decoupled, options[1])
+        check_flag("return_stats", return_stats)
+        return options
+
+    temperature, label_smoothing, hardness = checked(check, process_group) if gather else check()
+    n = z1.shape[0]
 
     unusual = more_views or gather or decoupled or label_smoothing or hardness or return_stats
     unusual = unusual or ids is not None or weights is not None or reduction != "mean"
@@ -148,7 +170,18 @@ def nt_xent(
     columns, weight_per_process = None, None
     exclusion = Exclusion(n, None if ids is None else ids.repeat(len(views)))
     if gather:
-        batch = gather_batch(views_of_rows, ids, weights, process_group)
+        settings = settings_of(
+            "nt_xent",
+            views,
+            temperature=temperature,
+            ids=ids,
+            weights=weights,
+            decoupled=decoupled,
+            label_smoothing=label_smoothing,
+            hardness=hardness,
+            reduction=reduction,
+        )
+        batch = gather_batch(views_of_rows, ids, weights, process_group, settings)
         columns, weight_per_process = batch.rows.flatten(0, 1), batch.weight_per_process
         exclusion = batch.exclusion(len(views), len(views))
     negative_lse, plain_lse, statistics = negative_logsumexp(
@@ -164,8 +197,8 @@ def nt_xent(
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
     if label_smoothing:
         candidates = rows if columns is None else columns
-        negative_total = (rows * kept_sums(len(rows), candidates, exclusion)).sum(1)
-        counts = kept_counts(len(rows), len(candidates), exclusion, rows.device)
+        negative_total = (rows * kept_sums(rows.shape[0], candidates, exclusion)).sum(1)
+        counts = kept_counts(rows.shape[0], candidates.shape[0], exclusion, rows.device)
         per_anchor = smoothed(per_anchor, positive_logits, negative_total, counts, label_smoothing)
     loss = reduce(per_anchor.view(len(views), n), reduction, weights, weight_per_process)
     if statistics is None:
@@ -186,10 +219,10 @@ class NTXent(TemperatureLoss):
     """NT-Xent as a module: ``nt_xent`` with its options stored.
 
     Args:
-        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay. With
-            ``gather_distributed`` its gradient is averaged over processes.
+        temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
+            call brings back to within ±log(100). Give it to the optimiser without weight
+            decay. With ``gather_distributed`` its gradient is averaged over processes.
         decoupled: leave the positives out of the denominator.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``decoupled`` or ``hardness``.

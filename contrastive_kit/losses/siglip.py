@@ -10,14 +10,32 @@ from torch import Tensor, nn
 from contrastive_kit._checks import (
     check_alike,
     check_choice,
-    check_device,
     check_embeddings,
     check_gathering,
     check_ids,
+    check_number,
+    check_reverse_mode,
+    check_scalar,
     check_temperature,
 )
-from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce, shown
-from contrastive_kit.losses._gathered import gather_batch, own_parameters, several_processes
+from contrastive_kit.distributed import checked
+from contrastive_kit.losses._common import (
+    LARGEST_LEARNABLE_TEMPERATURE,
+    REDUCTIONS,
+    Scalars,
+    at_least_float32,
+    check_weights,
+    limit_log_scale_,
+    limited_log_scale,
+    reduce,
+    shown,
+)
+from contrastive_kit.losses._gathered import (
+    gather_batch,
+    own_parameters,
+    settings_of,
+    several_processes,
+)
 from contrastive_kit.ops import (
     SOFTPLUS_BACKENDS,
     Exclusion,
@@ -80,10 +98,13 @@ def siglip(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, ids that are not
             integers, a bias that is no number.
-        ValueError: for shapes or devices that do not match, a temperature that is not positive and
-            finite, a bias that is not finite, an unknown ``reduction`` or ``backend``; on every
-            process, if their embeddings do not match.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
+        ValueError: for shapes or devices that do not match, sparse or nested tensors, a temperature
+            that is not positive and finite, a bias that is not finite, an unknown ``reduction`` or
+            ``backend``; on every process, if one of them raises, or they differ in embeddings or
+            options.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O(N·D) and a few tiles, in the backward too, which computes the logits again. With
@@ -99,26 +120,38 @@ def siglip(
         >>> siglip(torch.eye(3), torch.eye(3), temperature=1.0, bias=0.0)  # log(1 + 1/e) + 2 log 2
         tensor(1.6996)
     """
-    check_embeddings("z1", z1)
-    check_embeddings("z2", z2)
-    check_alike("z2", z2, "z1", z1)
-    n = len(z1)
-    if ids is not None:
-        check_ids("ids", ids, n, "z1", z1)
-    if weights is not None:
-        check_weights(weights, n, "z1", z1)
-    check_temperature(temperature, z1)
-    _check_bias(bias, z1)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
     gather = several_processes(gather_distributed, process_group)
 
+    def check() -> Scalars:
+        check_embeddings("z1", z1)
+        check_embeddings("z2", z2)
+        check_alike("z2", z2, "z1", z1)
+        check_reverse_mode("z1", z1)
+        check_reverse_mode("z2", z2)
+        if ids is not None:
+            check_ids("ids", ids, z1.shape[0], "z1", z1)
+        if weights is not None:
+            check_weights(weights, z1.shape[0], "z1", z1)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+        return check_temperature(temperature, z1), _check_bias(bias, z1)
+
+    temperature, bias = checked(check, process_group) if gather else check()
     rows = scaled_unit_rows((z1,), temperature)[0]
     columns = scaled_unit_rows((z2,), temperature)[0]
     match = (rows * columns).sum(1) + _as(bias, rows)
-    candidates, exclusion, weight_per_process = columns, Exclusion(n, ids), None
+    candidates, exclusion, weight_per_process = columns, Exclusion(z1.shape[0], ids), None
     if gather:
-        batch = gather_batch(columns[None], ids, weights, process_group)
+        settings = settings_of(
+            "siglip",
+            (z1, z2),
+            temperature=temperature,
+            bias=bias,
+            ids=ids,
+            weights=weights,
+            reduction=reduction,
+        )
+        batch = gather_batch(columns[None], ids, weights, process_group, settings)
         candidates, exclusion = batch.rows.flatten(0, 1), batch.exclusion(1, 1)
         weight_per_process = batch.weight_per_process
     others = kept_softplus_sum(rows, candidates, bias, exclusion=exclusion, backend=backend)
@@ -131,42 +164,43 @@ def _as(bias: float | Tensor, rows: Tensor) -> float | Tensor:
     return bias.reshape(()).to(rows) if isinstance(bias, Tensor) else bias
 
 
-def _check_bias(bias: float | Tensor, z: Tensor | None = None) -> None:
+def _check_bias(bias: object, z: Tensor | None = None) -> float | Tensor:
     if isinstance(bias, Tensor):
-        if not bias.is_floating_point() or bias.numel() != 1:
-            raise ValueError(
-                "bias must be a number or a floating point tensor of one value, got "
-                f"{bias.dtype} of shape {tuple(bias.shape)}"
-            )
-        if z is not None and (bias.device.type != "cpu" or bias.ndim):
-            check_device("bias", bias, "the embeddings", z)
-        return
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-        raise TypeError(f"bias must be a number or a tensor, got {bias!r}")
+        check_scalar("bias", bias, z)
+        return bias
+    number = check_number("bias", bias)
     # Not math.isfinite, which would break the graph of torch.compile(dynamic=True).
-    if not -math.inf < bias < math.inf:
-        raise ValueError(f"bias must be finite, got {bias}")
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"bias must be finite, got {number}")
+    return number
+
+
+# 1 / eps of float32: between larger logits it cannot tell 1 apart.
+_LARGEST_MAX_SCALE = 2.0**23
 
 
 class SigLIP(nn.Module):
     """SigLIP as a module, with a learnable scale and bias.
 
     The parameters are ``log_scale`` = log(1 / τ) and ``bias``, from log 10 and -10 as in the paper.
-    They are not bounded: published models end near a scale of 100. Give them to the optimiser
-    without weight decay; ``requires_grad_(False)`` on one freezes it. With ``gather_distributed``
-    their gradients are averaged over processes, whether or not the loss is inside a
-    ``DistributedDataParallel``.
+    Each call brings ``log_scale`` back into [-log(100), log(``max_scale``)]. Give both to the
+    optimiser without weight decay; ``requires_grad_(False)`` on one freezes it. With
+    ``gather_distributed`` their gradients are averaged over processes, whether or not the loss is
+    inside a ``DistributedDataParallel``.
 
     Args:
-        temperature: the initial τ > 0.
+        temperature: the initial τ, from 1 / ``max_scale`` to 100.
         bias: the initial b.
+        max_scale: the largest scale 1 / τ, from 0.01 to 2²³. The default is far above the scales
+            that published models end at, near 100, and far below those at which the loss
+            overflows. The paper's code has no bound; open_clip's training bounds it by 100.
         reduction: "mean", "sum" or "none".
         gather_distributed: compare with the ``z2`` of all processes.
         process_group: the processes to gather from; None for all of them.
         backend: "auto", "tiled" or "reference", see ``siglip``.
 
     Raises:
-        TypeError: for a temperature or a bias that is no number.
+        TypeError: for a temperature, a bias or a ``max_scale`` that is no number.
         ValueError: for one out of range, an unknown ``reduction`` or ``backend``.
 
     Example:
@@ -183,6 +217,7 @@ class SigLIP(nn.Module):
         temperature: float = 0.1,
         bias: float = -10.0,
         *,
+        max_scale: float = 1000.0,
         reduction: str = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -191,8 +226,18 @@ class SigLIP(nn.Module):
         super().__init__()
         if isinstance(temperature, Tensor) or isinstance(bias, Tensor):
             raise TypeError("temperature and bias must be numbers; both are learnable parameters")
-        check_temperature(temperature)
-        _check_bias(bias)
+        tau, b = float(check_temperature(temperature)), float(_check_bias(bias))
+        self.max_scale = check_number("max_scale", max_scale)
+        if not 1 / LARGEST_LEARNABLE_TEMPERATURE <= self.max_scale <= _LARGEST_MAX_SCALE:
+            raise ValueError(
+                f"max_scale must be from {1 / LARGEST_LEARNABLE_TEMPERATURE} to "
+                f"{_LARGEST_MAX_SCALE:.0f}, got {max_scale}"
+            )
+        if not 1 / self.max_scale <= tau <= LARGEST_LEARNABLE_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be at least 1 / max_scale, {1 / self.max_scale:.4g}, and at "
+                f"most {LARGEST_LEARNABLE_TEMPERATURE}, got {tau}"
+            )
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
         check_gathering(gather_distributed, process_group)
@@ -200,19 +245,22 @@ class SigLIP(nn.Module):
         self.process_group = process_group
         self.reduction = reduction
         self.backend = backend
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)))
+        self.bias = nn.Parameter(torch.tensor(b))
 
     @property
     def temperature(self) -> Tensor:
         """The temperature, which carries the gradient of ``log_scale``; never in half precision."""
-        return (-_at_least_float32(self.log_scale)).exp()
+        return (-limited_log_scale(self.log_scale, math.log(self.max_scale))).exp()
 
     def forward(
         self, z1: Tensor, z2: Tensor, *, ids: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
         """The loss of two batches of embeddings, (N, D) each: see ``siglip``."""
-        scalars = torch.stack([_at_least_float32(self.log_scale), _at_least_float32(self.bias)])
+        largest = math.log(self.max_scale)
+        limit_log_scale_(self.log_scale, largest)
+        log_scale = limited_log_scale(self.log_scale, largest)
+        scalars = torch.stack([log_scale, at_least_float32(self.bias)])
         scalars = own_parameters(scalars, self.gather_distributed, self.process_group)
         log_scale, bias = scalars.unbind(0)
         return siglip(
@@ -231,12 +279,9 @@ class SigLIP(nn.Module):
     def extra_repr(self) -> str:
         """The options, as the constructor takes them, with the present temperature and bias."""
         gathering = "gather_distributed=True, " if self.gather_distributed else ""
+        bound = f"max_scale={shown(self.max_scale)}, " if self.max_scale != 1000 else ""
         return (
             f"temperature={shown(self.temperature)}, "
-            f"bias={shown(self.bias)}, {gathering}"
+            f"bias={shown(self.bias)}, {bound}{gathering}"
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

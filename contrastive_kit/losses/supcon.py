@@ -15,17 +15,19 @@ from contrastive_kit._checks import (
     check_embeddings,
     check_flag,
     check_ids,
+    check_reverse_mode,
 )
-from contrastive_kit.distributed import gather_rows, rank_and_size, row_counts
+from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
 from contrastive_kit.losses._common import (
     LossOutput,
+    Scalar,
     TemperatureLoss,
     check_options,
     check_weights,
     positive_pair_logits,
     reduce,
 )
-from contrastive_kit.losses._gathered import described, several_processes
+from contrastive_kit.losses._gathered import settings_of, several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
 from contrastive_kit.losses._stats import ContrastiveStats, is_nearest
 from contrastive_kit.ops import (
@@ -101,10 +103,13 @@ def sup_con(
     Raises:
         TypeError: for embeddings or weights that are not floating tensors, labels that are not
             integers.
-        ValueError: for no view, shapes or devices that do not match, fewer than two rows, a
-            temperature that is not positive and finite, an unknown ``variant``, ``reduction`` or
-            ``backend``; on every process, if their embeddings do not match.
-        RuntimeError: for ``gather_distributed`` without an initialised process group.
+        NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
+        ValueError: for no view, shapes or devices that do not match, sparse or nested tensors,
+            fewer than two rows, a temperature that is not positive and finite, an unknown
+            ``variant``, ``reduction`` or ``backend``; on every process, if one of them raises, or
+            they differ in options, or in embeddings but for their number.
+        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+            ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
         O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
@@ -129,26 +134,43 @@ def sup_con(
         >>> sup_con(z, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)  # log(e + 2) - 1
         tensor(0.5514)
     """
-    if not views:
-        raise ValueError("views must be at least one tensor of shape (N, D), got none")
-    for i, view in enumerate(views):
-        check_embeddings(f"views[{i}]", view)
-        check_alike(f"views[{i}]", view, "views[0]", views[0])
-    n = len(views[0])
     gather = several_processes(gather_distributed, process_group)
-    if n < 2 and not gather:
-        raise ValueError(f"views[0] must have at least 2 rows, or there are no negatives; got {n}")
-    check_ids("labels", labels, n, "views[0]", views[0])
-    if weights is not None:
-        check_weights(weights, n, "views[0]", views[0])
-    check_choice("variant", variant, VARIANTS)
-    check_options(temperature, reduction, backend, views[0])
-    check_flag("return_stats", return_stats)
+
+    def check() -> Scalar:
+        if not views:
+            raise ValueError("views must be at least one tensor of shape (N, D), got none")
+        for i, view in enumerate(views):
+            check_embeddings(f"views[{i}]", view)
+            check_alike(f"views[{i}]", view, "views[0]", views[0])
+            check_reverse_mode(f"views[{i}]", view)
+        n = views[0].shape[0]
+        if n < 2 and not gather:
+            raise ValueError(
+                f"views[0] must have at least 2 rows, or there are no negatives; got {n}"
+            )
+        check_ids("labels", labels, n, "views[0]", views[0])
+        if weights is not None:
+            check_weights(weights, n, "views[0]", views[0])
+        check_choice("variant", variant, VARIANTS)
+        check_flag("return_stats", return_stats)
+        return check_options(temperature, reduction, backend, views[0])[0]
+
+    temperature = checked(check, process_group) if gather else check()
+    n = views[0].shape[0]
 
     rows = scaled_unit_rows(views, temperature)
     weight_per_process = None
     if gather:
-        batch, weight_per_process = _gather(rows, labels, weights, process_group)
+        settings = settings_of(
+            "sup_con",
+            views,
+            temperature=temperature,
+            variant=variant,
+            labels=labels,
+            weights=weights,
+            reduction=reduction,
+        )
+        batch, weight_per_process = _gather(rows, labels, weights, process_group, settings)
     else:
         images = torch.arange(n, device=rows.device)
         batch = _Batch(rows, images.repeat(len(views)), labels.repeat(len(views)), n)
@@ -177,11 +199,14 @@ def sup_con(
 
 
 def _gather(
-    rows: Tensor, labels: Tensor, weights: Tensor | None, group: "ProcessGroup | None"
+    rows: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    group: "ProcessGroup | None",
+    settings: str,
 ) -> tuple["_Batch", Tensor]:
     """The batch with the candidates of all processes, and the weight that divides the mean."""
     n_views, n, _ = rows.shape
-    settings = f"labels {labels.dtype}, weights {described(weights)}"
     counts = row_counts(rows.transpose(0, 1), group, settings=settings)
     rank, size = rank_and_size(group)
     labels = labels.long()  # gloo and NCCL send no int16
@@ -302,7 +327,9 @@ def _statistics(
     assert others is not None
     assert negatives is not None
     n_own = len(batch.views) - 1
-    own = positive_pair_logits(batch.views) if n_own else lse.new_full((1, len(lse)), -torch.inf)
+    own = (
+        positive_pair_logits(batch.views) if n_own else lse.new_full((1, lse.shape[0]), -torch.inf)
+    )
     own_finite = own.masked_fill(own == -torch.inf, 0)
     log_total = torch.logaddexp(lse, own.logsumexp(0))
     expected = (lse - log_total).exp() * others.expected
@@ -325,9 +352,10 @@ class SupCon(TemperatureLoss):
     """SupCon as a module: ``sup_con`` with its options stored.
 
     Args:
-        temperature: τ > 0; the initial one, at least 0.01, if it is learnable.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), kept at or
-            below log(100). Give it to the optimiser without weight decay.
+        temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
+        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
+            call brings back to within ±log(100). Give it to the optimiser without weight
+            decay.
         variant: "out" or "in".
         reduction: "mean", "sum" or "none".
         gather_distributed: take the images of all processes as positives and negatives.

@@ -157,7 +157,7 @@ def _run_reference(
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     keys = q if k is None else k
-    excluded = exclusion.mask(len(q), len(keys), q.device)
+    excluded = exclusion.mask(q.shape[0], keys.shape[0], q.device)
     with torch.autocast(q.device.type, enabled=False):
         lse = [reference.kept_logsumexp(q, keys, excluded)]
         if both and k is not None:

@@ -158,8 +158,10 @@ def registered_logsumexp(
     """The ops with their gradient: logsumexp and statistics."""
     period, row_ids, column_ids = exclusion
     differentiable = q.requires_grad or (k is not None and k.requires_grad)
-    # With statistics the forward takes another path than the backward.
+    # With statistics the forward takes another path than the backward. In an exported graph the
+    # number of tiles, the smaller of two, would bound the size of the batch.
     save_tiles = differentiable and torch.is_grad_enabled() and not statistics
+    save_tiles = save_tiles and not torch.compiler.is_exporting()
     lse, _, stats, _ = _KeptLogSumExp.apply(
         q, k, row_ids, column_ids, period, both, bound, statistics, save_tiles, backend
     )
@@ -211,3 +213,11 @@ class _KeptLogSumExp(torch.autograd.Function):
             grad, *ctx.saved_tensors, ctx.period, ctx.both, ctx.bound, needs_q, needs_k, ctx.backend
         )
         return dq if needs_q else None, dk if needs_k else None, *[None] * 8
+
+
+# torch.export keeps the op of the forward and leaves the function around it out.
+torch.library.register_autograd(
+    "contrastive_kit::kept_logsumexp",
+    _KeptLogSumExp.backward,
+    setup_context=_KeptLogSumExp.setup_context,
+)

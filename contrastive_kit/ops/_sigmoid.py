@@ -68,7 +68,7 @@ def kept_softplus_sum(
         bias = q.new_full((), bias)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            excluded = exclusion.mask(len(q), len(k), q.device)
+            excluded = exclusion.mask(q.shape[0], k.shape[0], q.device)
             return reference.kept_softplus_sum(q, k, bias, excluded)
     period, row_ids, column_ids = exclusion
     sums: Tensor = _KeptSoftplusSum.apply(q, k, bias, row_ids, column_ids, period)
@@ -205,3 +205,11 @@ class _KeptSoftplusSum(torch.autograd.Function):
             dbias if needs_bias else None,
             *[None] * 3,
         )
+
+
+# As that of the logsumexp.
+torch.library.register_autograd(
+    "contrastive_kit::kept_softplus_sum",
+    _KeptSoftplusSum.backward,
+    setup_context=_KeptSoftplusSum.setup_context,
+)

@@ -110,8 +110,10 @@ def _piece_by_piece(
     longer than everything else in the preparation of rows.
     """
     first = tensors[0]
-    small = first.numel() <= _CPU_PIECE
-    if small or first.device.type != "cpu" or torch.compiler.is_compiling():
+    # In a graph first, where the size may be a symbol that a comparison would fix.
+    if torch.compiler.is_compiling() or first.device.type != "cpu":
+        return of_rows(*tensors)
+    if first.numel() <= _CPU_PIECE:
         return of_rows(*tensors)
     n_rows = max(1, _CPU_PIECE // first.shape[-1])
     flat = (x.reshape(-1, x.shape[-1]) for x in tensors)

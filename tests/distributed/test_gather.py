@@ -3,13 +3,20 @@
 import datetime
 import os
 import time
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from worlds import Failed
+from worlds import TIME_OUT, Failed
 
-from contrastive_kit.distributed import average_gradient, gather_rows, rank_and_size, row_counts
+from contrastive_kit.distributed import (
+    average_gradient,
+    checked,
+    gather_rows,
+    rank_and_size,
+    row_counts,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -85,18 +92,21 @@ def check_collectives(rank, size):
 
         return original, call
 
-    names = ["all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_gather"]
+    gather, scatter = "all_gather_single", "reduce_scatter_single"
+    if not hasattr(dist, gather):  # up to torch 2.13
+        gather, scatter = "all_gather_into_tensor", "reduce_scatter_tensor"
+    names = [gather, scatter, "all_reduce", "all_gather"]
     originals = {name: counted(name) for name in names}
     for name, (_, call) in originals.items():
         setattr(dist, name, call)
     try:
         x = torch.ones(2, 3, requires_grad=True)
         counts = row_counts(x)
-        assert calls == ["all_gather_into_tensor"]
+        assert calls == [gather]
         gathered = gather_rows(x, counts=counts)
-        assert calls == ["all_gather_into_tensor"] * 2
+        assert calls == [gather] * 2
         gathered.sum().backward()
-        assert calls == ["all_gather_into_tensor"] * 2 + ["reduce_scatter_tensor"]
+        assert calls == [gather] * 2 + [scatter]
     finally:
         for name, (original, _) in originals.items():
             setattr(dist, name, original)
@@ -223,6 +233,44 @@ def check_wrong_counts(rank, size):
 
 def test_wrong_counts(world):
     world.run(check_wrong_counts)
+
+
+def fail():
+    raise KeyError("no such image")
+
+
+def checked_counts(check):
+    checked(check)
+    return row_counts(torch.ones(2, 3))
+
+
+def check_refusal(rank, size, odd):
+    start = time.monotonic()
+    with pytest.raises(KeyError if rank in odd else ValueError, match="no such image") as error:
+        checked_counts(fail if rank in odd else lambda: None)
+    if rank not in odd:
+        assert f"got rank {odd[0]}: KeyError" in str(error.value)
+        assert f"this is rank {rank}" in str(error.value)
+        assert all((f"rank {r}: KeyError" in str(error.value)) == (r in odd) for r in range(size))
+    assert time.monotonic() - start < TIME_OUT / 3
+    assert len(gather_rows(checked(lambda: torch.ones(rank, 1)))) == size * (size - 1) // 2
+
+
+def test_an_error_before_the_exchange_is_one_on_every_rank(several):
+    for odd in ([0], [several.size - 1], list(range(several.size))):
+        several.run(check_refusal, odd)
+
+
+def check_no_warning(rank, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = torch.ones(rank, 3, requires_grad=True)
+        gather_rows(x).sum().backward()
+        average_gradient(torch.ones(3, requires_grad=True)).sum().backward()
+
+
+def test_nothing_that_torch_has_deprecated_is_used(several):
+    several.run(check_no_warning)
 
 
 def check_compiled(rank, size):

@@ -4,6 +4,7 @@ The oracle is the formula of ``contrastive_kit.reference`` on the concatenated b
 process and in float64.
 """
 
+import time
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from worlds import TIME_OUT
 
 from contrastive_kit import InfoNCE, NTXent, reference
 from contrastive_kit.distributed import average_gradient
@@ -432,6 +434,80 @@ def check_disagreement(rank, size):
 
 def test_processes_that_disagree_get_an_error_each(several):
     several.run(check_disagreement)
+
+
+LABELS = torch.arange(3) // 2
+DISAGREEMENTS = {
+    "nt_xent": [
+        {"temperature": (0.1, 0.2)},
+        {"decoupled": (False, True)},
+        {"label_smoothing": (0.0, 0.1)},
+        {"hardness": (0.5, 0.0)},
+        {"reduction": ("mean", "sum")},
+    ],
+    "info_nce": [{"temperature": (0.1, 0.2)}, {"hardness": (0.5, 0.0)}],
+    "sup_con": [{"temperature": (0.1, 0.2)}, {"variant": ("out", "in")}],
+    "siglip": [{"temperature": (0.1, 0.2)}, {"bias": (-10.0, -9.0)}],
+}
+
+
+def gathered(name, z, **options):
+    if name == "sup_con":
+        options["labels"] = LABELS[: len(z)]
+    function = {"nt_xent": nt_xent, "info_nce": info_nce, "sup_con": sup_con, "siglip": siglip}
+    return function[name](z, z.flip(0), gather_distributed=True, **options)
+
+
+def check_settings(rank, size, name):
+    z, odd = torch.randn(3, 4), rank == size - 1
+    refused = partial(pytest.raises, ValueError)
+    for case in DISAGREEMENTS[name]:
+        ((option, values),) = case.items()
+        with refused(match=f"rank {size - 1}: .*{name} of .*{option} {values[1]}"):
+            gathered(name, z, **{option: values[odd]})
+    with refused(match=f"rank {size - 1}: .*torch.bfloat16/torch.bfloat16, temperature"):
+        gathered(name, z.bfloat16() if odd else z)
+    other = "siglip" if name != "siglip" else "info_nce"
+    with refused(match=f"rank {size - 1}: .*{other} of"):
+        gathered(other if odd else name, z, temperature=0.1)
+    # What may differ: the value of a tensor, which would have to be waited for.
+    gathered(name, z, temperature=torch.tensor(0.1 + 0.1 * odd))
+
+
+@pytest.mark.parametrize("name", list(DISAGREEMENTS))
+def test_losses_and_options_must_be_those_of_the_others(several, name):
+    several.run(check_settings, name)
+
+
+def check_empty(rank, size, name, compiled):
+    z, odd = torch.randn(3, 4), rank == size - 1
+    call = torch.compile(gathered, backend="eager") if compiled else gathered
+    message = r"no empty dimension, got shape \(0, 4\)"
+    start = time.monotonic()
+    with pytest.raises(Exception, match=message if odd else f"rank {size - 1}: ValueError: .*"):
+        call(name, z[:0] if odd else z)
+    assert time.monotonic() - start < TIME_OUT / 3
+    assert gathered(name, z).isfinite()
+
+
+@pytest.mark.parametrize("name", list(DISAGREEMENTS))
+def test_an_empty_batch_on_one_process_is_an_error_on_all(several, name):
+    several.run(check_empty, name, False)
+
+
+def test_an_empty_batch_is_an_error_under_compile_too(pair):
+    pair.run(check_empty, "nt_xent", True)
+
+
+def check_bad_labels(rank, size):
+    z = torch.randn(3, 4)
+    labels = LABELS if rank else LABELS[:2]
+    with pytest.raises(ValueError, match=r"labels must have shape \(3,\)"):
+        sup_con(z, labels=labels, gather_distributed=True)
+
+
+def test_any_mistake_of_one_process_is_an_error_on_all(several):
+    several.run(check_bad_labels)
 
 
 def check_narrow_ids(rank, size, dtype):

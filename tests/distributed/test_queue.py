@@ -114,3 +114,35 @@ def check_disagreement(rank, size):
 
 def test_queues_that_differ_are_refused_on_every_process(several):
     several.run(check_disagreement)
+
+
+def check_no_keys(rank, size):
+    queue = NegativeQueue(3, 8, gather_distributed=True)
+    keys = torch.randn(2, 3)
+    queue(keys if rank == 0 else keys[:0])
+    expected = F.normalize(everyones(keys, size)[0], dim=1)
+    torch.testing.assert_close(queue.negatives(), expected)
+    queue(keys[:0])
+    assert len(queue) == 2
+
+
+def test_a_process_may_have_no_keys(world):
+    world.run(check_no_keys)
+
+
+def check_refusals(rank, size):
+    queue = NegativeQueue(3, 4, gather_distributed=True)
+    odd = rank == size - 1
+    dtype = torch.bfloat16 if odd else torch.float32
+    with pytest.raises(ValueError, match=f"alike .*rank {size - 1}: .*keys of torch.bfloat16"):
+        queue(torch.randn(2, 3, dtype=dtype))
+    message = rf"keys must have shape \(n, 3\), got \(2, 5\){'' if odd else '.*this is rank'}"
+    with pytest.raises(ValueError, match=message):
+        queue(torch.randn(2, 5 if odd else 3))
+    assert len(queue) == 0
+    queue(torch.randn(2, 3))
+    assert len(queue) == min(4, 2 * size)
+
+
+def test_keys_that_one_process_refuses_are_refused_on_all(several):
+    several.run(check_refusals)

@@ -210,3 +210,93 @@ def test_a_module_made_on_the_device_meta_can_be_printed(make):
     learnable = any(True for _ in module.parameters())
     assert ("temperature=?" in shown) == learnable
     assert repr(module.to_empty(device="cpu")).count("?") == 0
+
+
+class WithLabels(torch.nn.Module):
+    def __init__(self, variant):
+        super().__init__()
+        self.loss_fn = SupCon(variant=variant)
+
+    def forward(self, a, b, labels):
+        return self.loss_fn(a, b, labels=labels)
+
+
+class WithQueue(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loss_fn = InfoNCE()
+
+    def forward(self, a, b, queue):
+        return self.loss_fn(a, b, queue)
+
+
+EXPORTED = {
+    "NTXent": NTXent(),
+    "NTXent, reference": NTXent(backend="reference"),
+    "NTXent, learnable, smoothing": NTXent(learnable_temperature=True, label_smoothing=0.1),
+    "NTXent, hardness": NTXent(hardness=0.5),
+    "CLIP": InfoNCE(symmetric=True, learnable_temperature=True),
+    "queue": WithQueue(),
+    "SigLIP": SigLIP(),
+    "SigLIP, reference": SigLIP(backend="reference"),
+    "SupCon, out": WithLabels("out"),
+    "SupCon, in": WithLabels("in"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "strict"), [*((name, False) for name in EXPORTED), ("NTXent", True), ("SigLIP", True)]
+)
+def test_exports_for_any_batch_size(name, strict):
+    """Both modes: the default one runs Python, in which ``len`` would fix the size."""
+    module = EXPORTED[name]
+    n, k = torch.export.Dim("n", min=2, max=4096), torch.export.Dim("k", min=2, max=4096)
+    # What the strict mode makes of any autograd.Function has no gradient, and torch 2.9 exports
+    # none for a size that varies.
+    gradients = not strict and not torch.__version__.startswith("2.9.")
+
+    def inputs(size):
+        z = [torch.randn(size, 5, requires_grad=gradients) for _ in range(2)]
+        extra = {"queue": torch.randn(2 * size, 5), "SupCon": torch.arange(size) // 2}
+        return (*z, *(x for key, x in extra.items() if name.startswith(key)))
+
+    sizes = ({0: n}, {0: n}, {0: k if name == "queue" else n})
+    example = inputs(6)
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(
+            module, example, dynamic_shapes=sizes[: len(example)], strict=strict
+        )
+    for size in (6, 11):
+        x = inputs(size)
+        actual, expected = program.module()(*x), module(*x)
+        torch.testing.assert_close(actual.detach(), expected.detach())
+        if gradients:
+            torch.testing.assert_close(
+                torch.autograd.grad(actual, x[:2]), torch.autograd.grad(expected, x[:2])
+            )
+
+
+@pytest.mark.parametrize("loss_fn", [NTXent(), InfoNCE(symmetric=True), SigLIP()])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_jit_trace_is_refused(loss_fn):
+    """It would keep the batch size of its example without a word."""
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace .*; use torch\.export or torch"):
+        torch.jit.trace(loss_fn, tuple(torch.randn(2, 6, 4)))
+
+
+@pytest.mark.parametrize("what", ["embeddings", "temperature", "negatives", "bias"])
+def test_forward_mode_is_refused_with_the_way_out(what):
+    a, b, q = torch.randn(3, 6, 4)
+    calls = {
+        "embeddings": lambda x: nt_xent(a, x),
+        "temperature": lambda x: info_nce(a, b, temperature=x[0, 0].exp()),
+        "negatives": lambda x: info_nce(a, b, x),
+        "bias": lambda x: siglip(a, b, bias=x[0, 0]),
+    }
+    name = "z2" if what == "embeddings" else what
+    for derivative in (
+        lambda f: torch.func.jvp(f, (q,), (b,)),
+        lambda f: torch.func.jacfwd(f)(q),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"{name} .*contrastive_kit\.reference"):
+            derivative(calls[what])
