@@ -2,9 +2,9 @@
 
     python examples/simclr.py
 
-An encoder learns to recognize two random views of an image among the views of all others, without
-a label. Afterwards, the nearest neighbors of a test image in the space of its features tell what it
-shows, much more often than the nearest neighbors in the space of pixels do.
+Without a label, an encoder learns to recognize two random views of an image among the views of many
+others. Afterwards the images that are near each other in its features show the same thing, which
+the classes of the nearest neighbors measure.
 
 Recipes for CIFAR-10 and ImageNet, resuming, several GPUs and more are in examples/train.
 """
@@ -18,75 +18,77 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from photographs import load_patches
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from contrastive_kit import NTXent, ProjectionHead, SimCLRAugment
 from contrastive_kit.evaluation import extract_features, knn_accuracy
+from photographs import load_patches
 
-SIZE, BATCH, EPOCHS, TEMPERATURE = 32, 256, 10, 0.2
+SIZE, BATCH, EPOCHS = 32, 256, 10
 OUT = Path("runs/simclr")
 
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# Data: images (N, 3, 32, 32) uint8. The labels are for the evaluation alone. Put your own here.
+# 1. Data: images (N, 3, 32, 32) uint8, and labels for the evaluation alone. Put your own here.
 train_images, train_labels, test_images, test_labels, classes = load_patches(SIZE)
 train_images = train_images.to(device)
+print(f"{len(train_images)} + {len(test_images)} images of {len(classes)} classes, on {device}")
 
-# Views: two random ones of each image of a batch, made on the device. Two crops of one image, in
-# other colors, have in common what it shows.
+# 2. Views: two random crops of each image, in other colors, made for a whole batch at once.
 augment = SimCLRAugment(SIZE, strength=0.5)
 
 
-# Encoder f, image -> features h: four convolutions. contrastive_kit.resnet_encoder makes larger ones.
-def convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(),
-    )
+# 3. Encoder, image -> features h. Four convolutions will do here; for more there is
+#    contrastive_kit.resnet_encoder("resnet18", stem="cifar").
+def convolution(before: int, after: int, stride: int) -> nn.Sequential:
+    """A 3x3 convolution of so many channels, normalized."""
+    layer = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(after), nn.ReLU())
 
 
 encoder = nn.Sequential(
-    convolution(3, 32, 2), convolution(32, 64, 2), convolution(64, 128, 2), convolution(128, 256, 1),
-    nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-).to(device)  # fmt: skip
+    *(convolution(3, 32, 2), convolution(32, 64, 2), convolution(64, 128, 2)),
+    *(convolution(128, 256, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+).to(device)
 
-# Head g, h -> z: the loss compares z, and what it learns to ignore, h may keep.
+# 4. Head, h -> z: the loss compares z. What z has to forget, such as the color, h may keep.
 head = ProjectionHead(256, out_dim=128).to(device)
 
-# Loss: for each of the 2 * BATCH views, which of the others shows the same image?
-loss_fn = NTXent(TEMPERATURE)
+# 5. Loss: which of the other 2 * BATCH - 1 views shows the same image?
+loss_fn = NTXent(temperature=0.2)
 
+# 6. Optimizer, with a short warm-up before the learning rate falls to zero.
 steps = len(train_images) // BATCH
 optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, EPOCHS * steps, pct_start=0.1)
 
 
+# 7. Evaluation: a test image takes the class of the training images with the nearest features.
 def features(model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features and labels of the training images, then those of the test images."""
-    sets = ((train_images, train_labels), (test_images, test_labels))
-    parts = [
-        extract_features(model, zip(x.split(512), y.split(512), strict=True), device=device)
-        for x, y in sets
-    ]
-    return *parts[0], *parts[1]
+    """Features and labels of the training images, and those of the test images."""
+    train = zip(train_images.split(512), train_labels.split(512), strict=True)
+    test = zip(test_images.split(512), test_labels.split(512), strict=True)
+    return (
+        *extract_features(model, train, device=device),
+        *extract_features(model, test, device=device),
+    )
 
 
-# Baselines: how far do raw pixels get, and an encoder that has learned nothing?
-knn = {
-    "raw pixels": knn_accuracy(*features(nn.Flatten()), k=20).accuracy,
-    "untrained encoder": knn_accuracy(*features(encoder), k=20).accuracy,
-}
-print("kNN accuracy:", ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in knn.items()))
+def knn(model: nn.Module) -> float:
+    """The share of test images whose class is that of their 20 nearest neighbors."""
+    return knn_accuracy(*features(model), k=20).accuracy
 
-# The loop. Both views go through the network in one batch: in two, batch normalization would give
-# away which view is which.
+
+results = {"raw pixels": knn(nn.Flatten()), "untrained encoder": knn(encoder)}
+print("kNN accuracy:", ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in results.items()))
+
+# 8. Training. Both views go through the network in one batch: in a batch of its own, the statistics
+#    of batch normalization would tell the network which of the two a view is.
 curve = []
 for epoch in range(1, EPOCHS + 1):
-    losses, accuracies = [], []
+    totals = torch.zeros(2, device=device)
     for index in torch.randperm(len(train_images), device=device).split(BATCH)[:steps]:
         view1, view2 = augment(train_images[index])
         z1, z2 = head(encoder(torch.cat([view1, view2]))).chunk(2)
@@ -95,37 +97,38 @@ for epoch in range(1, EPOCHS + 1):
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())
-        accuracies.append(stats.accuracy)
-    h = features(encoder)
-    curve.append(knn_accuracy(*h, k=20).accuracy)
+        totals += torch.stack([loss.detach(), stats.accuracy])
+    curve.append(knn(encoder))
+    mean_loss, found = (totals / steps).tolist()
     print(
-        f"epoch {epoch:2d}  loss {torch.stack(losses).mean():.3f}  "
-        f"right view found {torch.stack(accuracies).mean():.1%}  kNN accuracy {curve[-1]:.3f}"
+        f"epoch {epoch:2d}  loss {mean_loss:.3f}  other view found {found:5.1%}  "
+        f"kNN accuracy {curve[-1]:.3f}"
     )
-knn["SimCLR"] = curve[-1]
-
-# One picture: what the views look like, how the accuracy grew, and which training images are
-# nearest to some test images.
+results["SimCLR"] = curve[-1]
 OUT.mkdir(parents=True, exist_ok=True)
-(OUT / "results.json").write_text(json.dumps(knn, indent=2) + "\n")
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+(OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+# 9. One picture: what the network sees, how the accuracy grows, which images are near each other.
+figure, (left, middle, right) = plt.subplots(
+    1, 3, figsize=(13, 5), width_ratios=(3, 9, 8), layout="constrained"
+)
 shown = train_images[:: len(train_images) // 10][:10]
 rows = torch.stack([shown / 255, *augment(shown)], dim=1).flatten(0, 1).cpu()
 left.imshow(make_grid(rows, nrow=3, pad_value=1).permute(1, 2, 0))
-left.set_title("images, and two views of each")
+left.set_title("image, two views")
 middle.plot(range(1, EPOCHS + 1), curve, marker=".", label="SimCLR")
 for name, style in (("raw pixels", ":"), ("untrained encoder", "--")):
-    middle.axhline(knn[name], linestyle=style, color="gray", label=name)
-middle.set(title="kNN accuracy on unseen patches", xlabel="epoch")
+    middle.axhline(results[name], linestyle=style, color="gray", label=name)
+middle.set(title="kNN accuracy on unseen images", xlabel="epoch")
 middle.legend()
-train_h, _, test_h, _ = (F.normalize(x, dim=-1) if x.is_floating_point() else x for x in h)
+train_h, _, test_h, _ = features(encoder)
 queries = torch.arange(0, len(test_images), len(test_images) // 10)[:10]
-nearest = (test_h[queries] @ train_h.T).topk(7).indices.cpu()
-rows = torch.cat([test_images[queries, None], train_images.cpu()[nearest]], dim=1).flatten(0, 1)
+similarity = F.normalize(test_h[queries]) @ F.normalize(train_h).T
+nearest = train_images.cpu()[similarity.topk(7).indices.cpu()]
+rows = torch.cat([test_images[queries, None], nearest], dim=1).flatten(0, 1)
 right.imshow(make_grid(rows, nrow=8, pad_value=255).permute(1, 2, 0))
-right.set_title("test images, and the nearest training images of each")
+right.set_title("unseen image, nearest training images")
 for axis in (left, right):
     axis.set_axis_off()
 figure.savefig(OUT / "simclr.png", dpi=120)
-print(f"the picture is {OUT / 'simclr.png'}")
+print(f"accuracies and a picture are in {OUT}")

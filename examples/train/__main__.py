@@ -22,9 +22,10 @@ sys.path[0] = str(Path(__file__).parents[1])  # `python FOLDER` puts the folder 
 from train.config import UserError
 from train.run import main
 
-try:
-    main()
-except UserError as error:
-    sys.exit(f"error: {error}")
-except KeyboardInterrupt:
-    sys.exit("error: interrupted")
+if __name__ == "__main__":  # not in a worker process, which imports this file too
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")

@@ -5,6 +5,7 @@ bounds are checked in one place.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,11 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).parent / "recipes"
+BOUNDS = {
+    "at_least": lambda value, bound: bound <= value < math.inf,
+    "above": lambda value, bound: bound < value < math.inf,
+    "at_most": lambda value, bound: value <= bound,
+}
 TRANSFORMS = ("crop", "flip", "jitter", "gray", "blur", "solarize")
 
 
@@ -37,39 +43,47 @@ class Config:
     recipe: str = option("photos", "name or path of a TOML file that gives the other values")
     data: str = option("photos", "what to train on", choices=("photos", "cifar10", "imagefolder"))
     root: str | None = option(None, "imagefolder: has train/ and test/; cifar10: download folder")
-    size: int = option(32, "side of the views in pixels", least=8)
+    size: int = option(32, "side of the views in pixels", at_least=8)
     load_size: int | None = option(None, "imagefolder: side to load [size; 8/7 of it from 64 up]")
     stream: bool = option(False, "imagefolder: decode in each epoch even if all fits in memory")
-    train_images: int | None = option(None, "train on so many, drawn with the seed [all]", least=2)
+    train_images: int | None = option(
+        None, "train on so many, drawn with the seed [all]", at_least=2
+    )
     augment: tuple[str, ...] = option(TRANSFORMS[:4], "what makes a view", choices=TRANSFORMS)
-    strength: float = option(0.5, "strength of the color jitter", least=0)
-    crop_min: float = option(0.08, "least area of a crop, as a part of the image", above=0, most=1)
-    gray: float = option(0.2, "probability of losing the color", least=0, most=1)
+    strength: float = option(0.5, "strength of the color jitter", at_least=0)
+    crop_min: float = option(
+        0.08, "least area of a crop, as a part of the image", above=0, at_most=1
+    )
+    gray: float = option(0.2, "probability of losing the color", at_least=0, at_most=1)
     encoder: str = option("convnet", "convnet (four layers) or a torchvision ResNet")
-    width: int | None = option(None, "convnet: first channels, a multiple of 16 [32]", least=16)
+    width: int | None = option(None, "convnet: first channels, a multiple of 16 [32]", at_least=16)
     stem: str | None = option(None, "ResNet: [cifar to 64 pixels]", choices=("cifar", "imagenet"))
     norm: str = option("batch", "group has no batch statistics", choices=("batch", "group"))
     head_layers: int = option(2, "layers of the projection head", choices=(0, 1, 2, 3))
-    head_hidden: int | None = option(None, "width of its hidden layers [that of h]", least=1)
-    head_dim: int | None = option(None, "size of z [128; of h without a head]", least=1)
+    head_hidden: int | None = option(None, "width of its hidden layers [that of h]", at_least=1)
+    head_dim: int | None = option(None, "size of z [128; of h without a head]", at_least=1)
     supervised: bool = option(False, "train with the labels instead, as a comparison")
     temperature: float = option(0.2, "temperature of NT-Xent", above=0)
-    epochs: int = option(10, "length of the schedule", least=1)
-    batch_size: int = option(256, "images per step, over all processes", least=2)
-    chunk_size: int | None = option(None, "images a process encodes at a time [all]", least=1)
+    epochs: int = option(10, "length of the schedule", at_least=1)
+    batch_size: int = option(256, "images per step, over all processes", at_least=2)
+    chunk_size: int | None = option(None, "images a process encodes at a time [all]", at_least=1)
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "sgd", "lars"))
     lr: float = option(2e-3, "learning rate before --lr-rule", above=0)
     lr_rule: str = option("linear", "lr · batch / 256, or lr · √batch", choices=("linear", "sqrt"))
-    weight_decay: float = option(1e-2, "not applied to biases and normalization", least=0)
-    warmup_epochs: float | None = option(None, "before the cosine [a tenth of --epochs]", least=0)
+    weight_decay: float = option(1e-2, "not applied to biases and normalization", at_least=0)
+    warmup_epochs: float | None = option(
+        None, "before the cosine [a tenth of --epochs]", at_least=0
+    )
     amp: bool = option(False, "bfloat16 autocast")
     channels_last: bool = option(False, "memory format of views and weights")
     compile: bool = option(False, "torch.compile of encoder and head")
     baselines: bool = option(True, "evaluate raw pixels and the random encoder too")
-    eval_every: int = option(2, "epochs between kNN evaluations", least=1)
+    eval_every: int = option(2, "epochs between kNN evaluations", at_least=1)
     eval_z: bool = option(False, "evaluate z too, at the end")
-    knn_k: int = option(20, "neighbors of the kNN evaluation", least=1)
-    seed: int = option(0, "of initial weights, order and augmentation", least=0, most=2**32 - 1)
+    knn_k: int = option(20, "neighbors of the kNN evaluation", at_least=1)
+    seed: int = option(
+        0, "of initial weights, order and augmentation", at_least=0, at_most=2**32 - 1
+    )
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,11 @@ class Session:
 
     out: Path | None = option(None, "new run folder [runs/RECIPE-DATE-TIME]")
     resume: Path | None = option(None, "run folder to continue, with its settings")
-    stop_after: int | None = option(None, "stop after so many epochs, to be resumed", least=1)
+    stop_after: int | None = option(None, "stop after so many epochs, to be resumed", at_least=1)
     minutes: float | None = option(None, "stop after so many minutes, to be resumed", above=0)
     save_minutes: float = option(10.0, "minutes between checkpoints in long epochs", above=0)
     device: str | None = option(None, "torch device [cuda if there is one]")
-    workers: int | None = option(None, "processes that decode images [cores, up to 16]", least=0)
+    workers: int | None = option(None, "processes that decode images [cores, up to 16]", at_least=0)
     pictures: bool = option(True, "draw the pictures")
     tensorboard: bool = option(False, "write the curves for TensorBoard too")
 
@@ -106,42 +120,40 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads the options that are there, without their defaults."""
+    """Reads the options that are there, without their defaults; raises what is wrong."""
 
-    def __init__(self, **groups: type) -> None:
+    def __init__(self, *groups: type) -> None:
         super().__init__(
-            prog="python examples/train", argument_default=argparse.SUPPRESS, allow_abbrev=False
+            "python examples/train", argument_default=argparse.SUPPRESS, allow_abbrev=False
         )
-        for title, options in groups.items():
-            group = self.add_argument_group(title)
+        for options in groups:
+            group = self.add_argument_group(options.__name__.lower(), options.__doc__)
             for f in fields(options):
-                text, default = f.metadata["help"], f.default
-                if default is not None and not isinstance(default, bool):
-                    text += f" [{' '.join(default) if isinstance(default, tuple) else default}]"
-                how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-                if not isinstance(default, bool):
+                default, text = f.default, f.metadata["help"]
+                if isinstance(default, bool):
+                    how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+                else:
                     how = {"type": reader(f), "choices": f.metadata.get("choices")}
+                    text += "" if default is None else f" [{default}]"
                 if isinstance(default, tuple):
                     how["nargs"] = "*"
                 group.add_argument(flag(f.name), help=text, **how)
 
     def error(self, message: str) -> NoReturn:
+        """Raise where argparse would print and exit."""
         raise UserError(message)
 
 
 def reader(f: Any) -> Any:
     """A function from text to the type of a field, which refuses what is out of its bounds."""
     kind = next(kind for kind in (*get_args(f.type), f.type) if isinstance(kind, type))
-    least, above, most = (f.metadata.get(name) for name in ("least", "above", "most"))
 
     def read(text: str) -> Any:
         value = kind(text)
-        if least is not None and not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        if above is not None and not above < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be above {above}, got {text}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
+        for bound, holds in BOUNDS.items():
+            if bound in f.metadata and not holds(value, f.metadata[bound]):
+                limit = f"{bound.replace('_', ' ')} {f.metadata[bound]}"
+                raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
         return value
 
     read.__name__ = kind.__name__  # argparse says "invalid float value"
@@ -150,8 +162,7 @@ def reader(f: Any) -> Any:
 
 def parse(argv: Sequence[str] | None = None) -> tuple[dict[str, Any], Session]:
     """What the user gave: the settings of the run, and those of this session."""
-    parser = Parser(session=Session, **{"run, with the defaults of photos": Config})
-    given = vars(parser.parse_args(argv))
+    given = vars(Parser(Session, Config).parse_args(argv))
     own = {f.name: given.pop(f.name) for f in fields(Session) if f.name in given}
     return given, Session(**own)
 
@@ -166,7 +177,7 @@ def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         base = values.pop("base", None)
         if "recipe" in values or not isinstance(base, str | None):
             raise UserError("the recipe to begin with is `base`, a text")
-        values = vars(Parser(recipe=Config).parse_args(arguments(values)))
+        values = vars(Parser(Config).parse_args(arguments(values)))
     except OSError as error:
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
         raise UserError(
@@ -187,57 +198,48 @@ def make_config(given: Mapping[str, Any]) -> Config:
     values = read_recipe(recipe)
     if given.get("data", values.get("data")) != values.get("data"):
         values.pop("root", None)  # it was the other data set's
-    config = Config(**{**values, **given, "recipe": recipe})
-    config = complete(without_idle(config, given))
-    problems = {
-        "--data imagefolder needs --root, a folder with train/ and test/": (
-            config.data == "imagefolder" and config.root is None
-        ),
-        f"--size must be 32 with --data cifar10, got {config.size}": (
-            config.data == "cifar10" and config.size != 32
-        ),
-        f"--load-size must be at least --size ({config.size}), got {config.load_size}": (
-            config.load_size is not None and config.load_size < config.size
-        ),
-        f"--width must be a multiple of 16, got {config.width}": bool((config.width or 0) % 16),
-        f"--warmup-epochs must be below --epochs ({config.epochs}), got {config.warmup_epochs}": (
-            (config.warmup_epochs or 0) >= config.epochs
-        ),
-    }
-    for problem, is_there in problems.items():
-        if is_there:
-            raise UserError(problem)
+    config = complete(Config(**{**values, **given, "recipe": recipe}), given)
+    if config.data == "imagefolder" and config.root is None:
+        raise UserError("--data imagefolder needs --root, a folder with train/ and test/")
+    if config.data == "cifar10" and config.size != 32:
+        raise UserError(f"--size must be 32 with --data cifar10, got {config.size}")
+    if config.load_size is not None and config.load_size < config.size:
+        raise UserError(f"--load-size must be at least --size, got {config.load_size}")
+    if config.width is not None and config.width % 16:
+        raise UserError(f"--width must be a multiple of 16, got {config.width}")
+    if not config.warmup_epochs < config.epochs:
+        raise UserError(f"--warmup-epochs must be below --epochs, got {config.warmup_epochs}")
     return config
 
 
-def without_idle(config: Config, given: Mapping[str, Any]) -> Config:
-    """Settings that nothing would read are an error of the user's, and left out of a recipe."""
-    of_folders = () if config.data == "imagefolder" else ("load_size", "stream")
-    causes: dict[str, tuple[str, ...]] = {
-        f"--data {config.data}": of_folders + (("root",) if config.data == "photos" else ()),
-        f"--encoder {config.encoder}": ("stem",) if config.encoder == "convnet" else ("width",),
-        f"--head-layers {config.head_layers}": ("head_hidden",) if config.head_layers < 2 else (),
-        "--supervised": ("eval_z", "chunk_size") if config.supervised else (),
+def complete(config: Config, given: Mapping[str, Any]) -> Config:
+    """Fill in what follows from other settings, and take out what those leave without meaning.
+
+    Of the latter the user hears who gave it; a recipe may have been meant for the other case.
+    """
+    convnet, folder = config.encoder == "convnet", config.data == "imagefolder"
+    idle = {
+        "root": config.data == "photos" and "--data photos",
+        "load_size": not folder and f"--data {config.data}",
+        "stream": not folder and f"--data {config.data}",
+        "stem": convnet and "--encoder convnet",
+        "width": not convnet and f"--encoder {config.encoder}",
+        "head_hidden": config.head_layers < 2 and f"--head-layers {config.head_layers}",
+        "eval_z": config.supervised and "--supervised",
+        "chunk_size": config.supervised and "--supervised",
     }
-    for cause, names in causes.items():
-        for name in names:
-            if given.get(name):
-                raise UserError(f"{flag(name)} has no meaning with {cause}")
-            config = replace(config, **{name: getattr(Config, name)})
-    return config
-
-
-def complete(config: Config) -> Config:
-    """Fill in what follows from other settings."""
-    values: dict[str, Any] = {}
-    if config.root is not None:  # a run may be resumed from another folder
-        values["root"] = os.path.abspath(os.path.expanduser(config.root))
-    if config.warmup_epochs is None:
-        values["warmup_epochs"] = config.epochs / 10
-    if config.encoder == "convnet":
-        values["width"] = config.width or 32
+    for name, cause in idle.items():
+        if cause and given.get(name):
+            raise UserError(f"{flag(name)} has no meaning with {cause}")
+        config = replace(config, **({name: getattr(Config, name)} if cause else {}))
+    values: dict[str, Any] = {"warmup_epochs": config.epochs / 10}
+    if convnet:
+        values["width"] = 32
     else:
-        values["stem"] = config.stem or ("cifar" if config.size <= 64 else "imagenet")
-    if config.data == "imagefolder" and config.load_size is None:
+        values["stem"] = "cifar" if config.size <= 64 else "imagenet"
+    if folder:
         values["load_size"] = config.size if config.size < 64 else round(config.size * 8 / 7)
-    return replace(config, **values)
+    missing = {name: value for name, value in values.items() if getattr(config, name) is None}
+    # a run may be resumed from another folder
+    root = config.root and os.path.abspath(os.path.expanduser(config.root))
+    return replace(config, root=root, **missing)

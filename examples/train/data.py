@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import photographs
 import torch
 import torchvision
 from PIL import Image
@@ -16,6 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import photographs
 from train.config import Config, UserError, flag
 
 IN_MEMORY_BYTES = 4 << 30

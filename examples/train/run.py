@@ -57,30 +57,28 @@ class Run:
         train, test, classes = self.data
         return {"classes": classes, "train": len(train), "test": len(test)}
 
-    def save(self) -> None:
-        """Save the state, unless training has diverged; the first of the processes writes."""
-        progress = self.progress
-        self.learner.stopwatch.add_to(progress.times)
-        sums = self.world.mean(progress.sums).cpu()
-        loss = (
-            float(sums[0])
-            if progress.step
-            else progress.history[-1]["loss"]
-            if progress.history
-            else 0.0
+    def check_finite(self) -> None:
+        """Raise if training has diverged, so that no such state is saved."""
+        history, step = self.progress.history, self.progress.step
+        loss = float(self.progress.sums[0]) if step or not history else history[-1]["loss"]
+        if math.isfinite(loss) and self.learner.is_finite():
+            return
+        what = "weights are not finite" if math.isfinite(loss) else f"loss is {loss}"
+        raise UserError(
+            f"the {what} in epoch {len(history) + bool(step)}; the checkpoint from before is kept. "
+            "Try a lower --lr or a higher --temperature"
         )
-        if not (math.isfinite(loss) and self.learner.is_finite()):
-            epoch = len(progress.history) + (1 if progress.step else 0)
-            what = "weights are not finite" if math.isfinite(loss) else f"loss is {loss}"
-            raise UserError(
-                f"the {what} in epoch {epoch}; the checkpoint from before is kept. "
-                "Try a lower --lr or a higher --temperature"
-            )
+
+    def save(self) -> None:
+        """Save the state; all processes call this, and the first one writes."""
+        self.check_finite()
+        self.learner.stopwatch.add_to(self.progress.times)
+        sums = self.world.mean(self.progress.sums).cpu()
         state = {
             "format": CHECKPOINT_FORMAT,
             "config": asdict(self.config),
             "data": self.fingerprint,
-            "progress": {**vars(progress), "sums": sums},
+            "progress": {**vars(self.progress), "sums": sums},
             **self.learner.state_dict(),
         }
         if self.world.rank == 0:
@@ -96,27 +94,28 @@ class Run:
             self.progress = Progress(**state["progress"])
             self.progress.sums = self.progress.sums.to(self.world.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise misfit(error) from error
+            raise no_checkpoint(self.checkpoint, error) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that a run saved, or a UserError that says what is wrong with the file."""
+def read_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings and the state that a run saved, or a UserError that says what is wrong."""
     if not path.is_file():
         raise UserError(f"nothing to resume: {path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint can fail to load in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this command ({CHECKPOINT_FORMAT})")
-    return state
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {state['format']!r}, not {CHECKPOINT_FORMAT!r}")
+        return Config(**state["config"]), state
+    except Exception as error:  # what is no checkpoint can fail in any way
+        raise no_checkpoint(path, error) from error
 
 
-def misfit(error: Exception) -> UserError:
-    """A checkpoint that another version wrote, or that somebody changed."""
-    reason = " ".join(str(error).split())
-    return UserError(f"the checkpoint does not fit this version ({type(error).__name__}: {reason})")
+def no_checkpoint(path: Path, error: Exception) -> UserError:
+    """What to say of a damaged or foreign file."""
+    reason = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"{path} is damaged or no checkpoint of this version ({type(error).__name__}: {reason})"
+    )
 
 
 def begin(run: Run, session: Session) -> None:
@@ -127,10 +126,8 @@ def begin(run: Run, session: Session) -> None:
         augment = build_augment(config, generator=torch.Generator().manual_seed(config.seed))
         pictures.plot_pairs(data, augment, run.folder / "pairs.png")
     if config.baselines:
-        for name, encoder in [
-            ("raw pixels", raw_pixels(config)),
-            ("random encoder", run.learner.encoder),
-        ]:
+        encoders = {"raw pixels": raw_pixels(config), "random encoder": run.learner.encoder}
+        for name, encoder in encoders.items():
             world.say(f"evaluating {name}")
             features = features_of(encoder, data, config, world)
             run.progress.baselines[name] = tuple(score(features, config, linear=True))
@@ -152,18 +149,14 @@ def train(run: Run, session: Session, stop: StopRequest) -> bool:
                 where = f"in epoch {epoch} after {progress.step} of {run.steps} steps"
                 world.say(f"stopped {where} ({stop.reason}); {way_back(run)}")
                 return False
-            evaluates = epoch % config.eval_every == 0 or epoch == config.epochs
-            features = (
-                features_of(run.learner.encoder, run.data, config, world) if evaluates else None
-            )
+            if epoch % config.eval_every == 0 or epoch == config.epochs:
+                features = features_of(run.learner.encoder, run.data, config, world)
+                progress.history[-1]["knn"] = score(features, config, linear=False).knn
         except UserError as error:  # an image that cannot be read
             if world.size > 1:  # where saving takes all processes
                 raise
             run.save()
             raise UserError(f"{error}; the run is saved: {way_back(run)}") from None
-        row = progress.history[-1]
-        if features is not None:
-            row["knn"] = score(features, config, linear=False).knn
         run.save()
         report(run, session, writer)
         if epoch < last and world.any(bool(stop)):
@@ -216,6 +209,7 @@ def train_epoch(run: Run, session: Session, stop: StopRequest) -> bool:
     progress.seconds += sum(progress.times.values())
     progress.step = 0
     progress.sums.zero_()
+    run.check_finite()
     return True
 
 
@@ -301,26 +295,17 @@ def new_folder(out: Path | None, config: Config, world: World) -> Path:
     return folder
 
 
-def prepare(given: dict[str, Any], session: Session) -> tuple[Config, dict[str, Any] | None]:
-    """The settings, and the checkpoint to go on from if there is one."""
-    if session.resume is None:
-        return make_config(given), None
-    surplus = [*(["out"] if session.out else []), *given]
-    if surplus:
-        raise UserError(f"--resume keeps the run's settings; omit {', '.join(map(flag, surplus))}")
-    checkpoint = read_checkpoint(session.resume / "checkpoint.pt")
-    try:
-        return Config(**checkpoint["config"]), checkpoint
-    except (KeyError, TypeError) as error:
-        raise misfit(error) from error
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
     """Run the command line; returns the final scores, None if stopped before the end."""
     started = time.perf_counter()
     given, session = parse(argv)
     stop = StopRequest(session.minutes)
-    config, checkpoint = prepare(given, session)
+    if session.resume is None:
+        config, checkpoint = make_config(given), None
+    elif surplus := [*(["out"] if session.out else []), *given]:
+        raise UserError(f"--resume keeps the run's settings; omit {', '.join(map(flag, surplus))}")
+    else:
+        config, checkpoint = read_checkpoint(session.resume / "checkpoint.pt")
     world = enter_world(session.device)
     data = load_data(config, world.device, session.workers)
     folder = session.resume or new_folder(session.out, config, world)
