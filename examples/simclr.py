@@ -114,7 +114,7 @@ figure, (left, middle, right) = plt.subplots(
 )
 shown = train_images[:: len(train_images) // 10][:10]
 rows = torch.stack([shown / 255, *augment(shown)], dim=1).flatten(0, 1).cpu()
-left.imshow(make_grid(rows, nrow=3, pad_value=1).permute(1, 2, 0))
+left.imshow(make_grid(rows, nrow=3, pad_value=1).permute(1, 2, 0).numpy())
 left.set_title("image, two views")
 middle.plot(range(1, EPOCHS + 1), curve, marker=".", label="SimCLR")
 for name, style in (("raw pixels", ":"), ("untrained encoder", "--")):
@@ -126,7 +126,7 @@ queries = torch.arange(0, len(test_images), len(test_images) // 10)[:10]
 similarity = F.normalize(test_h[queries]) @ F.normalize(train_h).T
 nearest = train_images.cpu()[similarity.topk(7).indices.cpu()]
 rows = torch.cat([test_images[queries, None], nearest], dim=1).flatten(0, 1)
-right.imshow(make_grid(rows, nrow=8, pad_value=255).permute(1, 2, 0))
+right.imshow(make_grid(rows, nrow=8, pad_value=255).permute(1, 2, 0).numpy())
 right.set_title("unseen image, nearest training images")
 for axis in (left, right):
     axis.set_axis_off()

@@ -242,4 +242,4 @@ def complete(config: Config, given: Mapping[str, Any]) -> Config:
     missing = {name: value for name, value in values.items() if getattr(config, name) is None}
     # a run may be resumed from another folder
     root = config.root and os.path.abspath(os.path.expanduser(config.root))
-    return replace(config, root=root, **missing)
+    return replace(config, root=root, augment=tuple(config.augment), **missing)

@@ -62,6 +62,17 @@ def build_model(config: Config, classes: int) -> nn.Sequential:
         raise UserError(str(error)) from error
 
 
+def share_statistics(model: nn.Sequential, world: World) -> nn.Sequential:
+    """Normalize by the batch of all processes: by its own, a process could tell its images."""
+    if world.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    world.say(
+        "each process normalizes by its own images, since SyncBatchNorm needs CUDA; "
+        "--norm group has no batch statistics"
+    )
+    return model
+
+
 def build_augment(config: Config, **options: Any) -> SimCLRAugment:
     """The views of the paper, less the transforms that the settings leave out."""
     used = set(config.augment)
@@ -133,13 +144,7 @@ class Learner:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         cuda = world.device.type == "cuda"
         if world.size > 1 and config.norm == "batch":
-            if cuda:  # by the statistics of its own images, a process could tell them
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            else:
-                world.say(
-                    "each process normalizes by its own images, since SyncBatchNorm needs CUDA; "
-                    "--norm group has no batch statistics"
-                )
+            model = share_statistics(model, world)
         self.encoder, self.head = model
         self.optimizer = build_optimizer(config, model, fused=cuda)
         warmup, total = (config.warmup_epochs or 0) * steps, config.epochs * steps

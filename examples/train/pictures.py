@@ -38,7 +38,7 @@ def plot_grid(rows: Tensor, title: str, path: Path) -> None:
     height, width = rows.shape[:2]
     grid = make_grid(rows.flatten(0, 1).clamp(0, 1), nrow=width, pad_value=1)
     figure, axis = plt.subplots(figsize=(1.1 * width, 1.1 * height + 0.4), layout="constrained")
-    axis.imshow(grid.permute(1, 2, 0))
+    axis.imshow(grid.permute(1, 2, 0).numpy())
     axis.set_axis_off()
     axis.set_title(title, fontsize=9)
     save(figure, path)

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Run:
             raise UserError("the data are not those that the run began with (classes or counts)")
         try:
             self.learner.load_state_dict(state)
-            self.progress = Progress(**state["progress"])
+            self.progress = Progress(*(state["progress"][f.name] for f in fields(Progress)))
             self.progress.sums = self.progress.sums.to(self.world.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise no_checkpoint(self.checkpoint, error) from error
