@@ -59,7 +59,7 @@ def test_stages(archive, tmp_path):
 
 
 def test_only_the_recipe_becomes_the_result():
-    from simclr_settings import make_config
+    from train.config import make_config
 
     from benchmarks.cifar10_gpu import differences, markdown
 

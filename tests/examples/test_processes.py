@@ -107,9 +107,8 @@ def test_the_first_gradient_is_that_of_one_process(alone, together, kind):
     assert found["optimizer"]["state"].keys() == gradients.keys() != set()
     for i, state in gradients.items():
         momentum = found["optimizer"]["state"][i]["momentum_buffer"]
-        # rounding moves a few of the many values across the corner of a ReLU; without the mean
-        # over processes it would be 1, with half of the negatives more than 0.1
-        assert relative_error(momentum, state["momentum_buffer"]) < 1e-2
+        # 2e-6 by rounding; 0.08 with the negatives of one process, 0.7 without the mean over both
+        assert relative_error(momentum, state["momentum_buffer"]) < 1e-3
 
 
 def test_two_processes_stop_together_and_are_resumed_by_one(alone, together):
