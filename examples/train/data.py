@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import photographs
+from photographs import load_patches
 from train.config import Config, UserError, flag
 
 IN_MEMORY_BYTES = 4 << 30
@@ -104,10 +103,14 @@ def load_data(config: Config, device: torch.device, workers: int | None = None) 
             workers = min(16, len(affinity(0)))
         data = load_image_folder(config, device, workers)
     else:
-        load = load_photographs if config.data == "photos" else load_cifar10
-        train_images, train_labels, test_images, test_labels, classes = load(config)
-        chosen = part_of(len(train_labels), config)
-        train = InMemory(train_images[chosen], train_labels[chosen], device)
+        try:
+            *train, test_images, test_labels, classes = (
+                load_cifar10(config.root) if config.data == "cifar10" else load_patches(config.size)
+            )
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+        chosen = part_of(len(train[1]), config)
+        train = InMemory(*(part[chosen] for part in train), device)
         data = Data(train, InMemory(test_images, test_labels, device), classes)
     for name, least in [("batch_size", config.batch_size), ("knn_k", config.knn_k)]:
         if least > len(data.train):
@@ -128,27 +131,15 @@ def part_of(count: int, config: Config) -> Tensor:
     return order[: config.train_images].sort().values
 
 
-def load_photographs(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-    """Patches of photographs, which need no download."""
+def load_cifar10(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """CIFAR-10 by torchvision, which downloads it: what `load_patches` returns of photographs."""
     try:
-        return photographs.load_patches(config.size)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
-
-
-def load_cifar10(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-    """CIFAR-10 by torchvision, which downloads it into --root."""
-    parts: list[Tensor] = []
-    for train in (True, False):
-        try:
-            part = torchvision.datasets.CIFAR10(config.root, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot get CIFAR-10 into --root {config.root}: {error}") from error
-        parts += [
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(part.targets),
-        ]
-    return parts[0], parts[1], parts[2], parts[3], list(part.classes)
+        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot get CIFAR-10 into --root {root}: {error}") from error
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    return images[0], labels[0], images[1], labels[1], list(parts[0].classes)
 
 
 def load_image_folder(config: Config, device: torch.device, workers: int) -> Data:

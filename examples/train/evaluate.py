@@ -51,12 +51,6 @@ def score(features: Sequence[Tensor], config: Config, *, linear: bool) -> Scores
     return Scores(knn, probe.accuracy, probe.l2)
 
 
-def raw_pixels(config: Config) -> nn.Module:
-    """Pixels as features; large images as thumbnails, for the sake of memory."""
-    shrink = nn.AdaptiveAvgPool2d(32) if config.size > 32 else nn.Identity()
-    return nn.Sequential(shrink, nn.Flatten())
-
-
 def table(scores: dict[str, Scores], config: Config) -> str:
     """The scores as text."""
     lines = [f"{'':28}{f'kNN (k={config.knn_k})':>14}{'linear probe':>16}"]

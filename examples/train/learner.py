@@ -24,8 +24,8 @@ def small_convnet(width: int) -> nn.Module:
             nn.BatchNorm2d(after),
             nn.ReLU(inplace=True),
         ]
-    encoder: Any = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    encoder.out_dim = 8 * width
+    encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder.out_dim = 8 * width  # as of resnet_encoder
     return encoder
 
 
@@ -40,12 +40,10 @@ def use_group_norm(module: nn.Module) -> None:
 def build_model(config: Config, classes: int) -> nn.Sequential:
     """Encoder and projection head (or classifier, if supervised), with random weights."""
     try:
-        encoder: Any
         if config.encoder == "convnet":
-            encoder = small_convnet(config.width or 32)
+            encoder = small_convnet(config.width)
         else:
-            stem: Any = config.stem
-            encoder = resnet_encoder(config.encoder, stem=stem)
+            encoder = resnet_encoder(config.encoder, stem=config.stem)
         if config.norm == "group":
             use_group_norm(encoder)
         if config.supervised:
@@ -112,8 +110,7 @@ def build_optimizer(
     except ImportError as error:
         raise UserError("--optimizer lars needs timm: pip install timm") from error
     # a group without weight decay is left out of the adaptation too
-    optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
-    return optimizer
+    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:
@@ -141,19 +138,19 @@ class Learner:
         torch.manual_seed(config.seed)
         model = build_model(config, classes).to(world.device)
         if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         cuda = world.device.type == "cuda"
         if world.size > 1 and config.norm == "batch":
             model = share_statistics(model, world)
         self.encoder, self.head = model
         self.optimizer = build_optimizer(config, model, fused=cuda)
-        warmup, total = (config.warmup_epochs or 0) * steps, config.epochs * steps
+        warmup, total = config.warmup_epochs * steps, config.epochs * steps
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warmup_cosine(step, warmup, total)
         )
         if config.compile:
             model.compile()
-        self.network: Any = model
+        self.network = model
         if world.size > 1:
             self.network = nn.parallel.DistributedDataParallel(
                 model, device_ids=[world.device.index] if cuda else None
@@ -175,7 +172,10 @@ class Learner:
         """One step on the images of this process; returns loss and accuracy, without gradient."""
         self.encoder.train()
         self.head.train()
-        views = self.make_views(images)
+        # random numbers for the whole batch, whatever the number of processes
+        whole = images[:1].expand(self.config.batch_size, -1, -1, -1)
+        params = self.augment.draw(whole)[:, self.share]
+        views = self.augment(images, params=params, concat=True)
         self.stopwatch.mark("views")
         loss, accuracy = self.loss(views, labels)
         self.optimizer.zero_grad()
@@ -185,16 +185,6 @@ class Learner:
         self.schedule.step()
         self.stopwatch.mark("update")
         return torch.stack([loss.detach(), accuracy])
-
-    def make_views(self, images: Tensor) -> Tensor:
-        """All views of this process's images, view by view.
-
-        The random numbers are those of the whole batch, whatever the number of processes.
-        """
-        whole = images[:1].expand(self.config.batch_size, -1, -1, -1)
-        params = self.augment.draw(whole)[:, self.share]
-        views: Tensor = self.augment(images, params=params, concat=True)
-        return views
 
     def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and accuracy. Both views go through the encoder in one forward pass.

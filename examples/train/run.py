@@ -16,7 +16,7 @@ from tqdm import tqdm
 from train import pictures
 from train.config import Config, Session, UserError, flag, make_config, parse
 from train.data import Data, load_data
-from train.evaluate import KNN_TEMPERATURE, Scores, features_of, raw_pixels, score, table
+from train.evaluate import KNN_TEMPERATURE, Scores, features_of, score, table
 from train.learner import Learner, build_augment
 from train.system import StopRequest, World, about, enter_world, write_atomically, write_json
 
@@ -44,18 +44,12 @@ class Run:
         self.steps = len(data.train) // config.batch_size  # an incomplete last batch is left out
         self.learner = Learner(config, world, classes=len(data.classes), steps=self.steps)
         self.progress = Progress(sums=torch.zeros(2, device=world.device))
-        self.saved = time.monotonic()
-
-    @property
-    def checkpoint(self) -> Path:
-        """The file that `save` writes."""
-        return self.folder / "checkpoint.pt"
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells the data from other data."""
-        train, test, classes = self.data
-        return {"classes": classes, "train": len(train), "test": len(test)}
+        self.checkpoint, self.saved = folder / "checkpoint.pt", time.monotonic()
+        self.way_back = f"continue with --resume {folder}"
+        # what tells the data from other data
+        self.fingerprint = {
+            "classes": data.classes, "train": len(data.train), "test": len(data.test)
+        }  # fmt: skip
 
     def check_finite(self) -> None:
         """Raise if training has diverged, so that no such state is saved."""
@@ -126,7 +120,9 @@ def begin(run: Run, session: Session) -> None:
         augment = build_augment(config, generator=torch.Generator().manual_seed(config.seed))
         pictures.plot_pairs(data, augment, run.folder / "pairs.png")
     if config.baselines:
-        encoders = {"raw pixels": raw_pixels(config), "random encoder": run.learner.encoder}
+        # large images as thumbnails, for the sake of memory
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, config.size)), nn.Flatten())
+        encoders = {"raw pixels": pixels, "random encoder": run.learner.encoder}
         for name, encoder in encoders.items():
             world.say(f"evaluating {name}")
             features = features_of(encoder, data, config, world)
@@ -137,7 +133,13 @@ def begin(run: Run, session: Session) -> None:
 def train(run: Run, session: Session, stop: StopRequest) -> bool:
     """Train to the end; False if stopped before."""
     config, world, progress = run.config, run.world, run.progress
-    writer = open_tensorboard(run.folder) if session.tensorboard and world.rank == 0 else None
+    writer = None
+    if session.tensorboard and world.rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
+        writer = SummaryWriter(str(run.folder / "tensorboard"))
     if progress.baselines:
         world.say(table({name: Scores(*row) for name, row in progress.baselines.items()}, config))
     last = config.epochs
@@ -147,7 +149,7 @@ def train(run: Run, session: Session, stop: StopRequest) -> bool:
         try:
             if not train_epoch(run, session, stop):
                 where = f"in epoch {epoch} after {progress.step} of {run.steps} steps"
-                world.say(f"stopped {where} ({stop.reason}); {way_back(run)}")
+                world.say(f"stopped {where} ({stop.reason}); {run.way_back}")
                 return False
             if epoch % config.eval_every == 0 or epoch == config.epochs:
                 features = features_of(run.learner.encoder, run.data, config, world)
@@ -156,14 +158,14 @@ def train(run: Run, session: Session, stop: StopRequest) -> bool:
             if world.size > 1:  # where saving takes all processes
                 raise
             run.save()
-            raise UserError(f"{error}; the run is saved: {way_back(run)}") from None
+            raise UserError(f"{error}; the run is saved: {run.way_back}") from None
         run.save()
         report(run, session, writer)
         if epoch < last and world.any(bool(stop)):
-            world.say(f"stopped after epoch {epoch} ({stop.reason}); {way_back(run)}")
+            world.say(f"stopped after epoch {epoch} ({stop.reason}); {run.way_back}")
             return False
     if last < config.epochs:
-        world.say(f"stopped after epoch {last} of {config.epochs}; {way_back(run)}")
+        world.say(f"stopped after epoch {last} of {config.epochs}; {run.way_back}")
     return last == config.epochs
 
 
@@ -265,20 +267,6 @@ def finish(run: Run, session: Session) -> dict[str, Scores]:
     return scores
 
 
-def way_back(run: Run) -> str:
-    """How to go on."""
-    return f"continue with --resume {run.folder}"
-
-
-def open_tensorboard(folder: Path) -> Any:
-    """A writer of TensorBoard's files into the run folder."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
 def new_folder(out: Path | None, config: Config, world: World) -> Path:
     """An empty run folder with its config.json."""
     recipe = Path(config.recipe).stem
@@ -327,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores] | None:
             scores = finish(run, session)
     except KeyboardInterrupt:
         kept = run.checkpoint.exists()
-        what = f"what was saved is kept: {way_back(run)}" if kept else "nothing had been learned"
+        what = f"what was saved is kept: {run.way_back}" if kept else "nothing had been learned"
         raise UserError(f"interrupted; {what}") from None
     if world.size > 1:
         torch.distributed.destroy_process_group()

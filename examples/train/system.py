@@ -160,7 +160,9 @@ def about(world: World) -> dict[str, Any]:
         "python": platform.python_version(),
         "contrastive_kit": contrastive_kit.__version__,
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": git("status", "--porcelain", "--", "contrastive_kit", "examples"),
+        "uncommitted_changes": git(
+            "status", "--porcelain", "--", ":/contrastive_kit", ":/examples"
+        ),
         "torch": str(torch.__version__),
         **{name: version(name) for name in ("torchvision", "kornia", "einops")},
     }
@@ -168,9 +170,8 @@ def about(world: World) -> dict[str, Any]:
 
 def git(*arguments: str) -> str | None:
     """What git says of the repository of this file; None without git or a repository."""
-    command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.rstrip() if done.returncode == 0 else None

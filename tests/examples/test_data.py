@@ -71,7 +71,7 @@ def test_cifar10_comes_from_torchvision(monkeypatch, tmp_path):
             self.data = np.full((count, 32, 32, 3), (7, 8, 9), np.uint8)
             self.targets = [0, 1] * (count // 2)
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR10)
+    monkeypatch.setattr(data, "CIFAR10", FakeCIFAR10)
     given = {"data": "cifar10", "root": str(tmp_path), "batch_size": 8, "knn_k": 5}
     found = load({**given, "train_images": 20})
     assert (len(found.train), len(found.test), found.classes) == (20, 10, ["cat", "dog"])
@@ -82,7 +82,7 @@ def test_cifar10_comes_from_torchvision(monkeypatch, tmp_path):
     def fail(*_args, **_options):
         raise RuntimeError("no route to host")
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
+    monkeypatch.setattr(data, "CIFAR10", fail)
     with pytest.raises(UserError, match=r"cannot get CIFAR-10 .*no route"):
         load(given)
 
