@@ -7,15 +7,16 @@ left half of each photograph and test patches from the right, so that they share
 from functools import cache
 
 import numpy as np
-import skimage.data
 import torch
-from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 
 @cache
 def load_photographs() -> dict[str, np.ndarray]:
-    """The photographs by name, each (H, W, 3) uint8."""
+    """The photographs by name, each (H, W, 3) uint8; read once."""
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
     names = [
         "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel",
         "hubble_deep_field", "immunohistochemistry", "moon", "retina", "rocket",

@@ -29,7 +29,7 @@ class Progress:
     """How far a run has come."""
 
     history: list[dict[str, float]] = field(default_factory=list)  # a row for each epoch
-    baselines: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    baselines: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     seconds: float = 0.0  # of training, in the epochs that are complete
     step: int = 0  # of the epoch that is under way
     sums: Tensor = field(default_factory=lambda: torch.zeros(2))  # loss and accuracy of its steps
