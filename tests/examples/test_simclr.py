@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,12 @@ def test_it_beats_its_baselines_after_one_epoch(tmp_path, monkeypatch, capsys):
     assert f"kNN accuracy {results['SimCLR']:.3f}" in capsys.readouterr().out
 
 
-def test_photographs_are_deterministic_and_whole():
+def test_photographs_are_deterministic_and_need_no_network(monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("the network is not needed")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    photographs.load_photographs.cache_clear()
     train, train_labels, test, test_labels, classes = photographs.load_patches()
     assert len(classes) == len(set(classes)) == 16
     assert (train.shape, train.dtype) == ((16 * 256, 3, 32, 32), torch.uint8)
