@@ -129,7 +129,7 @@ def markdown(found: Mapping[str, Any], picture: str) -> str:
                 f"- {found['finished']} of {found['planned']} runs are finished, "
                 f"{found['seconds'] / 60:.0f} minutes of training and evaluation in all"
                 + (f"; failed: {len(found['failed'])}" if found["failed"] else ""),
-                f"- Base settings: `examples/simclr.py {found['base']}`",
+                f"- Base settings: `examples/train {found['base']}`",
                 f"- {versions or 'no run is finished'}",
                 f"- {found['machine']['processor']}, {found['machine']['cores']} cores; commit "
                 + (", ".join(found["commits"]) or "unknown"),

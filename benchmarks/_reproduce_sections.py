@@ -24,7 +24,7 @@ HEADS = {0: "none", 1: "linear", 2: "non-linear"}
 
 @dataclass(frozen=True)
 class Run:
-    """One training: options of examples/simclr.py, the seed included."""
+    """One training: options of examples/train, the seed included."""
 
     settings: Settings
 

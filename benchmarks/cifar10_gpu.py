@@ -36,7 +36,7 @@ def collect(run: Path, archive: Path) -> dict[str, Any]:
 def differences(config: dict[str, Any]) -> list[str]:
     """Settings, other than those of the length, that are not the recipe's."""
     sys.path.insert(0, str(REPOSITORY / "examples"))
-    from simclr_settings import make_config
+    from train.config import make_config
 
     recipe = make_config({"recipe": "cifar10_resnet18", "data": "imagefolder", "root": "images"})
     expected = json.loads(json.dumps(vars(recipe)))

@@ -7,14 +7,13 @@
     python -m benchmarks.reproduce --report                            # only the report
 
 Sections: baselines, augment, head, batch, temperature, encoder. Each is a list of runs of
-``examples/simclr.py``; ``--list`` prints their command lines. Finished runs are kept in ``--out``
+``examples/train``; ``--list`` prints their command lines. Finished runs are kept in ``--out``
 and not repeated; one that ``--minutes`` or Ctrl-C interrupted goes on from where it was. From
 whatever is finished ``reproduction_*.json``, ``.md`` and ``.png`` are written into ``--results``.
 """
 
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 import multiprocessing
@@ -47,13 +46,11 @@ VERSIONS = ("device", "threads", "python", "torch", "torchvision", "kornia", "co
 
 
 def load_example() -> None:
-    """Import examples/simclr.py; the photographs are then read once and not in every run."""
+    """Import examples/train, which then reads the photographs once and not in every run."""
     folder = str(machine.REPOSITORY / "examples")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    importlib.import_module("simclr")
-    data: Any = importlib.import_module("simclr_data")
-    data.load_photographs = functools.cache(data.load_photographs)
+    importlib.import_module("train.run")
 
 
 class Worker:
@@ -75,7 +72,7 @@ def train(arguments: Sequence[str], folder: Path, deadline: float | None) -> str
     """Train, or go on training, into `folder`; returns what went wrong, None if nothing did."""
     if Worker.stopping is not None and Worker.stopping.is_set():
         return None
-    example = sys.modules["simclr"]
+    example = sys.modules["train.run"]
     folder.mkdir(parents=True, exist_ok=True)
     session = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else None
     command = [*(session or [*arguments, "--out", str(folder)]), "--no-pictures"]
@@ -268,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     extra = ["--root", str(given.root.resolve())] if given.root else []
     if given.list:
         for run in wanted:
-            print("examples/simclr.py", shlex.join([*run.arguments(), *extra]))
+            print("examples/train", shlex.join([*run.arguments(), *extra]))
         return
     failed: dict[str, str] = {}
     if not given.report:

@@ -59,9 +59,8 @@ def test_stages(archive, tmp_path):
 
 
 def test_only_the_recipe_becomes_the_result():
-    from simclr_settings import make_config
-
     from benchmarks.cifar10_gpu import differences, markdown
+    from train.config import make_config
 
     given = {"recipe": "cifar10_resnet18", "data": "imagefolder", "root": "elsewhere", "seed": 3}
     config = json.loads(json.dumps(vars(make_config(given))))

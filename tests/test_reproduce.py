@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 plan = importlib.import_module("benchmarks._reproduce_sections")
 report = importlib.import_module("benchmarks._reproduce_report")
 reproduce = importlib.import_module("benchmarks.reproduce")
-settings = importlib.import_module("simclr_settings")
+settings = importlib.import_module("train.config")
 
 A, B, C = ("a", "h"), ("b", "h"), ("c", "h")
 A_ABOVE_B = plan.Claim("a is above b", {A: 1.0, B: -1.0})
@@ -192,7 +192,7 @@ def example(monkeypatch):
         return fake.scores
 
     fake.main = main
-    monkeypatch.setitem(sys.modules, "simclr", fake)
+    monkeypatch.setitem(sys.modules, "train.run", fake)
     return fake
 
 

@@ -1,4 +1,4 @@
-"""What a run of examples/simclr.py needs of its surroundings: processes, signals, time, files."""
+"""What a run needs of its surroundings: processes, signals, time, files."""
 
 import contextlib
 import datetime
@@ -7,21 +7,19 @@ import os
 import platform
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
-from simclr_data import DECODER
-from simclr_settings import UserError
-from torch import Tensor, nn
+from torch import Tensor
 
 import contrastive_kit
+from train.config import UserError
 
 
 class World(NamedTuple):
@@ -41,35 +39,13 @@ class World(NamedTuple):
         x = x.clone()
         if self.size > 1:
             dist.all_reduce(x)
-            x /= self.size
-        return x
+        return x / self.size
 
     def any(self, condition: bool) -> bool:
         """Whether it holds in any process."""
         if self.size == 1:
             return condition
         return bool(self.mean(torch.tensor(float(condition), device=self.device)) > 0)
-
-    def share_buffers(self, module: nn.Module) -> None:
-        """Give all processes the buffers of the first: batch statistics differ without SyncBN."""
-        if self.size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, 0)
-
-    def interleave(self, rows: Tensor, count: int) -> Tensor:
-        """All of `count` rows, from processes that have every size-th of them."""
-        if self.size == 1:
-            return rows
-        missing = -(-count // self.size) - len(rows)
-        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows)
-        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
-
-    def leave(self) -> None:
-        """Part from the other processes."""
-        if self.size > 1:
-            dist.destroy_process_group()
 
 
 def enter_world(device_name: str | None) -> World:
@@ -92,42 +68,33 @@ def enter_world(device_name: str | None) -> World:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, or the end of the time: asks to stop at the next step, with the state saved.
+    """True after Ctrl-C or SIGTERM, or when the time is up: a wish to stop at the next step.
 
-    A second signal acts at once, as it would without this.
+    Used as a context manager. A second signal acts at once, as it would without this.
     """
 
     def __init__(self, minutes: float | None) -> None:
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         self.signal: int | None = None
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread hears signals
+                self.previous[number] = signal.signal(number, self.on_signal)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._give_back()
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
-        self._give_back()
-
-    def _give_back(self) -> None:
+    def __exit__(self, *_error: object) -> None:
         while self.previous:
             signal.signal(*self.previous.popitem())
 
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Remember the signal, and let a second one do what it did before."""
+        self.signal = number
+        self.__exit__()
+
     def __bool__(self) -> bool:
-        return self.signal is not None or (
-            self.deadline is not None and time.monotonic() >= self.deadline
-        )
+        return self.signal is not None or time.monotonic() >= self.deadline
 
     @property
     def reason(self) -> str:
@@ -136,31 +103,28 @@ class StopRequest:
 
 
 class Stopwatch:
-    """Seconds since the mark before, by name; on CUDA measured there, without waiting for it."""
+    """Where the time goes; on CUDA measured there, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, name: str) -> None:
-        """What was done since the last mark is `name`."""
+        """What was done since the last mark is `name`; the first mark only begins."""
         now: Any = time.perf_counter()
         if self.cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         self.marks.append((name, now))
 
-    def shares(self) -> dict[str, float]:
-        """The part of the time of each name; begins anew."""
+    def add_to(self, seconds: dict[str, float]) -> None:
+        """Add the seconds of each name to what is there; the next mark begins anew."""
         if self.cuda:
             torch.cuda.synchronize()
-        seconds: dict[str, float] = {}
         for (_, before), (name, now) in zip(self.marks, self.marks[1:], strict=False):
             passed = before.elapsed_time(now) / 1000 if self.cuda else now - before
             seconds[name] = seconds.get(name, 0.0) + passed
         self.marks = []
-        total = sum(seconds.values()) or 1.0
-        return {name: value / total for name, value in seconds.items()}
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -192,27 +156,22 @@ def about(world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if cuda else str(world.device),
         "processes": world.size,
         "threads": torch.get_num_threads(),
-        "decoder": DECODER,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "contrastive_kit": contrastive_kit.__version__,
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": git("status", "--porcelain", "--", "contrastive_kit", "examples"),
+        "uncommitted_changes": git(
+            "status", "--porcelain", "--", ":/contrastive_kit", ":/examples"
+        ),
         "torch": str(torch.__version__),
         **{name: version(name) for name in ("torchvision", "kornia", "einops")},
     }
 
 
 def git(*arguments: str) -> str | None:
-    """What git says of the folder of this script; None without git or a repository."""
+    """What git says of the repository of this file; None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.rstrip() if done.returncode == 0 else None

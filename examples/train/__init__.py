@@ -1,0 +1,1 @@
+"""SimCLR with recipes, resuming, several processes and pictures: `python examples/train --help`."""
