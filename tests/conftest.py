@@ -66,7 +66,7 @@ def poisoned_empty(monkeypatch):
 
 # A worker that takes one of these last works alone at the end.
 LONG_FILES = {
-    "test_example_distributed.py",
+    "test_processes.py",
     "test_example_gpu_script.py",
     "test_gpu_script.py",
     "test_triton.py",
