@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kit.augment._view import ViewSettings
-from contrastive_kit.augment.functional import GRAY_WEIGHTS, resize_matrix
+from contrastive_kit.augment.functional import (
+    GRAY_WEIGHTS,
+    can_interpolate,
+    crop_matmul,
+    resize_matrix,
+    to_levels,
+)
 from contrastive_kit.augment.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION, unpack
 
 _CHUNK_BYTES = 1_800_000
@@ -148,11 +154,13 @@ def _render(
         if batch is not None:
             sources = batch.index_select(0, index % len(batch))
             _crop_together(sources, table[numbers], x, settings)
+        elif not can_interpolate(settings.size):
+            _crop_narrow(images, part, table, x, settings)
         else:
             _crop(images, part, x, work, settings)
         if images[0].dtype == torch.uint8:
             x.mul_(1 / 255)
-        if settings.interpolation == "bicubic":
+        elif settings.interpolation == "bicubic":
             x.clamp_(0, 1)
         jittered = sum(row.jitter for row in part)
         if jittered and jitter_together:
@@ -230,7 +238,27 @@ def _crop_together(sources: Tensor, table: Tensor, x: Tensor, settings: ViewSett
     rows = resize_matrix(p.box[:, 0], p.box[:, 2], height, settings.size[0], None, *options)
     columns = resize_matrix(p.box[:, 1], p.box[:, 3], width, settings.size[1], p.flip, *options)
     crops = torch.bmm(sources.float().reshape(count, 3 * height, width), columns.mT)
+    in_levels = sources.dtype == torch.uint8
+    if in_levels:
+        to_levels(crops)
     torch.matmul(rows[:, None], crops.view(count, 3, height, -1), out=x)
+    if in_levels:
+        to_levels(x)
+
+
+def _crop_narrow(
+    images: Tensor | Sequence[Tensor],
+    rows: list[_Row],
+    table: Tensor,
+    x: Tensor,
+    settings: ViewSettings,
+) -> None:
+    """Crop images one by one without torch's resize; uint8 keeps its range."""
+    options = (settings.interpolation, settings.antialias)
+    for row, target in zip(rows, x, strict=True):
+        p = unpack(table[row.number : row.number + 1])
+        image = images[row.number % len(images)][None]
+        target.copy_(crop_matmul(image, p.box, settings.size, p.flip, *options)[0])
 
 
 def _jitter_each(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:

@@ -457,12 +457,14 @@ def crop_resize(
     """Cut a box out of each image, resize it, and mirror it where asked.
 
     Equal to torchvision's ``resized_crop`` and ``hflip``, image by image. Bicubic floats may leave
-    [0, 1], as there. uint8 is rounded once; it equals torchvision's on the CPU, and elsewhere for
-    "bilinear" to one grey level.
+    [0, 1], as there. uint8 is resized across, rounded and clamped to whole grey levels, and then
+    down, as in torchvision: equal to it on the CPU, and elsewhere to one grey level, in rare pixels
+    two.
 
-    On the CPU each image is resized by itself, reading no more than its box. On other devices, and
-    under ``torch.compile``, the resize is two batched matrix products whose banded matrices hold
-    the interpolation weights, B · H_out · H + B · W_out · W floats.
+    On the CPU each image is resized by itself, reading no more than its box. On other devices,
+    under ``torch.compile`` and for results one pixel wide, which torch (2.14) resizes wrongly, the
+    resize is two batched matrix products whose banded matrices hold the interpolation weights,
+    B · H_out · H + B · W_out · W floats.
 
     Args:
         images: ``(B, C, H, W)``, floating or uint8. In uint8 ``channels_last`` is 2-3 times faster
@@ -504,9 +506,9 @@ def crop_resize(
         check_boxes(box, images.shape[-2], images.shape[-1])
     if interpolation == "nearest":
         return _crop_nearest(images, box, size, flip)
-    if in_eager_cpu:
+    if in_eager_cpu and can_interpolate(size):
         return _crop_each(images, box, size, flip, interpolation, antialias)
-    return _crop_matmul(images, box, size, flip, interpolation, antialias)
+    return crop_matmul(images, box, size, flip, interpolation, antialias)
 
 
 def check_size(size: int | Sequence[int]) -> tuple[int, int]:
@@ -536,6 +538,11 @@ def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
             "box must be whole numbers of pixels, got (top, left, height, width) = "
             f"{box[broken][0].tolist()}"
         )
+
+
+def can_interpolate(size: tuple[int, int]) -> bool:
+    """Whether torch's own resize is right: to a width of 1 it repeats rows or stops (2.9 to 2.14)."""
+    return size[1] > 1
 
 
 def _crop_each(
@@ -583,7 +590,7 @@ def _target_index(start: Tensor, target: int, flip: Tensor | None) -> Tensor:
     return index if flip is None else torch.where(flip[:, None] != 0, target - 1 - index, index)
 
 
-def _crop_matmul(
+def crop_matmul(
     images: Tensor,
     box: Tensor,
     size: tuple[int, int],
@@ -591,15 +598,24 @@ def _crop_matmul(
     interpolation: Interpolation,
     antialias: bool,
 ) -> Tensor:
+    """`crop_resize` as two products with matrices of weights, without its checks."""
     source = images if images.dtype == torch.float64 else images.float()
     top, left, height, width = box.to(source.dtype).unbind(-1)
     rows = resize_matrix(top, height, images.shape[-2], size[0], None, interpolation, antialias)
     columns = resize_matrix(left, width, images.shape[-1], size[1], flip, interpolation, antialias)
     with torch.autocast(images.device.type, enabled=False):
-        result = rows[:, None] @ (source @ columns[:, None].mT)
+        across = source @ columns[:, None].mT
+        if images.dtype == torch.uint8:
+            to_levels(across)
+        result = rows[:, None] @ across
     if images.dtype == torch.uint8:
-        result = result.round().clamp(0, 255)
+        to_levels(result)
     return result.to(images.dtype)
+
+
+def to_levels(x: Tensor) -> None:
+    """Round to whole grey levels, halves up as torch's resize of uint8 does; in place."""
+    x.add_(0.5).floor_().clamp_(0, 255)
 
 
 def resize_matrix(
