@@ -126,6 +126,13 @@ def beside(parameter: Tensor, images: Tensor) -> Tensor:
     return to_device(parameter, images.device)
 
 
+def resized_to(size: tuple[int, int], batch: int) -> Params:
+    """The parameter by which Kornia's containers draw what follows for images of the new size."""
+    # Kornia before 0.9 reads the first row, also where there is none.
+    sizes = torch.tensor(size, dtype=torch.long, device="cpu").expand(batch, 2)
+    return {"output_size": sizes} if batch else {}
+
+
 def crop_matrix(box: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
     """``(B, 3, 3)``: from source pixels (x, y) to those of a mirrored, resized crop."""
     top, left, height, width = box.unbind(-1)

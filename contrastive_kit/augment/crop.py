@@ -8,7 +8,7 @@ from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Geometric, Params, beside, crop_matrix
+from contrastive_kit.augment._kornia import Geometric, Params, beside, crop_matrix, resized_to
 from contrastive_kit.augment.parameters import N_UNIFORMS, ViewDistribution, unpack
 
 _MODES: dict[str, functional.Interpolation] = {
@@ -80,7 +80,7 @@ class RandomResizedCrop(Geometric):
 
     def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
         table = self.distribution.table(uniforms[None], height=shape[-2], width=shape[-1])
-        return {"box": unpack(table).box[0]}
+        return {"box": unpack(table).box[0], **resized_to(self.flags["size"], shape[0])}
 
     def compute_transformation(
         self, input: Tensor, params: Params, flags: dict[str, Any]
