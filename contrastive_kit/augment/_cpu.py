@@ -154,8 +154,6 @@ def _render(
         if batch is not None:
             sources = batch.index_select(0, index % len(batch))
             _crop_together(sources, table[numbers], x, settings)
-        elif not can_interpolate(settings.size):
-            _crop_narrow(images, part, table, x, settings)
         else:
             _crop(images, part, x, work, settings)
         if images[0].dtype == torch.uint8:
@@ -184,6 +182,12 @@ def _crop(
 ) -> None:
     """Crop images one by one, each from its own box; uint8 keeps its range."""
     sources = [images[row.number % len(images)] for row in rows]
+    if not can_interpolate(settings.size):
+        for row, image, target in zip(rows, sources, x, strict=True):
+            p = unpack(_floats(row.values)[None])
+            options = (settings.interpolation, settings.antialias)
+            target.copy_(crop_matmul(image[None], p.box, settings.size, p.flip, *options)[0])
+        return
     pack = sources[0].dtype == torch.uint8 and all(image.stride(0) != 1 for image in sources)
     packed: list[Tensor] = []
     for row, image, target in zip(rows, sources, x, strict=True):
@@ -244,21 +248,6 @@ def _crop_together(sources: Tensor, table: Tensor, x: Tensor, settings: ViewSett
     torch.matmul(rows[:, None], crops.view(count, 3, height, -1), out=x)
     if in_levels:
         to_levels(x)
-
-
-def _crop_narrow(
-    images: Tensor | Sequence[Tensor],
-    rows: list[_Row],
-    table: Tensor,
-    x: Tensor,
-    settings: ViewSettings,
-) -> None:
-    """Crop images one by one without torch's resize; uint8 keeps its range."""
-    options = (settings.interpolation, settings.antialias)
-    for row, target in zip(rows, x, strict=True):
-        p = unpack(table[row.number : row.number + 1])
-        image = images[row.number % len(images)][None]
-        target.copy_(crop_matmul(image, p.box, settings.size, p.flip, *options)[0])
 
 
 def _jitter_each(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:

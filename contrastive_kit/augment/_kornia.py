@@ -14,13 +14,14 @@ from kornia.augmentation import GeometricAugmentationBase2D, IntensityAugmentati
 from kornia.augmentation.random_generator import RandomGeneratorBase
 from torch import Tensor
 
+from contrastive_kit.augment._random import Draws
 from contrastive_kit.augment.parameters import to_device
 
 Params = dict[str, Tensor]
 Range = tuple[float, float]
 
 
-class Draw(RandomGeneratorBase):  # type: ignore[misc]
+class Draw(RandomGeneratorBase, Draws):  # type: ignore[misc]
     """Parameters from one row of uniform numbers a sample.
 
     Args:
@@ -46,11 +47,8 @@ class Draw(RandomGeneratorBase):  # type: ignore[misc]
 
     def forward(self, batch_shape: tuple[int, ...], same_on_batch: bool = False) -> Params:
         """Draw the parameters of a batch of this shape."""
-        device = "cpu" if self.generator is None else self.generator.device
         rows = min(1, batch_shape[0]) if same_on_batch else batch_shape[0]
-        uniforms = torch.rand(
-            rows, self.columns, generator=self.generator, device=device, dtype=torch.float32
-        )
+        uniforms = self.uniforms(rows, self.columns, by_rank=True)
         return self.from_uniforms(uniforms.expand(batch_shape[0], -1), tuple(batch_shape))
 
 

@@ -6,7 +6,7 @@ of each operation are those of `parameters.ViewParameters` and `functional`.
 """
 
 # Triton decides an `if` on a constexpr when it compiles; an `and` it does not.
-# ruff: noqa: SIM102
+# ruff: noqa: SIM102, PLR0915
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 import triton

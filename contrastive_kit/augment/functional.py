@@ -541,7 +541,7 @@ def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
 
 
 def can_interpolate(size: tuple[int, int]) -> bool:
-    """Whether torch's own resize is right: to a width of 1 it repeats rows or stops (2.9 to 2.14)."""
+    """Whether torch's resize is right: to a width of 1 it repeats rows or stops (2.9 to 2.14)."""
     return size[1] > 1
 
 

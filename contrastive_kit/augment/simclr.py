@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import _cpu, _triton, _view, functional
+from contrastive_kit.augment._random import Draws
 from contrastive_kit.augment.parameters import (
     N_COLUMNS,
+    N_UNIFORMS,
     ViewDistribution,
     to_device,
     to_number,
@@ -28,7 +30,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 Images = Tensor | Sequence[Tensor]
 
 
-class SimCLRAugment(nn.Module):
+class SimCLRAugment(Draws):
     r"""Independent random views of each image: crop, flip, colour jitter, grayscale, blur.
 
     The augmentation of SimCLR (Chen et al., 2020, appendix A), with torchvision's definition of
@@ -56,8 +58,9 @@ class SimCLRAugment(nn.Module):
             paper's appendix B.9.
         normalize: Mean and standard deviation of the three channels, subtracted and divided last;
             `IMAGENET_NORMALIZATION` for instance. The views stay in [0, 1] if None.
-        generator: Where the random numbers come from; the default CPU generator if None. Each
-            DataLoader worker gets a copy of it in the same state.
+        generator: Where the random numbers come from; the default CPU generator if None. In
+            DataLoader workers, and on other ranks than the first, one on the CPU gives each worker,
+            epoch and rank numbers of its own.
         backend: "cpu" (in place, in chunks), "triton" (fused kernels on a CUDA device), "torch"
             (batched; any device, differentiable), or "auto": the first of these that takes the
             images.
@@ -266,6 +269,9 @@ class SimCLRAugment(nn.Module):
     def draw(self, images: Images) -> Tensor:
         """Draw the parameters of the views of these images, without making the views.
 
+        A generator of one's own in the same state gives the same table on every rank: to divide a
+        table of the whole batch among the ranks.
+
         Args:
             images: ``(B, 3, H, W)``, or a list of B images ``(3, H_i, W_i)``.
 
@@ -273,6 +279,9 @@ class SimCLRAugment(nn.Module):
             The parameter table, ``(views, B, 18)`` float32 on the generator's device;
             `contrastive_kit.augment.parameters.unpack` names its columns.
         """
+        return self._table(images, by_rank=False)
+
+    def _table(self, images: Images, *, by_rank: bool) -> Tensor:
         _check_images(images)
         if isinstance(images, Tensor):
             height: int | Tensor = images.shape[-2]
@@ -282,9 +291,8 @@ class SimCLRAugment(nn.Module):
             height, width = torch.tensor(
                 [image.shape[-2:] for image in images], dtype=torch.float32, device=device
             ).unbind(-1)
-        return self.distribution.draw(
-            self.views, len(images), height=height, width=width, generator=self.generator
-        )
+        uniforms = self.uniforms(self.views, len(images), N_UNIFORMS, by_rank=by_rank)
+        return self.distribution.table(uniforms, height=height, width=width)
 
     def forward(
         self,
@@ -321,7 +329,10 @@ class SimCLRAugment(nn.Module):
         check_flag("concat", concat)
         if self.check_values:
             _check_range(images)
-        table = self.draw(images) if params is None else self._check_params(params, images)
+        if params is None:
+            table = self._table(images, by_rank=True)
+        else:
+            table = self._check_params(params, images)
         batch = self._render(images, to_device(table.float(), first.device))
         views = batch if concat else batch.chunk(self.views)
         return (views, table) if return_params else views
@@ -398,6 +409,14 @@ class SimCLRAugment(nn.Module):
                 "params must hold a positive sigma in column 16 where column 15 asks for a blur, "
                 f"got {float(p.sigma[no_sigma][0])}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save pickles by protocol 2, which knows no torch.memory_format.
+        return {**super().__getstate__(), "memory_format": str(self.memory_format)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        name = state["memory_format"].removeprefix("torch.")
+        super().__setstate__({**state, "memory_format": getattr(torch, name)})
 
     def extra_repr(self) -> str:
         """The recipe, as ``repr`` shows it."""

@@ -1,4 +1,4 @@
-"""Our modules before and after Kornia's own, against Kornia's module of the same kind in their place.
+"""Our modules before and after Kornia's own, against Kornia's of the same kind in their place.
 
 What follows a crop has to draw its parameters for the size after it. Kornia's containers know that
 size from the parameters of the crop alone.
@@ -122,7 +122,7 @@ def test_geometry_of_what_follows(ours):
     "wrap",
     [
         lambda *m: K.AugmentationSequential(*m, data_keys=["input"]),
-        lambda *m: K.ImageSequential(*m),
+        K.ImageSequential,
         lambda *m: K.AugmentationSequential(K.ImageSequential(*m[:1]), m[1], data_keys=["input"]),
         lambda *m: K.VideoSequential(*m, data_format="BTCHW"),
     ],
