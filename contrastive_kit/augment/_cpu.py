@@ -7,6 +7,7 @@ order, so that the hue, the dearest operation, is one call on a contiguous slice
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -33,6 +34,8 @@ _JITTER_TOGETHER = 64 * 64
 # Beyond this many pixels a sample is a chunk, made in its place in the result.
 _ALONE = 128 * 128
 _TINY = 1e-30
+# So many views of a call are looked at for values out of range: a look costs 2 % of a view.
+_LOOKED_AT = 8
 # What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
 _BLUR_REACH = 4.5
 # Up to this radius shifted sums are faster than products of tiles.
@@ -141,6 +144,7 @@ def _render(
         and settings.contrast_mean == "gray"
         and settings.saturation_mode == "gray"
     )
+    floats = len(rows) > 0 and images[0].dtype != torch.uint8
     chunk = max(1, min(len(rows), _CHUNK_BYTES // (12 * pixels)))
     if pixels > _ALONE:
         chunk = 1
@@ -156,10 +160,9 @@ def _render(
             _crop_together(sources, table[numbers], x, settings)
         else:
             _crop(images, part, x, work, settings)
-        if images[0].dtype == torch.uint8:
-            x.mul_(1 / 255)
-        elif settings.interpolation == "bicubic":
-            x.clamp_(0, 1)
+        if floats and start < _LOOKED_AT:
+            _look_at(x[:_LOOKED_AT], settings)
+        _to_unit_range(x, floats, settings)
         jittered = sum(row.jitter for row in part)
         if jittered and jitter_together:
             _jitter_together(x[:jittered], part[:jittered], table[numbers[:jittered]], work)
@@ -171,6 +174,26 @@ def _render(
                 out[number] = sample
         elif not in_place:
             out.index_copy_(0, index, x.to(out.dtype))
+
+
+def _to_unit_range(x: Tensor, floats: bool, settings: ViewSettings) -> None:
+    if not floats:
+        x.mul_(1 / 255)
+    elif settings.interpolation == "bicubic":
+        x.clamp_(0, 1)
+
+
+def _look_at(x: Tensor, settings: ViewSettings) -> None:
+    """Warn where crops leave [0, 1] further than rounding, or a bicubic's overshoot, takes them."""
+    low, high = (float(end) for end in x.aminmax())
+    slack = 0.5 if settings.interpolation == "bicubic" else 1e-3
+    if not (low >= -slack and high <= 1 + slack):
+        warnings.warn(
+            "images hold floats outside [0, 1], or NaN: the colour operations will clamp them. "
+            "Divide 0...255 by 255, and leave it to normalize= to normalise the views. "
+            "check_values=True makes this an error",
+            stacklevel=2,
+        )
 
 
 def _crop(

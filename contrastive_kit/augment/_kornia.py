@@ -14,6 +14,7 @@ from kornia.augmentation import GeometricAugmentationBase2D, IntensityAugmentati
 from kornia.augmentation.random_generator import RandomGeneratorBase
 from torch import Tensor
 
+from contrastive_kit._checks import check_flag
 from contrastive_kit.augment._random import Draws
 from contrastive_kit.augment.parameters import to_device
 
@@ -64,6 +65,8 @@ class _Citizen:
         keepdim: bool,
         generator: torch.Generator | None,
     ) -> None:
+        check_flag("same_on_batch", same_on_batch)
+        check_flag("keepdim", keepdim)
         super().__init__(  # type: ignore[call-arg]
             p=1.0, p_batch=1.0, same_on_batch=same_on_batch, keepdim=keepdim
         )
@@ -75,6 +78,7 @@ class _Citizen:
 
     def __unpack_input__(self, input: Tensor) -> Tensor:
         # Not in transform_tensor: Kornia keeps the images alive for a class that overrides that.
+        check_tensor(input)
         return input.float() / 255 if input.dtype == torch.uint8 else input
 
     def transform_masks(
@@ -108,10 +112,13 @@ class Geometric(_Citizen, GeometricAugmentationBase2D):  # type: ignore[misc]
     """Base of the modules that move pixels."""
 
 
-def check_probability(p: float) -> None:
-    """Raise an error unless p is a probability."""
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be a probability between 0 and 1, got {p}")
+def check_tensor(images: object) -> None:
+    """Raise unless the images are a tensor, and say how pictures become one."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor, got {type(images).__name__}; for PIL images and arrays "
+            "there is torchvision.transforms.functional.pil_to_tensor and torch.from_numpy"
+        )
 
 
 def uniform(numbers: Tensor, bounds: Range) -> Tensor:

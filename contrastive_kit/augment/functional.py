@@ -11,12 +11,15 @@ A parameter is one number for all samples, or a ``(B,)`` tensor on the device of
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 from numbers import Integral
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from contrastive_kit.augment.parameters import several, to_number
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
@@ -53,6 +56,8 @@ def _per_sample(
     """``(B, 1, 1, 1)``, or ``(1, 1, 1, 1)`` for a plain number, in the working precision."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
+        # Dynamo traces no more than this for the numbers that are usual.
+        value = value if type(value) in (float, int) else to_number(name, value)
         if not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {value}")
         return torch.full((1, 1, 1, 1), value, dtype=dtype, device=images.device)
@@ -389,7 +394,7 @@ def gaussian_blur(
     images: Tensor,
     sigma: float | Tensor,
     *,
-    kernel_size: int,
+    kernel_size: int | Sequence[int],
     padding: Literal["reflect", "zeros"] = "reflect",
     apply: Tensor | None = None,
 ) -> Tensor:
@@ -398,7 +403,8 @@ def gaussian_blur(
     Args:
         images: ``(B, C, H, W)``, floating in [0, 1] or uint8.
         sigma: Standard deviation in pixels, positive.
-        kernel_size: Odd number of taps along each axis.
+        kernel_size: Odd number of taps along each axis, or one for the height and one for the
+            width.
         padding: What lies beyond the border: the mirror image, or black (TensorFlow's "SAME").
         apply: ``(B,)``; samples where it is zero are left alone. All are changed if None.
 
@@ -417,32 +423,50 @@ def gaussian_blur(
         tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
     """
     check_images(images)
-    radius = check_kernel(kernel_size, images.shape[-2:], padding)
+    radius_y, radius_x = check_kernel(kernel_size, images.shape[-2:], padding)
     sigma = _per_sample("sigma", sigma, images, torch.finfo(torch.float32).tiny)
     working = _to_working(images)
     height, width = images.shape[-2:]
-    rows = _blur_matrix(height, sigma, radius, padding)
-    columns = rows if height == width else _blur_matrix(width, sigma, radius, padding)
+    rows = _blur_matrix(height, sigma, radius_y, padding)
+    square = height == width and radius_y == radius_x
+    columns = rows if square else _blur_matrix(width, sigma, radius_x, padding)
     with torch.autocast(images.device.type, enabled=False):
         result = rows[:, None] @ working @ columns[:, None].mT
     return _to_result(_gated(result, working, apply), images)
 
 
-def check_kernel(kernel_size: int, shape: Sequence[int], padding: str) -> int:
-    """The radius of a blur kernel that fits the images, else an error."""
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, Integral):
+def check_kernel(
+    kernel_size: int | Sequence[int], shape: Sequence[int], padding: str
+) -> tuple[int, int]:
+    """The radii, along height and width, of a blur kernel that fits the images, else an error."""
+    pair = tuple(kernel_size) if several(kernel_size) else (kernel_size, kernel_size)  # type: ignore[arg-type]
+    if any(isinstance(taps, bool) or not isinstance(taps, Integral) for taps in pair):
         raise TypeError(f"kernel_size must be an integer, got {kernel_size!r}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if len(pair) != 2 or min(pair) < 1 or any(taps % 2 == 0 for taps in pair):
+        raise ValueError(
+            f"kernel_size must be odd and positive, for both axes or each, got {kernel_size}"
+        )
     if padding not in ("reflect", "zeros"):
         raise ValueError(f"padding must be 'reflect' or 'zeros', got {padding!r}")
-    radius = kernel_size // 2
-    if padding == "reflect" and radius >= min(shape):
-        raise ValueError(
-            f"kernel_size must be below {2 * min(shape)} to mirror images of "
-            f"{tuple(shape)}, got {kernel_size}"
-        )
-    return radius
+    radii = int(pair[0]) // 2, int(pair[1]) // 2
+    for side, radius in zip(shape, radii, strict=False):
+        if padding == "reflect" and radius >= side:
+            raise ValueError(
+                f"kernel_size must be below {2 * side} to mirror images of {tuple(shape)}, "
+                f"got {kernel_size}"
+            )
+    return radii
+
+
+def check_interpolation(interpolation: object) -> Literal["bilinear", "bicubic"]:
+    """The name of an interpolation that images take, of torchvision's and Kornia's enums too."""
+    name = interpolation.name if isinstance(interpolation, Enum) else interpolation
+    name = name.lower() if isinstance(name, str) else name
+    if name == "bilinear":
+        return "bilinear"
+    if name == "bicubic":
+        return "bicubic"
+    raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}")
 
 
 def crop_resize(
@@ -513,11 +537,11 @@ def crop_resize(
 
 def check_size(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, both positive, else an error."""
-    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    pair = tuple(size) if several(size) else (size, size)  # type: ignore[arg-type]
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in pair)
     if len(pair) != 2 or not whole or min(pair) < 1:
         raise ValueError(f"size must be a positive int or two of them, got {size!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:

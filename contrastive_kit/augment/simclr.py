@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -74,7 +75,7 @@ class SimCLRAugment(Draws):
         kernel_size: Odd number of taps of the blur; 10 % of the shorter side made odd if None.
         solarize: The probability of solarizing after the blur, one number or one a view.
         solarize_threshold: Above it pixels are inverted, in [0, 1].
-        interpolation: "bilinear" or "bicubic".
+        interpolation: "bilinear" or "bicubic", or torchvision's or Kornia's name for it.
         antialias: Low-pass when the crop shrinks.
         contrast_mean: Contrast about the "gray" mean (torchvision) or each "channel"'s
             (TensorFlow).
@@ -82,7 +83,8 @@ class SimCLRAugment(Draws):
         blur_padding: "reflect" (torchvision) or "zeros" (TensorFlow).
         dtype: Of the views: float32, float16, bfloat16 or float64.
         memory_format: Of the views: ``torch.contiguous_format`` or ``torch.channels_last``.
-        check_values: Raise where floats lie outside [0, 1]. Waits for the GPU.
+        check_values: Raise where floats lie outside [0, 1]. Waits for the GPU. Without it the CPU
+            backend warns, once, where it meets some among the first views of a call.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -132,8 +134,9 @@ class SimCLRAugment(Draws):
     ) -> None:
         super().__init__()
         shape = functional.check_size(size)
-        if isinstance(views, bool) or not isinstance(views, int) or views < 1:
+        if isinstance(views, bool) or not isinstance(views, Integral) or views < 1:
             raise ValueError(f"views must be a positive int, got {views!r}")
+        views = int(views)
         if backend not in ("auto", *_BACKENDS):
             raise ValueError(f"backend must be 'auto', 'cpu', 'triton' or 'torch', got {backend!r}")
         if dtype not in _DTYPES:
@@ -147,10 +150,7 @@ class SimCLRAugment(Draws):
                 "memory_format must be torch.contiguous_format or torch.channels_last, "
                 f"got {memory_format}"
             )
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(
-                f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}"
-            )
+        interpolation = functional.check_interpolation(interpolation)
         if contrast_mean not in ("gray", "channel"):
             raise ValueError(f"contrast_mean must be 'gray' or 'channel', got {contrast_mean!r}")
         if saturation_mode not in ("gray", "hsv"):
@@ -168,8 +168,11 @@ class SimCLRAugment(Draws):
                 )
         if kernel_size is None:
             kernel_size = max(3, min(shape) // 10 // 2 * 2 + 1)
-        if _any(blur_probability):
-            functional.check_kernel(kernel_size, shape, blur_padding)
+        # What is not blurred may be smaller than the kernel.
+        blurred = shape if _any(blur_probability) else ()
+        radii = functional.check_kernel(kernel_size, blurred, blur_padding)
+        if radii[0] != radii[1]:
+            raise ValueError(f"kernel_size must be one for both axes, got {kernel_size}")
         brightness, contrast, saturation, hue = _jitter_ranges(colors, strength)
         self.views = views
         self.strength = strength
@@ -199,7 +202,7 @@ class SimCLRAugment(Draws):
             antialias=antialias,
             contrast_mean=contrast_mean,
             saturation_mode=saturation_mode,
-            kernel_size=kernel_size if _any(blur_probability) else 0,
+            kernel_size=2 * radii[0] + 1 if _any(blur_probability) else 0,
             blur_padding=blur_padding,
             solarize_threshold=solarize_threshold if _any(solarize_probability) else None,
             mean=mean,
@@ -512,7 +515,8 @@ def _check_images(images: Images) -> Tensor:
         return functional.check_images(images, channels=3)
     if not isinstance(images, Sequence) or not images:
         raise TypeError(
-            f"images must be a tensor or a non-empty list of tensors, got {type(images).__name__}"
+            f"images must be a tensor or a non-empty list of tensors, got {type(images).__name__}; "
+            "PIL images become tensors by torchvision.transforms.functional.pil_to_tensor"
         )
     for image in images:
         if not isinstance(image, Tensor) or image.ndim != 3:
