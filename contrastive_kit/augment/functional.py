@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from enum import Enum
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -439,7 +439,9 @@ def check_kernel(
     kernel_size: int | Sequence[int], shape: Sequence[int], padding: str
 ) -> tuple[int, int]:
     """The radii, along height and width, of a blur kernel that fits the images, else an error."""
-    pair = tuple(kernel_size) if several(kernel_size) else (kernel_size, kernel_size)  # type: ignore[arg-type]
+    pair: tuple[Any, ...] = (kernel_size, kernel_size)
+    if several(kernel_size):
+        pair = tuple(kernel_size)  # type: ignore[arg-type]
     if any(isinstance(taps, bool) or not isinstance(taps, Integral) for taps in pair):
         raise TypeError(f"kernel_size must be an integer, got {kernel_size!r}")
     if len(pair) != 2 or min(pair) < 1 or any(taps % 2 == 0 for taps in pair):
@@ -537,7 +539,7 @@ def crop_resize(
 
 def check_size(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, both positive, else an error."""
-    pair = tuple(size) if several(size) else (size, size)  # type: ignore[arg-type]
+    pair: tuple[Any, ...] = tuple(size) if several(size) else (size, size)  # type: ignore[arg-type]
     whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in pair)
     if len(pair) != 2 or not whole or min(pair) < 1:
         raise ValueError(f"size must be a positive int or two of them, got {size!r}")

@@ -134,9 +134,7 @@ class SimCLRAugment(Draws):
     ) -> None:
         super().__init__()
         shape = functional.check_size(size)
-        if isinstance(views, bool) or not isinstance(views, Integral) or views < 1:
-            raise ValueError(f"views must be a positive int, got {views!r}")
-        views = int(views)
+        views = _positive_int("views", views)
         if backend not in ("auto", *_BACKENDS):
             raise ValueError(f"backend must be 'auto', 'cpu', 'triton' or 'torch', got {backend!r}")
         if dtype not in _DTYPES:
@@ -448,6 +446,12 @@ class SimCLRAugment(Draws):
                     parts.append(f"{name}={value!r}")
         parts.append(f"dtype={self.dtype}, backend={self.backend!r}")
         return "\n".join(parts)
+
+
+def _positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return int(value)
 
 
 def _blur_probability(blur: Blur, shape: tuple[int, int]) -> float | tuple[float, ...]:
