@@ -8,11 +8,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from contrastive_kit.augment.simclr import SimCLRAugment
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RECIPES = {
     "simclr": SimCLRAugment.imagenet,
@@ -74,18 +78,57 @@ def _fit(image: Tensor, size: tuple[int, int]) -> Tensor:
 def read_image(path: Path) -> Tensor:
     """Read a picture as ``(3, H, W)`` uint8, the right way up.
 
+    Of integers of more than 8 bits, white is the largest number of as many bits, 8 or more, as hold
+    the brightest pixel; of floats it is 1, or 255 where some are larger. Beyond that, and below 0,
+    black and white are the smallest and the largest. Of several frames the first is taken, and what
+    is transparent is shown.
+
     Args:
         path: Any file that Pillow reads.
 
     Raises:
-        OSError: If there is no such file, or it is not a picture.
+        OSError: If there is no such file, or Pillow cannot read it; begins with the path.
     """
-    import numpy as np
     from PIL import Image, ImageOps
 
-    with Image.open(path) as picture:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            deep = upright.mode.startswith(("I", "F"))
+            pixels = _to_bytes(upright) if deep else _array(upright.convert("RGB"))
+    # Each of Pillow's readers has errors of its own, from SyntaxError to NotImplementedError.
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise OSError(f"{path}: {reason or _one_line(error)}") from error
+    if 0 in pixels.shape:
+        raise OSError(f"{path}: the picture is empty")
+    return pixels.movedim(-1, 0).contiguous()
+
+
+def _to_bytes(picture: "Image.Image") -> Tensor:
+    """``(H, W, 3)`` uint8 of one channel of wide integers or floats."""
+    pixels = _array(picture).double().nan_to_num(0, 0, 0)
+    black, brightest = (float(end) for end in pixels.aminmax())
+    if black >= 0 and picture.mode != "F":
+        black, brightest = 0.0, float(2 ** max(8, int(brightest).bit_length()) - 1)
+    elif black >= 0 and brightest <= 255:
+        black, brightest = 0.0, 1.0 if brightest <= 1 else 255.0
+    gray = (pixels - black) / max(brightest - black, 1e-300)
+    return gray.mul(255).round().byte()[..., None].expand(-1, -1, 3)
+
+
+def _array(picture: "Image.Image") -> Tensor:
+    import numpy as np
+
+    array = np.array(picture)
+    # Torch knows no other order of bytes, and few operations for unsigned 16 bits.
+    return torch.from_numpy(
+        array.astype(np.int32) if array.dtype.kind in "iu" and array.itemsize > 1 else array
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,22 +149,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     views = options.views
     if views is None:
         views = 2 if options.recipe == "byol" else 6
-    chosen = {"views": views, "generator": torch.Generator().manual_seed(options.seed)}
+    # Any whole number is a seed; torch takes those of 64 bits.
+    generator = torch.Generator().manual_seed(options.seed % 2**64)
+    chosen = {"views": views, "generator": generator}
     if options.strength is not None:
         chosen["strength"] = options.strength
     try:
+        _check_out(options.out, options.images)
         images = [read_image(path) for path in options.images]
         sheet = contact_sheet(images, RECIPES[options.recipe](options.size, **chosen))
         _write(sheet, options.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    # Torch has a RuntimeError where memory does not suffice for a sheet.
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        sys.exit(f"{parser.prog}: {_one_line(error)}")
     print(f"{options.out}: {views} views of each of {len(images)} images")
+
+
+def _check_out(out: Path, images: Sequence[Path]) -> None:
+    for image in images:
+        if out.exists() and image.exists() and out.samefile(image):
+            raise ValueError(f"--out must not be one of the images, got {out}")
 
 
 def _write(sheet: Tensor, path: Path) -> None:
     from PIL import Image
 
-    Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()).save(path, quality=90)
+    try:
+        Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()).save(path, quality=90)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path}: {_one_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ order, so that the hue, the dearest operation, is one call on a contiguous slice
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -15,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kit.augment._view import ViewSettings
-from contrastive_kit.augment.functional import GRAY_WEIGHTS, resize_matrix
+from contrastive_kit.augment.functional import (
+    GRAY_WEIGHTS,
+    can_interpolate,
+    crop_matmul,
+    resize_matrix,
+    to_levels,
+)
 from contrastive_kit.augment.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION, unpack
 
 _CHUNK_BYTES = 1_800_000
@@ -27,6 +34,8 @@ _JITTER_TOGETHER = 64 * 64
 # Beyond this many pixels a sample is a chunk, made in its place in the result.
 _ALONE = 128 * 128
 _TINY = 1e-30
+# So many views of a call are looked at for values out of range: a look costs 2 % of a view.
+_LOOKED_AT = 8
 # What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
 _BLUR_REACH = 4.5
 # Up to this radius shifted sums are faster than products of tiles.
@@ -135,6 +144,7 @@ def _render(
         and settings.contrast_mean == "gray"
         and settings.saturation_mode == "gray"
     )
+    floats = len(rows) > 0 and images[0].dtype != torch.uint8
     chunk = max(1, min(len(rows), _CHUNK_BYTES // (12 * pixels)))
     if pixels > _ALONE:
         chunk = 1
@@ -150,10 +160,9 @@ def _render(
             _crop_together(sources, table[numbers], x, settings)
         else:
             _crop(images, part, x, work, settings)
-        if images[0].dtype == torch.uint8:
-            x.mul_(1 / 255)
-        if settings.interpolation == "bicubic":
-            x.clamp_(0, 1)
+        if floats and start < _LOOKED_AT:
+            _look_at(x[:_LOOKED_AT], settings)
+        _to_unit_range(x, floats, settings)
         jittered = sum(row.jitter for row in part)
         if jittered and jitter_together:
             _jitter_together(x[:jittered], part[:jittered], table[numbers[:jittered]], work)
@@ -167,6 +176,26 @@ def _render(
             out.index_copy_(0, index, x.to(out.dtype))
 
 
+def _to_unit_range(x: Tensor, floats: bool, settings: ViewSettings) -> None:
+    if not floats:
+        x.mul_(1 / 255)
+    elif settings.interpolation == "bicubic":
+        x.clamp_(0, 1)
+
+
+def _look_at(x: Tensor, settings: ViewSettings) -> None:
+    """Warn where crops leave [0, 1] further than rounding, or a bicubic's overshoot, takes them."""
+    low, high = (float(end) for end in x.aminmax())
+    slack = 0.5 if settings.interpolation == "bicubic" else 1e-3
+    if not (low >= -slack and high <= 1 + slack):
+        warnings.warn(
+            "images hold floats outside [0, 1], or NaN: the colour operations will clamp them. "
+            "Divide 0...255 by 255, and leave it to normalize= to normalise the views. "
+            "check_values=True makes this an error",
+            stacklevel=2,
+        )
+
+
 def _crop(
     images: Tensor | Sequence[Tensor],
     rows: list[_Row],
@@ -176,6 +205,12 @@ def _crop(
 ) -> None:
     """Crop images one by one, each from its own box; uint8 keeps its range."""
     sources = [images[row.number % len(images)] for row in rows]
+    if not can_interpolate(settings.size):
+        for row, image, target in zip(rows, sources, x, strict=True):
+            p = unpack(_floats(row.values)[None])
+            options = (settings.interpolation, settings.antialias)
+            target.copy_(crop_matmul(image[None], p.box, settings.size, p.flip, *options)[0])
+        return
     pack = sources[0].dtype == torch.uint8 and all(image.stride(0) != 1 for image in sources)
     packed: list[Tensor] = []
     for row, image, target in zip(rows, sources, x, strict=True):
@@ -230,7 +265,12 @@ def _crop_together(sources: Tensor, table: Tensor, x: Tensor, settings: ViewSett
     rows = resize_matrix(p.box[:, 0], p.box[:, 2], height, settings.size[0], None, *options)
     columns = resize_matrix(p.box[:, 1], p.box[:, 3], width, settings.size[1], p.flip, *options)
     crops = torch.bmm(sources.float().reshape(count, 3 * height, width), columns.mT)
+    in_levels = sources.dtype == torch.uint8
+    if in_levels:
+        to_levels(crops)
     torch.matmul(rows[:, None], crops.view(count, 3, height, -1), out=x)
+    if in_levels:
+        to_levels(x)
 
 
 def _jitter_each(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:

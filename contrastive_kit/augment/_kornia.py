@@ -14,13 +14,15 @@ from kornia.augmentation import GeometricAugmentationBase2D, IntensityAugmentati
 from kornia.augmentation.random_generator import RandomGeneratorBase
 from torch import Tensor
 
+from contrastive_kit._checks import check_flag
+from contrastive_kit.augment._random import Draws
 from contrastive_kit.augment.parameters import to_device
 
 Params = dict[str, Tensor]
 Range = tuple[float, float]
 
 
-class Draw(RandomGeneratorBase):  # type: ignore[misc]
+class Draw(RandomGeneratorBase, Draws):  # type: ignore[misc]
     """Parameters from one row of uniform numbers a sample.
 
     Args:
@@ -46,11 +48,8 @@ class Draw(RandomGeneratorBase):  # type: ignore[misc]
 
     def forward(self, batch_shape: tuple[int, ...], same_on_batch: bool = False) -> Params:
         """Draw the parameters of a batch of this shape."""
-        device = "cpu" if self.generator is None else self.generator.device
         rows = min(1, batch_shape[0]) if same_on_batch else batch_shape[0]
-        uniforms = torch.rand(
-            rows, self.columns, generator=self.generator, device=device, dtype=torch.float32
-        )
+        uniforms = self.uniforms(rows, self.columns, by_rank=True)
         return self.from_uniforms(uniforms.expand(batch_shape[0], -1), tuple(batch_shape))
 
 
@@ -66,6 +65,8 @@ class _Citizen:
         keepdim: bool,
         generator: torch.Generator | None,
     ) -> None:
+        check_flag("same_on_batch", same_on_batch)
+        check_flag("keepdim", keepdim)
         super().__init__(  # type: ignore[call-arg]
             p=1.0, p_batch=1.0, same_on_batch=same_on_batch, keepdim=keepdim
         )
@@ -77,6 +78,7 @@ class _Citizen:
 
     def __unpack_input__(self, input: Tensor) -> Tensor:
         # Not in transform_tensor: Kornia keeps the images alive for a class that overrides that.
+        check_tensor(input)
         return input.float() / 255 if input.dtype == torch.uint8 else input
 
     def transform_masks(
@@ -110,10 +112,13 @@ class Geometric(_Citizen, GeometricAugmentationBase2D):  # type: ignore[misc]
     """Base of the modules that move pixels."""
 
 
-def check_probability(p: float) -> None:
-    """Raise an error unless p is a probability."""
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be a probability between 0 and 1, got {p}")
+def check_tensor(images: object) -> None:
+    """Raise unless the images are a tensor, and say how pictures become one."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor, got {type(images).__name__}; for PIL images and arrays "
+            "there is torchvision.transforms.functional.pil_to_tensor and torch.from_numpy"
+        )
 
 
 def uniform(numbers: Tensor, bounds: Range) -> Tensor:
@@ -124,6 +129,13 @@ def uniform(numbers: Tensor, bounds: Range) -> Tensor:
 def beside(parameter: Tensor, images: Tensor) -> Tensor:
     """The parameter on the device of the images."""
     return to_device(parameter, images.device)
+
+
+def resized_to(size: tuple[int, int], batch: int) -> Params:
+    """The parameter by which Kornia's containers draw what follows for images of the new size."""
+    # Kornia before 0.9 reads the first row, also where there is none.
+    sizes = torch.tensor(size, dtype=torch.long, device="cpu").expand(batch, 2)
+    return {"output_size": sizes} if batch else {}
 
 
 def crop_matrix(box: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:

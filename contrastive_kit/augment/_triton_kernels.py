@@ -6,7 +6,7 @@ of each operation are those of `parameters.ViewParameters` and `functional`.
 """
 
 # Triton decides an `if` on a constexpr when it compiles; an `and` it does not.
-# ruff: noqa: SIM102
+# ruff: noqa: SIM102, PLR0915
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 import triton
@@ -41,8 +41,8 @@ def _unit(x):
 
 @triton.jit
 def _level(x):
-    """The nearest whole number from 0 to 255, ties to even: floats near 1.5 · 2²³ are whole."""
-    return (tl.minimum(tl.maximum(x, 0.0), 255.0) + 12582912.0) - 12582912.0
+    """The nearest whole number from 0 to 255, halves up as torch's resize of uint8 does."""
+    return tl.floor(tl.minimum(tl.maximum(x, 0.0), 255.0) + 0.5)
 
 
 @triton.jit
@@ -180,26 +180,39 @@ def crop_kernel(
         tl.load(params + 1), tl.load(params + 3), source_width, column, WIDTH, SUPPORT, ANTIALIAS
     )
     images += image.to(tl.int64) * stride_n + top * stride_y + left * stride_x
-    total = tl.zeros((BLOCK,), tl.float32)
-    red, green, blue = total, total, total
+    WHOLE: tl.constexpr = crops.dtype.element_ty == tl.uint8
+    # Whole grey levels go from one axis to the next, as in torch; that shows where they overshoot.
+    BETWEEN: tl.constexpr = BICUBIC if WHOLE else False
+    zero = tl.zeros((BLOCK,), tl.float32)
+    total, red, green, blue = zero, zero, zero, zero
+    down, sum_red, sum_green, sum_blue = zero, zero, zero, zero
     for number_y in range(taps_y):
         tap_y, weight_y, inside_y = _tap(
             first_y, number_y, away_y, height, shrink_y, BICUBIC, ANTIALIAS
         )
+        if BETWEEN:
+            total, red, green, blue = zero, zero, zero, zero
         for number_x in range(taps_x):
-            tap_x, weight_x, inside_x = _tap(
+            tap_x, weight, inside_x = _tap(
                 first_x, number_x, away_x, width, shrink_x, BICUBIC, ANTIALIAS
             )
             source = images + (tap_y * stride_y + tap_x * stride_x)
             inside = inside_y & inside_x
-            weight = weight_y * weight_x
+            if not BETWEEN:
+                weight *= weight_y
             total += weight
             red += weight * tl.load(source, mask=inside, other=0).to(tl.float32)
             green += weight * tl.load(source + stride_c, mask=inside, other=0).to(tl.float32)
             blue += weight * tl.load(source + 2 * stride_c, mask=inside, other=0).to(tl.float32)
+        if BETWEEN:
+            down += weight_y
+            sum_red += weight_y * _level(red / total)
+            sum_green += weight_y * _level(green / total)
+            sum_blue += weight_y * _level(blue / total)
+    if BETWEEN:
+        total, red, green, blue = down, sum_red, sum_green, sum_blue
     red, green, blue = red / total, green / total, blue / total
 
-    WHOLE: tl.constexpr = crops.dtype.element_ty == tl.uint8
     if WHOLE:
         red, green, blue = _level(red), _level(green), _level(blue)
     elif BICUBIC:

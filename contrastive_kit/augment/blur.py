@@ -11,9 +11,9 @@ from contrastive_kit.augment._kornia import (
     Params,
     Range,
     beside,
-    check_probability,
     uniform,
 )
+from contrastive_kit.augment.parameters import several, to_number, to_numbers, to_probability
 
 
 class GaussianBlur(Intensity):
@@ -23,8 +23,9 @@ class GaussianBlur(Intensity):
     sees the mirror image beyond the border.
 
     Args:
-        kernel_size: Odd number of taps along each axis.
-        sigma: Range of the standard deviation in pixels.
+        kernel_size: Odd number of taps along each axis, or one for the height and one for the
+            width, in Kornia's order (torchvision's is the other).
+        sigma: Range of the standard deviation in pixels, or one number.
         p: Probability that a sample is blurred.
         same_on_batch: One width and one decision for all samples.
         keepdim: A single ``(C, H, W)`` image stays one.
@@ -36,6 +37,7 @@ class GaussianBlur(Intensity):
 
     Raises:
         ValueError: If an argument is out of its range, or the images are too small to be mirrored.
+        TypeError: If something is no number where one must be, or a flag not True or False.
 
     Example:
         >>> import torch
@@ -45,25 +47,28 @@ class GaussianBlur(Intensity):
 
     def __init__(
         self,
-        kernel_size: int,
-        sigma: Range = (0.1, 2.0),
+        kernel_size: int | tuple[int, int],
+        sigma: float | Range = (0.1, 2.0),
         *,
         p: float = 0.5,
         same_on_batch: bool = False,
         keepdim: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_probability(p)
+        p = to_probability("p", p)
         functional.check_kernel(kernel_size, (), "zeros")
-        if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1] < float("inf"):
-            raise ValueError(f"sigma must be a finite range of positive numbers, got {sigma}")
+        ends = to_numbers("sigma", sigma) if several(sigma) else (to_number("sigma", sigma),) * 2
+        if len(ends) != 2 or not 0 < ends[0] <= ends[1] < float("inf"):
+            raise ValueError(
+                f"sigma must be a positive number or a finite range of them, got {sigma}"
+            )
 
-        options = f"kernel_size={kernel_size}, sigma={sigma}, p={p}"
+        options = f"kernel_size={kernel_size}, sigma={ends}, p={p}"
         super().__init__(
             2, options, same_on_batch=same_on_batch, keepdim=keepdim, generator=generator
         )
         self.probability = p
-        self.sigma = sigma
+        self.sigma = ends
         self.flags = {"kernel_size": kernel_size}
 
     def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:

@@ -12,9 +12,9 @@ from contrastive_kit.augment._kornia import (
     Params,
     Range,
     beside,
-    check_probability,
     uniform,
 )
+from contrastive_kit.augment.parameters import several, to_number, to_numbers, to_probability
 
 
 class ColorJitter(Intensity):
@@ -39,6 +39,7 @@ class ColorJitter(Intensity):
 
     Raises:
         ValueError: If an argument is out of its range.
+        TypeError: If something is no number where one must be, or a flag not True or False.
 
     Example:
         >>> import torch
@@ -61,7 +62,7 @@ class ColorJitter(Intensity):
         keepdim: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_probability(p)
+        p = to_probability("p", p)
         ranges = {
             "brightness": _range("brightness", brightness, 1.0, 0.0, math.inf),
             "contrast": _range("contrast", contrast, 1.0, 0.0, math.inf),
@@ -108,12 +109,15 @@ class ColorJitter(Intensity):
 
 
 def _range(name: str, value: float | Range, centre: float, low: float, high: float) -> Range:
-    if isinstance(value, float | int):
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-        value = (max(low, centre - value) if name != "hue" else -value, centre + value)
-    if len(value) != 2 or not low <= value[0] <= value[1] <= high or math.isinf(value[1]):
+    if several(value):
+        ends = to_numbers(name, value)
+    else:
+        number = to_number(name, value)
+        if not number >= 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+        ends = (max(low, centre - number) if name != "hue" else -number, centre + number)
+    if len(ends) != 2 or not low <= ends[0] <= ends[1] <= high or math.isinf(ends[1]):
         raise ValueError(
             f"{name} must be a number or a finite range within {low} and {high}, got {value}"
         )
-    return float(value[0]), float(value[1])
+    return ends[0], ends[1]

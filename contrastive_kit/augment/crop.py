@@ -1,5 +1,6 @@
 """Random crops, resized, in Kornia's pipelines."""
 
+from enum import Enum
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ from kornia.constants import Resample
 from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
+from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Geometric, Params, beside, crop_matrix
+from contrastive_kit.augment._kornia import Geometric, Params, beside, crop_matrix, resized_to
 from contrastive_kit.augment.parameters import N_UNIFORMS, ViewDistribution, unpack
 
 _MODES: dict[str, functional.Interpolation] = {
@@ -28,7 +30,7 @@ class RandomResizedCrop(Geometric):
         size: Height and width of the result in pixels, or both as one number.
         scale: Range of the crop's area, as a fraction of the image's.
         ratio: Range of the crop's width over its height.
-        interpolation: "bilinear" or "bicubic".
+        interpolation: "bilinear" or "bicubic", or torchvision's or Kornia's name for it.
         antialias: Low-pass when the crop shrinks.
         same_on_batch: One box for all samples.
         keepdim: A single ``(C, H, W)`` image stays one.
@@ -40,6 +42,7 @@ class RandomResizedCrop(Geometric):
 
     Raises:
         ValueError: If an argument is out of its range.
+        TypeError: If something is no number where one must be, or a flag not True or False.
 
     Example:
         >>> import torch
@@ -55,24 +58,23 @@ class RandomResizedCrop(Geometric):
         size: int | tuple[int, int],
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        interpolation: str = "bilinear",
+        interpolation: str | Enum = "bilinear",
         antialias: bool = True,
         *,
         same_on_batch: bool = False,
         keepdim: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(
-                f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}"
-            )
+        interpolation = functional.check_interpolation(interpolation)
+        check_flag("antialias", antialias)
+        shape = functional.check_size(size)
         options = f"size={size}, scale={scale}, ratio={ratio}, interpolation={interpolation!r}"
         super().__init__(
             N_UNIFORMS, options, same_on_batch=same_on_batch, keepdim=keepdim, generator=generator
         )
         self.distribution = ViewDistribution(scale=scale, ratio=ratio)
         self.flags = {
-            "size": functional.check_size(size),
+            "size": shape,
             "resample": Resample.get(interpolation),
             "align_corners": False,
             "antialias": antialias,
@@ -80,7 +82,7 @@ class RandomResizedCrop(Geometric):
 
     def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
         table = self.distribution.table(uniforms[None], height=shape[-2], width=shape[-1])
-        return {"box": unpack(table).box[0]}
+        return {"box": unpack(table).box[0], **resized_to(self.flags["size"], shape[0])}
 
     def compute_transformation(
         self, input: Tensor, params: Params, flags: dict[str, Any]

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kit.augment._kornia import Geometric, Params, beside, check_probability
+from contrastive_kit.augment._kornia import Geometric, Params, beside
+from contrastive_kit.augment.parameters import to_probability
 
 
 class RandomHorizontalFlip(Geometric):
@@ -22,7 +23,8 @@ class RandomHorizontalFlip(Geometric):
         float32 in [0, 1]; floats keep their dtype.
 
     Raises:
-        ValueError: If p is not a probability.
+        ValueError: If p is not between 0 and 1.
+        TypeError: If p is no number, or a flag not True or False.
 
     Example:
         >>> import torch
@@ -38,7 +40,7 @@ class RandomHorizontalFlip(Geometric):
         keepdim: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_probability(p)
+        p = to_probability("p", p)
         super().__init__(
             1, f"p={p}", same_on_batch=same_on_batch, keepdim=keepdim, generator=generator
         )

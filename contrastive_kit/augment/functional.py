@@ -11,12 +11,15 @@ A parameter is one number for all samples, or a ``(B,)`` tensor on the device of
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from contrastive_kit.augment.parameters import several, to_number
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
@@ -53,6 +56,8 @@ def _per_sample(
     """``(B, 1, 1, 1)``, or ``(1, 1, 1, 1)`` for a plain number, in the working precision."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
+        # Dynamo traces no more than this for the numbers that are usual.
+        value = value if type(value) in (float, int) else to_number(name, value)
         if not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {value}")
         return torch.full((1, 1, 1, 1), value, dtype=dtype, device=images.device)
@@ -389,7 +394,7 @@ def gaussian_blur(
     images: Tensor,
     sigma: float | Tensor,
     *,
-    kernel_size: int,
+    kernel_size: int | Sequence[int],
     padding: Literal["reflect", "zeros"] = "reflect",
     apply: Tensor | None = None,
 ) -> Tensor:
@@ -398,7 +403,8 @@ def gaussian_blur(
     Args:
         images: ``(B, C, H, W)``, floating in [0, 1] or uint8.
         sigma: Standard deviation in pixels, positive.
-        kernel_size: Odd number of taps along each axis.
+        kernel_size: Odd number of taps along each axis, or one for the height and one for the
+            width.
         padding: What lies beyond the border: the mirror image, or black (TensorFlow's "SAME").
         apply: ``(B,)``; samples where it is zero are left alone. All are changed if None.
 
@@ -417,32 +423,52 @@ def gaussian_blur(
         tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
     """
     check_images(images)
-    radius = check_kernel(kernel_size, images.shape[-2:], padding)
+    radius_y, radius_x = check_kernel(kernel_size, images.shape[-2:], padding)
     sigma = _per_sample("sigma", sigma, images, torch.finfo(torch.float32).tiny)
     working = _to_working(images)
     height, width = images.shape[-2:]
-    rows = _blur_matrix(height, sigma, radius, padding)
-    columns = rows if height == width else _blur_matrix(width, sigma, radius, padding)
+    rows = _blur_matrix(height, sigma, radius_y, padding)
+    square = height == width and radius_y == radius_x
+    columns = rows if square else _blur_matrix(width, sigma, radius_x, padding)
     with torch.autocast(images.device.type, enabled=False):
         result = rows[:, None] @ working @ columns[:, None].mT
     return _to_result(_gated(result, working, apply), images)
 
 
-def check_kernel(kernel_size: int, shape: Sequence[int], padding: str) -> int:
-    """The radius of a blur kernel that fits the images, else an error."""
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, Integral):
+def check_kernel(
+    kernel_size: int | Sequence[int], shape: Sequence[int], padding: str
+) -> tuple[int, int]:
+    """The radii, along height and width, of a blur kernel that fits the images, else an error."""
+    pair: tuple[Any, ...] = (kernel_size, kernel_size)
+    if several(kernel_size):
+        pair = tuple(kernel_size)  # type: ignore[arg-type]
+    if any(isinstance(taps, bool) or not isinstance(taps, Integral) for taps in pair):
         raise TypeError(f"kernel_size must be an integer, got {kernel_size!r}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if len(pair) != 2 or min(pair) < 1 or any(taps % 2 == 0 for taps in pair):
+        raise ValueError(
+            f"kernel_size must be odd and positive, for both axes or each, got {kernel_size}"
+        )
     if padding not in ("reflect", "zeros"):
         raise ValueError(f"padding must be 'reflect' or 'zeros', got {padding!r}")
-    radius = kernel_size // 2
-    if padding == "reflect" and radius >= min(shape):
-        raise ValueError(
-            f"kernel_size must be below {2 * min(shape)} to mirror images of "
-            f"{tuple(shape)}, got {kernel_size}"
-        )
-    return radius
+    radii = int(pair[0]) // 2, int(pair[1]) // 2
+    for side, radius in zip(shape, radii, strict=False):
+        if padding == "reflect" and radius >= side:
+            raise ValueError(
+                f"kernel_size must be below {2 * side} to mirror images of {tuple(shape)}, "
+                f"got {kernel_size}"
+            )
+    return radii
+
+
+def check_interpolation(interpolation: object) -> Literal["bilinear", "bicubic"]:
+    """The name of an interpolation that images take, of torchvision's and Kornia's enums too."""
+    name = interpolation.name if isinstance(interpolation, Enum) else interpolation
+    name = name.lower() if isinstance(name, str) else name
+    if name == "bilinear":
+        return "bilinear"
+    if name == "bicubic":
+        return "bicubic"
+    raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}")
 
 
 def crop_resize(
@@ -457,12 +483,14 @@ def crop_resize(
     """Cut a box out of each image, resize it, and mirror it where asked.
 
     Equal to torchvision's ``resized_crop`` and ``hflip``, image by image. Bicubic floats may leave
-    [0, 1], as there. uint8 is rounded once; it equals torchvision's on the CPU, and elsewhere for
-    "bilinear" to one grey level.
+    [0, 1], as there. uint8 is resized across, rounded and clamped to whole grey levels, and then
+    down, as in torchvision: equal to it on the CPU, and elsewhere to one grey level, in rare pixels
+    two.
 
-    On the CPU each image is resized by itself, reading no more than its box. On other devices, and
-    under ``torch.compile``, the resize is two batched matrix products whose banded matrices hold
-    the interpolation weights, B · H_out · H + B · W_out · W floats.
+    On the CPU each image is resized by itself, reading no more than its box. On other devices,
+    under ``torch.compile`` and for results one pixel wide, which torch (2.14) resizes wrongly, the
+    resize is two batched matrix products whose banded matrices hold the interpolation weights,
+    B · H_out · H + B · W_out · W floats.
 
     Args:
         images: ``(B, C, H, W)``, floating or uint8. In uint8 ``channels_last`` is 2-3 times faster
@@ -504,18 +532,18 @@ def crop_resize(
         check_boxes(box, images.shape[-2], images.shape[-1])
     if interpolation == "nearest":
         return _crop_nearest(images, box, size, flip)
-    if in_eager_cpu:
+    if in_eager_cpu and can_interpolate(size):
         return _crop_each(images, box, size, flip, interpolation, antialias)
-    return _crop_matmul(images, box, size, flip, interpolation, antialias)
+    return crop_matmul(images, box, size, flip, interpolation, antialias)
 
 
 def check_size(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, both positive, else an error."""
-    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    pair: tuple[Any, ...] = tuple(size) if several(size) else (size, size)  # type: ignore[arg-type]
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in pair)
     if len(pair) != 2 or not whole or min(pair) < 1:
         raise ValueError(f"size must be a positive int or two of them, got {size!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
@@ -536,6 +564,11 @@ def check_boxes(box: Tensor, height: int | Tensor, width: int | Tensor) -> None:
             "box must be whole numbers of pixels, got (top, left, height, width) = "
             f"{box[broken][0].tolist()}"
         )
+
+
+def can_interpolate(size: tuple[int, int]) -> bool:
+    """Whether torch's resize is right: to a width of 1 it repeats rows or stops (2.9 to 2.14)."""
+    return size[1] > 1
 
 
 def _crop_each(
@@ -583,7 +616,7 @@ def _target_index(start: Tensor, target: int, flip: Tensor | None) -> Tensor:
     return index if flip is None else torch.where(flip[:, None] != 0, target - 1 - index, index)
 
 
-def _crop_matmul(
+def crop_matmul(
     images: Tensor,
     box: Tensor,
     size: tuple[int, int],
@@ -591,15 +624,24 @@ def _crop_matmul(
     interpolation: Interpolation,
     antialias: bool,
 ) -> Tensor:
+    """`crop_resize` as two products with matrices of weights, without its checks."""
     source = images if images.dtype == torch.float64 else images.float()
     top, left, height, width = box.to(source.dtype).unbind(-1)
     rows = resize_matrix(top, height, images.shape[-2], size[0], None, interpolation, antialias)
     columns = resize_matrix(left, width, images.shape[-1], size[1], flip, interpolation, antialias)
     with torch.autocast(images.device.type, enabled=False):
-        result = rows[:, None] @ (source @ columns[:, None].mT)
+        across = source @ columns[:, None].mT
+        if images.dtype == torch.uint8:
+            to_levels(across)
+        result = rows[:, None] @ across
     if images.dtype == torch.uint8:
-        result = result.round().clamp(0, 255)
+        to_levels(result)
     return result.to(images.dtype)
+
+
+def to_levels(x: Tensor) -> None:
+    """Round to whole grey levels, halves up as torch's resize of uint8 does; in place."""
+    x.add_(0.5).floor_().clamp_(0, 255)
 
 
 def resize_matrix(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Intensity, Params, beside, check_probability
+from contrastive_kit.augment._kornia import Intensity, Params, beside
+from contrastive_kit.augment.parameters import to_probability
 
 
 class RandomGrayscale(Intensity):
@@ -25,7 +26,8 @@ class RandomGrayscale(Intensity):
         becomes float32 in [0, 1]; floats keep their dtype.
 
     Raises:
-        ValueError: If p is not a probability.
+        ValueError: If p is not between 0 and 1.
+        TypeError: If p is no number, or a flag not True or False.
 
     Example:
         >>> import torch
@@ -41,7 +43,7 @@ class RandomGrayscale(Intensity):
         keepdim: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_probability(p)
+        p = to_probability("p", p)
         super().__init__(
             1, f"p={p}", same_on_batch=same_on_batch, keepdim=keepdim, generator=generator
         )

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from numbers import Complex, Real
 from typing import NamedTuple
 
 import torch
@@ -94,22 +95,34 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
 
 
 def to_number(name: str, value: object) -> float:
-    """A number of any kind, NumPy's and a tensor of one value too, as a float; text is none."""
-    if not isinstance(value, str | bytes):
+    """A number of any kind, NumPy's and a tensor of one value too, as a float.
+
+    Text is none, nor are True and False, nor complex numbers.
+    """
+    is_complex = isinstance(value, Complex) and not isinstance(value, Real)
+    is_bool = str(getattr(value, "dtype", type(value).__name__)) in ("bool", "torch.bool")
+    if not isinstance(value, str | bytes) and not is_complex and not is_bool:
         with suppress(TypeError, ValueError, RuntimeError):
             return float(value)  # type: ignore[arg-type]
     raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def several(value: object) -> bool:
+    """Whether this holds values, as lists and arrays do, and is not one itself."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return False
+    return bool(getattr(value, "ndim", 1))
+
+
 def to_numbers(name: str, values: object) -> tuple[float, ...]:
     """Numbers as floats, where there must be several."""
-    several = isinstance(values, Iterable) and not isinstance(values, str | bytes)
-    if not several or getattr(values, "ndim", 1) != 1:
+    if not several(values) or getattr(values, "ndim", 1) != 1:
         raise TypeError(f"{name} must hold several numbers, got {values!r}")
     return tuple(to_number(name, value) for value in values)  # type: ignore[attr-defined]
 
 
-def _to_probability(name: str, value: object) -> float:
+def to_probability(name: str, value: object) -> float:
+    """A number between 0 and 1, as a float."""
     probability = to_number(name, value)
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"{name} must be a probability between 0 and 1, got {value}")
@@ -173,9 +186,9 @@ class ViewDistribution:
             if name not in probabilities:
                 value = _to_range(name, value, *bounds.get(name, (0.0, math.inf)))
             elif name in per_view and isinstance(value, tuple):
-                value = tuple(_to_probability(name, each) for each in value)
+                value = tuple(to_probability(name, each) for each in value)
             else:
-                value = _to_probability(name, value)
+                value = to_probability(name, value)
             object.__setattr__(self, name, value)  # what the dataclass itself does
         if self.scale[0] <= 0:
             raise ValueError(f"scale must be positive, got {self.scale}")

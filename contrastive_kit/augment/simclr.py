@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import _cpu, _triton, _view, functional
+from contrastive_kit.augment._random import Draws
 from contrastive_kit.augment.parameters import (
     N_COLUMNS,
+    N_UNIFORMS,
     ViewDistribution,
     to_device,
     to_number,
@@ -28,7 +31,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 Images = Tensor | Sequence[Tensor]
 
 
-class SimCLRAugment(nn.Module):
+class SimCLRAugment(Draws):
     r"""Independent random views of each image: crop, flip, colour jitter, grayscale, blur.
 
     The augmentation of SimCLR (Chen et al., 2020, appendix A), with torchvision's definition of
@@ -56,8 +59,9 @@ class SimCLRAugment(nn.Module):
             paper's appendix B.9.
         normalize: Mean and standard deviation of the three channels, subtracted and divided last;
             `IMAGENET_NORMALIZATION` for instance. The views stay in [0, 1] if None.
-        generator: Where the random numbers come from; the default CPU generator if None. Each
-            DataLoader worker gets a copy of it in the same state.
+        generator: Where the random numbers come from; the default CPU generator if None. In
+            DataLoader workers, and on other ranks than the first, one on the CPU gives each worker,
+            epoch and rank numbers of its own.
         backend: "cpu" (in place, in chunks), "triton" (fused kernels on a CUDA device), "torch"
             (batched; any device, differentiable), or "auto": the first of these that takes the
             images.
@@ -71,7 +75,7 @@ class SimCLRAugment(nn.Module):
         kernel_size: Odd number of taps of the blur; 10 % of the shorter side made odd if None.
         solarize: The probability of solarizing after the blur, one number or one a view.
         solarize_threshold: Above it pixels are inverted, in [0, 1].
-        interpolation: "bilinear" or "bicubic".
+        interpolation: "bilinear" or "bicubic", or torchvision's or Kornia's name for it.
         antialias: Low-pass when the crop shrinks.
         contrast_mean: Contrast about the "gray" mean (torchvision) or each "channel"'s
             (TensorFlow).
@@ -79,7 +83,8 @@ class SimCLRAugment(nn.Module):
         blur_padding: "reflect" (torchvision) or "zeros" (TensorFlow).
         dtype: Of the views: float32, float16, bfloat16 or float64.
         memory_format: Of the views: ``torch.contiguous_format`` or ``torch.channels_last``.
-        check_values: Raise where floats lie outside [0, 1]. Waits for the GPU.
+        check_values: Raise where floats lie outside [0, 1]. Waits for the GPU. Without it the CPU
+            backend warns, once, where it meets some among the first views of a call.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -129,8 +134,7 @@ class SimCLRAugment(nn.Module):
     ) -> None:
         super().__init__()
         shape = functional.check_size(size)
-        if isinstance(views, bool) or not isinstance(views, int) or views < 1:
-            raise ValueError(f"views must be a positive int, got {views!r}")
+        views = _positive_int("views", views)
         if backend not in ("auto", *_BACKENDS):
             raise ValueError(f"backend must be 'auto', 'cpu', 'triton' or 'torch', got {backend!r}")
         if dtype not in _DTYPES:
@@ -144,10 +148,7 @@ class SimCLRAugment(nn.Module):
                 "memory_format must be torch.contiguous_format or torch.channels_last, "
                 f"got {memory_format}"
             )
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(
-                f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}"
-            )
+        interpolation = functional.check_interpolation(interpolation)
         if contrast_mean not in ("gray", "channel"):
             raise ValueError(f"contrast_mean must be 'gray' or 'channel', got {contrast_mean!r}")
         if saturation_mode not in ("gray", "hsv"):
@@ -165,8 +166,11 @@ class SimCLRAugment(nn.Module):
                 )
         if kernel_size is None:
             kernel_size = max(3, min(shape) // 10 // 2 * 2 + 1)
-        if _any(blur_probability):
-            functional.check_kernel(kernel_size, shape, blur_padding)
+        # What is not blurred may be smaller than the kernel.
+        blurred = shape if _any(blur_probability) else ()
+        radii = functional.check_kernel(kernel_size, blurred, blur_padding)
+        if radii[0] != radii[1]:
+            raise ValueError(f"kernel_size must be one for both axes, got {kernel_size}")
         brightness, contrast, saturation, hue = _jitter_ranges(colors, strength)
         self.views = views
         self.strength = strength
@@ -196,7 +200,7 @@ class SimCLRAugment(nn.Module):
             antialias=antialias,
             contrast_mean=contrast_mean,
             saturation_mode=saturation_mode,
-            kernel_size=kernel_size if _any(blur_probability) else 0,
+            kernel_size=2 * radii[0] + 1 if _any(blur_probability) else 0,
             blur_padding=blur_padding,
             solarize_threshold=solarize_threshold if _any(solarize_probability) else None,
             mean=mean,
@@ -266,6 +270,9 @@ class SimCLRAugment(nn.Module):
     def draw(self, images: Images) -> Tensor:
         """Draw the parameters of the views of these images, without making the views.
 
+        A generator of one's own in the same state gives the same table on every rank: to divide a
+        table of the whole batch among the ranks.
+
         Args:
             images: ``(B, 3, H, W)``, or a list of B images ``(3, H_i, W_i)``.
 
@@ -273,6 +280,9 @@ class SimCLRAugment(nn.Module):
             The parameter table, ``(views, B, 18)`` float32 on the generator's device;
             `contrastive_kit.augment.parameters.unpack` names its columns.
         """
+        return self._table(images, by_rank=False)
+
+    def _table(self, images: Images, *, by_rank: bool) -> Tensor:
         _check_images(images)
         if isinstance(images, Tensor):
             height: int | Tensor = images.shape[-2]
@@ -282,9 +292,8 @@ class SimCLRAugment(nn.Module):
             height, width = torch.tensor(
                 [image.shape[-2:] for image in images], dtype=torch.float32, device=device
             ).unbind(-1)
-        return self.distribution.draw(
-            self.views, len(images), height=height, width=width, generator=self.generator
-        )
+        uniforms = self.uniforms(self.views, len(images), N_UNIFORMS, by_rank=by_rank)
+        return self.distribution.table(uniforms, height=height, width=width)
 
     def forward(
         self,
@@ -321,7 +330,10 @@ class SimCLRAugment(nn.Module):
         check_flag("concat", concat)
         if self.check_values:
             _check_range(images)
-        table = self.draw(images) if params is None else self._check_params(params, images)
+        if params is None:
+            table = self._table(images, by_rank=True)
+        else:
+            table = self._check_params(params, images)
         batch = self._render(images, to_device(table.float(), first.device))
         views = batch if concat else batch.chunk(self.views)
         return (views, table) if return_params else views
@@ -399,6 +411,14 @@ class SimCLRAugment(nn.Module):
                 f"got {float(p.sigma[no_sigma][0])}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save pickles by protocol 2, which knows no torch.memory_format.
+        return {**super().__getstate__(), "memory_format": str(self.memory_format)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        name = state["memory_format"].removeprefix("torch.")
+        super().__setstate__({**state, "memory_format": getattr(torch, name)})
+
     def extra_repr(self) -> str:
         """The recipe, as ``repr`` shows it."""
         d, s = self.distribution, self.settings
@@ -426,6 +446,12 @@ class SimCLRAugment(nn.Module):
                     parts.append(f"{name}={value!r}")
         parts.append(f"dtype={self.dtype}, backend={self.backend!r}")
         return "\n".join(parts)
+
+
+def _positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return int(value)
 
 
 def _blur_probability(blur: Blur, shape: tuple[int, int]) -> float | tuple[float, ...]:
@@ -493,7 +519,8 @@ def _check_images(images: Images) -> Tensor:
         return functional.check_images(images, channels=3)
     if not isinstance(images, Sequence) or not images:
         raise TypeError(
-            f"images must be a tensor or a non-empty list of tensors, got {type(images).__name__}"
+            f"images must be a tensor or a non-empty list of tensors, got {type(images).__name__}; "
+            "PIL images become tensors by torchvision.transforms.functional.pil_to_tensor"
         )
     for image in images:
         if not isinstance(image, Tensor) or image.ndim != 3:

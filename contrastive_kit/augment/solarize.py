@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Intensity, Params, beside, check_probability
+from contrastive_kit.augment._kornia import Intensity, Params, beside
+from contrastive_kit.augment.parameters import to_number, to_probability
 
 
 class RandomSolarize(Intensity):
@@ -27,6 +28,7 @@ class RandomSolarize(Intensity):
 
     Raises:
         ValueError: If an argument is out of its range.
+        TypeError: If something is no number where one must be, or a flag not True or False.
 
     Example:
         >>> import torch
@@ -43,7 +45,8 @@ class RandomSolarize(Intensity):
         keepdim: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_probability(p)
+        p = to_probability("p", p)
+        threshold = to_number("threshold", threshold)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
         super().__init__(

@@ -7,7 +7,14 @@ from kornia.constants import Resample
 from torch import Tensor
 
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Geometric, Params, beside, crop_matrix
+from contrastive_kit.augment._kornia import (
+    Geometric,
+    Params,
+    beside,
+    check_tensor,
+    crop_matrix,
+    resized_to,
+)
 from contrastive_kit.augment.crop import _MODES, uncrop
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.simclr import SimCLRAugment
@@ -64,9 +71,10 @@ class SimCLRView(Geometric):
 
     def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
         table = self.recipe.distribution.table(uniforms[None], height=shape[-2], width=shape[-1])
-        return {"table": table[0]}
+        return {"table": table[0], **resized_to(self.flags["size"], shape[0])}
 
     def __unpack_input__(self, input: Tensor) -> Tensor:
+        check_tensor(input)
         return input
 
     def transform_tensor(

@@ -6,10 +6,14 @@ import pickle
 import weakref
 
 import kornia
+import numpy as np
 import pytest
 import torch
 from kornia.augmentation import AugmentationSequential
+from kornia.constants import Resample
 from kornia.geometry.transform import warp_affine
+from PIL import Image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as v1
 
 from contrastive_kit.augment import (
@@ -369,6 +373,64 @@ def test_empty_batch():
         assert make()(torch.empty(0, 3, 20, 24)).shape[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: RandomHorizontalFlip(p="0.2"), "p must be a number, got '0.2'"),
+        (lambda: RandomGrayscale(p=None), "p must be a number, got None"),
+        (lambda: RandomSolarize(p=True), "p must be a number, got True"),
+        (lambda: RandomSolarize(None), "threshold must be a number, got None"),
+        (lambda: RandomSolarize(1j), "threshold must be a number, got 1j"),
+        (lambda: ColorJitter(None), "brightness must be a number, got None"),
+        (lambda: ColorJitter(contrast="0.4"), "contrast must be a number, got '0.4'"),
+        (lambda: ColorJitter(hue=(0.1, None)), "hue must be a number, got None"),
+        (lambda: ColorJitter(p=[0.5]), "p must be a number"),
+        (lambda: GaussianBlur(3, None), "sigma must be a number, got None"),
+        (lambda: GaussianBlur(3, "1"), "sigma must be a number, got '1'"),
+        (lambda: GaussianBlur(None), "kernel_size must be an integer, got None"),
+        (lambda: GaussianBlur((3, 3.0)), r"kernel_size must be an integer, got \(3, 3.0\)"),
+        (lambda: RandomResizedCrop(8, scale=None), "scale must hold several numbers, got None"),
+        (lambda: RandomResizedCrop(8, antialias="no"), "antialias must be True or False"),
+        (lambda: RandomHorizontalFlip(same_on_batch="no"), "same_on_batch must be True or False"),
+        (lambda: RandomHorizontalFlip(keepdim=1), "keepdim must be True or False, got 1"),
+        *(
+            (lambda make=make: make()(Image.new("RGB", (9, 9))), "images must be a tensor, got Im")
+            for make in MODULES.values()
+        ),
+        *(
+            (lambda make=make: make()(None), "images must be a tensor, got NoneType")
+            for make in MODULES.values()
+        ),
+    ],
+)
+def test_errors_of_another_type_name_the_argument(call, words):
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+def test_what_torchvision_and_kornia_accept(images):
+    """Numbers of any kind, one number for a range, pairs, the names of the interpolations."""
+    tensor, double = torch.tensor, np.float32
+    for p in (tensor(0.25), double(0.25), np.array(0.25)):
+        for make in (RandomHorizontalFlip, RandomGrayscale):
+            assert repr(make(p)) == repr(make(0.25))
+        assert repr(RandomSolarize(p, p=p)) == repr(RandomSolarize(0.25, p=0.25))
+        assert repr(ColorJitter(p, (p, 1), [p, 2], p, p=p)) == repr(
+            ColorJitter(0.25, (0.25, 1.0), (0.25, 2.0), 0.25, p=0.25)
+        )
+        assert repr(GaussianBlur(3, p, p=p)) == repr(GaussianBlur(3, (0.25, 0.25), p=0.25))
+    assert repr(GaussianBlur(3, tensor([0.5, 2.0]))) == repr(GaussianBlur(3, (0.5, 2.0)))
+    fixed = GaussianBlur([3, np.int64(5)], sigma=1.0, p=1.0)
+    expected = v1.gaussian_blur(images, [5, 3], [1.0, 1.0])
+    torch.testing.assert_close(fixed(images), expected, atol=1e-5, rtol=0)
+    params = RandomResizedCrop(8).forward_parameters(images.shape)
+    for size in (np.int64(8), [8, 8], np.array([8, 8]), (np.int32(8), 8), torch.Size((8, 8))):
+        for interpolation in (InterpolationMode.BICUBIC, Resample.BICUBIC, "BICUBIC", "bicubic"):
+            crop = RandomResizedCrop(size, interpolation=interpolation)
+            bicubic = RandomResizedCrop(8, interpolation="bicubic")
+            assert torch.equal(crop(images, params=params), bicubic(images, params=params))
+
+
 def test_repr():
     assert repr(RandomResizedCrop(8)) == (
         "RandomResizedCrop(size=8, scale=(0.08, 1.0), ratio=(0.75, 1.3333333333333333), "
@@ -391,9 +453,17 @@ def test_repr():
         (lambda: ColorJitter(hue=0.6), "hue must be a number or a finite range within -0.5"),
         (lambda: ColorJitter(contrast=(2.0, 1.0)), "contrast must be a number or a finite range"),
         (lambda: GaussianBlur(4), "kernel_size must be odd"),
-        (lambda: GaussianBlur(3, (0.0, 1.0)), "sigma must be a finite range of positive"),
+        (lambda: GaussianBlur(3, (0.0, 1.0)), "sigma must be a positive number or a finite range"),
         (lambda: RandomSolarize(2.0), r"threshold must be in \[0, 1\]"),
         (lambda: GaussianBlur(9)(torch.rand(1, 3, 4, 4)), "kernel_size must be below 8"),
+        (lambda: GaussianBlur((3, 4)), "kernel_size must be odd"),
+        (lambda: GaussianBlur((3, 3, 3)), "kernel_size must be odd and positive, for both"),
+        (lambda: GaussianBlur(3, (1.0, 2.0, 3.0)), "sigma must be a positive number or a finite"),
+        (lambda: GaussianBlur(3, float("nan")), "sigma must be a positive number or a finite"),
+        (lambda: RandomHorizontalFlip(p=float("nan")), "p must be a probability"),
+        (lambda: RandomResizedCrop(8, interpolation=InterpolationMode.NEAREST), "'bicubic', got"),
+        (lambda: RandomResizedCrop(8, interpolation=2), "'bilinear' or 'bicubic', got 2"),
+        (lambda: RandomResizedCrop(8, interpolation=None), "'bilinear' or 'bicubic', got None"),
         (lambda: ColorJitter(0.5)(torch.rand(1, 1, 4, 4)), "images must have 3 channels"),
     ],
 )

@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
 
 from contrastive_kit import SimCLRAugment
 from contrastive_kit.augment.parameters import unpack
@@ -16,10 +19,6 @@ def expected_views(augment, images, params, oracle):
     rows = params.flatten(0, 1)
     views = [oracle(images[i % len(images)], row, augment.settings) for i, row in enumerate(rows)]
     return torch.stack(views)
-
-
-def result_pixels(views):
-    return views[0].shape[-2] * views[0].shape[-1]
 
 
 CASES = {
@@ -47,17 +46,40 @@ def test_equals_torchvision(case, dtype, backend, make_images, torchvision_view,
     before = images.clone()
     views, params = augment(images, return_params=True)
     assert torch.equal(images, before)
-    # On the CPU uint8 is cropped in uint8, but for small images, which are cropped in floats.
-    in_floats = backend == "cpu" and max(shape[1] * shape[2], result_pixels(views)) <= 48 * 48
-    source = images.float() / 255 if in_floats and dtype == torch.uint8 else images
-    expected = expected_views(augment, source, params, torchvision_view)
+    expected = expected_views(augment, images, params, torchvision_view)
     result = torch.cat(views)
-    if backend == "torch" and dtype == torch.uint8:
-        # The crop agrees to one grey level, and the colours may amplify it 1.8^3 times.
+    if dtype == torch.uint8:
+        # Half a grey level may round the other way, and the colours may amplify that 1.8^3 times.
         assert (result - expected).abs().mean() < 1e-3
     else:
         atol = 1e-5 / (0.225 if augment.settings.std else 1)
         torch.testing.assert_close(result, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("size", [32, (9, 1), (1, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 40), (48, 48), (60, 44), (33, 2)], ids=str)
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_uint8_is_cropped_alike_by_all_backends(interpolation, antialias, shape, size, make_images):
+    """Whatever the size decides: noise, whose bicubic overshoots are large, to two roundings."""
+    options = {
+        "interpolation": interpolation,
+        "antialias": antialias,
+        "jitter": 0,
+        "grayscale": 0,
+        "blur": False,
+    }
+    augment = SimCLRAugment(size, backend="cpu", **options)
+    images = torch.randint(0, 256, (6, 3, *shape), dtype=torch.uint8)
+    views, params = augment(images, return_params=True, concat=True)
+    torch.testing.assert_close((views * 255).round() / 255, views, atol=1e-6, rtol=0)
+    listed = augment(list(images), params=params, concat=True)
+    batched = SimCLRAugment(size, backend="torch", **options)
+    eager = batched(images, params=params, concat=True)
+    for other in (listed, eager):
+        off = (views - other).abs() * 255
+        assert off.max() < 2.01
+        assert off.mean() < 0.05
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -328,6 +350,12 @@ IMAGES = torch.rand(2, 3, 20, 20)
         ({"blur": None}, TypeError, "blur must be a number, got None"),
         ({"solarize": None}, TypeError, "solarize must be a number, got None"),
         ({"solarize": "no"}, TypeError, "solarize must be a number, got 'no'"),
+        ({"flip": True}, TypeError, "flip must be a number, got True"),
+        ({"solarize": np.True_}, TypeError, "solarize must be a number, got "),
+        ({"strength": 1 + 0j}, TypeError, "strength must be a number, got"),
+        ({"views": 2.0}, ValueError, "views must be a positive int, got 2.0"),
+        ({"views": "2"}, ValueError, "views must be a positive int, got '2'"),
+        ({"blur": True, "kernel_size": (3, 5)}, ValueError, "kernel_size must be one for both"),
         ({"flip": "no"}, TypeError, "flip must be a number, got 'no'"),
         ({"flip": (0.5, 0.5)}, TypeError, r"flip must be a number, got \(0.5, 0.5\)"),
         ({"scale": 0.5}, TypeError, "scale must hold several numbers, got 0.5"),
@@ -376,6 +404,7 @@ def test_bad_settings(options, error, words):
         (lambda a: a(IMAGES.int()), TypeError, "uint8 or floating"),
         (lambda a: a(IMAGES.numpy()), TypeError, "images must be a tensor or a non-empty list"),
         (lambda a: a([]), TypeError, "non-empty list"),
+        (lambda a: a(Image.new("RGB", (9, 9))), TypeError, "got Image; PIL images become tensors"),
         (lambda a: a([IMAGES]), ValueError, r"images in a list must be tensors \(3, H, W\)"),
         (lambda a: a([IMAGES[0], IMAGES[0].double()]), ValueError, "one dtype and one device"),
         (lambda a: a(IMAGES, params=torch.zeros(2, 2, 5)), ValueError, r"shape \(2, 2, 18\)"),
@@ -397,6 +426,7 @@ def test_bad_calls(call, error, words):
         call(SimCLRAugment(16))
 
 
+@pytest.mark.filterwarnings("ignore:images hold floats outside")
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_range_check(value):
     images = IMAGES.clone()
@@ -408,6 +438,35 @@ def test_range_check(value):
     for given in (images, list(images)):
         with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
             augment(given)
+
+
+@pytest.mark.parametrize("size", [16, 224])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x * 255, lambda x: (x - 0.45) / 0.22, lambda x: x / 0], ids="umn"
+)
+def test_floats_out_of_range_warn_on_the_cpu(spoil, interpolation, size):
+    augment = SimCLRAugment(size, interpolation=interpolation, backend="cpu")
+    for images in (spoil(IMAGES), list(spoil(IMAGES))):
+        with pytest.warns(UserWarning, match=r"images hold floats outside \[0, 1\]"):
+            augment(images)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            augment(spoil(IMAGES))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_floats_in_range_do_not_warn(interpolation):
+    """Black beside white too, where a bicubic overshoots most."""
+    augment = SimCLRAugment(40, interpolation=interpolation, antialias=False, backend="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        augment((torch.rand(40, 3, 16, 16) > 0.5).float())
+        augment((torch.rand(40, 3, 16, 16) > 0.5).half())
+        augment((torch.rand(4, 3, 16, 16) * 255).byte())
+        augment(torch.empty(0, 3, 16, 16))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -507,6 +566,15 @@ def test_numbers_of_any_kind():
             kernel_size=np.int64(3),
         )
         assert repr(augment) == expected
+    numpy = SimCLRAugment(
+        np.int64(32), views=np.int32(3), blur=True, kernel_size=[np.int64(3), 3],
+        interpolation=InterpolationMode.BICUBIC, strength=np.float32(0.5), flip=np.float16(0.5),
+    )  # fmt: skip
+    plain = SimCLRAugment(
+        (32, 32), views=3, blur=True, kernel_size=3, interpolation="bicubic", strength=0.5
+    )
+    assert repr(numpy) == repr(plain)
+    assert len(numpy(IMAGES)) == 3
 
 
 def test_a_table_that_is_not_floating(make_images):

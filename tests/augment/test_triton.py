@@ -111,6 +111,7 @@ CASES = {
     "224 from 256": (224, (2, 256, 256), {"views": 1}),
     "16 from 97x130": (16, (2, 97, 130), {"blur": False}),
     "bicubic": (24, (4, 60, 40), {"interpolation": "bicubic"}),
+    "bicubic, no antialias": (24, (4, 60, 40), {"interpolation": "bicubic", "antialias": False}),
     "no antialias": (24, (4, 60, 40), {"antialias": False}),
     "hue of half a turn": (16, (8, 30, 30), {"blur": True, "colors": (0.8, 0.8, 0.8, 0.5)}),
     "narrow blur": (20, (4, 20, 20), {"blur": 1.0, "sigma": (0.95, 1.0), "kernel_size": 11}),
@@ -149,8 +150,10 @@ def test_recipes_equal_float64(name, make_images, poisoned_empty):
 
 
 @on_device
-@pytest.mark.parametrize("case", ["32 from 32", "33x20 from 50x41", "bicubic"])
-def test_uint8_is_rounded_once_then_equals_float64(
+@pytest.mark.parametrize(
+    "case", ["32 from 32", "33x20 from 50x41", "bicubic", "bicubic, no antialias"]
+)
+def test_uint8_is_cropped_in_levels_then_equals_float64(
     case, make_images, torchvision_view, poisoned_empty
 ):
     size, shape, options = CASES[case]
@@ -161,15 +164,18 @@ def test_uint8_is_rounded_once_then_equals_float64(
     levels = make_views(images, bare, augment) * 255
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
 
-    exact = in_float64(images.double() / 255, bare, augment.settings).float() * 255
-    assert (levels - exact).abs().max() < 0.5001
     theirs = [
         torchvision_view(images[number % len(images)], row, augment.settings) * 255
         for number, row in enumerate(bare.flatten(0, 1))
     ]
-    # torchvision rounds between its two passes; a bicubic overshoot carries that further.
-    within = 2.01 if augment.settings.interpolation == "bicubic" else 1.01
-    assert (levels - torch.stack(theirs)).abs().max() < within
+    # torchvision's weights are whole numbers of 15 bits: half a level may round the other way.
+    off = (levels - torch.stack(theirs)).abs()
+    if augment.settings.interpolation == "bicubic":
+        assert off.max() < 2.01
+        assert off.mean() < 0.05
+    else:
+        # Rounded once: between the axes no bilinear crop leaves its range.
+        assert off.max() < 1.01
 
     result = make_views(images, table, augment)
     expected = after_the_crop(levels.round() / 255, table, augment.settings).float()

@@ -125,7 +125,12 @@ def test_registers_and_shared_memory(reports, target):
     report = reports[target]
     assert len(report) == len(list(variants()))
     for kernel in report:
-        assert 0 < kernel["registers"] <= REGISTER_LIMIT, kernel
+        # A bicubic crop of uint8 sums a line and the lines: 7 blocks a multiprocessor, not 8.
+        sums_twice = (
+            kernel["kernel"].startswith("crop_kernel u8") and "'BICUBIC': True" in kernel["kernel"]
+        )
+        limit = 72 if sums_twice else REGISTER_LIMIT
+        assert 0 < kernel["registers"] <= limit, kernel
         assert kernel["stack"] == kernel["local"] == 0, kernel
         assert kernel["shared"] <= SHARED_LIMIT[target], kernel
 
