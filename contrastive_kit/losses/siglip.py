@@ -18,12 +18,7 @@ from contrastive_kit._checks import (
 )
 from contrastive_kit.losses._common import REDUCTIONS, check_weights, reduce, shown
 from contrastive_kit.losses._gathered import gather_batch, own_parameters, several_processes
-from contrastive_kit.ops import (
-    SOFTPLUS_BACKENDS,
-    Exclusion,
-    kept_softplus_sum,
-    scaled_unit_rows,
-)
+from contrastive_kit.ops import Exclusion, check_backend, kept_softplus_sum, scaled_unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,7 +105,7 @@ def siglip(
     check_temperature(temperature, z1)
     _check_bias(bias, z1)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+    check_backend(backend, "softplus_sum")
     gather = several_processes(gather_distributed, process_group)
 
     rows = scaled_unit_rows((z1,), temperature)[0]
@@ -194,7 +189,7 @@ class SigLIP(nn.Module):
         check_temperature(temperature)
         _check_bias(bias)
         check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+        check_backend(backend, "softplus_sum")
         check_gathering(gather_distributed, process_group)
         self.gather_distributed = gather_distributed
         self.process_group = process_group
