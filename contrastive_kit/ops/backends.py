@@ -1,4 +1,4 @@
-"""The backends: one table of what each can compute and why it refuses, and the choice among them."""
+"""The backends: one table of what each computes and why it refuses, and the choice among them."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -82,7 +82,7 @@ def logsumexp_for(problem: Problem, backend: str) -> LogSumExp:
 
 
 def softplus_sum_for(problem: Problem, backend: str) -> SoftplusSum:
-    """The sum of softplus of the backend that runs on ``problem``; raises if a named one refuses."""
+    """The sum of softplus of the backend that runs; raises if a named one refuses."""
     return _present(BACKENDS[_choose(problem, "softplus_sum", backend).name].softplus_sum)
 
 
@@ -142,7 +142,9 @@ def _reference_logsumexp(problem: Problem) -> tuple[Tensor, LogitStatistics | No
         if not problem.statistics:
             return lse, None
         logits = (q @ keys.T).detach().masked_fill(left_out, -torch.inf)
-        figures = [row_statistics(logits, x.detach(), dim) for dim, x in zip((1, 0), parts)]
+        figures = [
+            row_statistics(logits, x.detach(), dim) for x, dim in zip(parts, (1, 0), strict=False)
+        ]
     return lse, LogitStatistics(lse.detach(), *torch.cat(figures, dim=1).unbind(0))
 
 

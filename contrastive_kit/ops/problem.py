@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kit._checks import check_choice, check_device, check_flag, check_ids
+from contrastive_kit._checks import check_device, check_flag, check_ids
 from contrastive_kit._dtypes import compute_dtype
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ block stands where it is made.
 """
 
 # Triton decides an `if` on a constexpr when it compiles; an `and` it does not.
-# ruff: noqa: TID253, PLR0912, PLR0915, SIM108
+# ruff: noqa: TID253
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 import triton

@@ -4,7 +4,7 @@ Between the first and the second the logits go through ``forward_kernel``, betwe
 the third through ``backward_kernel``.
 """
 
-# ruff: noqa: TID253, SIM108
+# ruff: noqa: TID253
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 import triton
