@@ -62,8 +62,10 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
 
 
 def _check_views(views: tuple[Tensor, ...]) -> None:
-    if isinstance(views, Tensor) or not len(views):
-        raise TypeError(f"views must be a tuple of one or more tensors, got {type(views).__name__}")
+    if isinstance(views, Tensor):
+        raise TypeError("views must be a tuple of tensors, got Tensor")
+    if not views:
+        raise ValueError("views must be one or more tensors, got none")
     for i, view in enumerate(views):
         if not isinstance(view, Tensor):
             raise TypeError(f"views[{i}] must be a tensor, got {type(view).__name__}")
