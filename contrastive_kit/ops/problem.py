@@ -215,7 +215,9 @@ def _checked_exclusion(exclusion: Exclusion, q: Tensor, k: Tensor | None) -> Exc
         raise ValueError(f"period must be at least 0, which leaves out nothing, got {period}")
     _check_sides("ids", exclusion.row_ids, exclusion.column_ids, q, k)
     _check_sides("classes", exclusion.row_classes, exclusion.column_classes, q, k)
-    return exclusion._replace(period=operator.index(period))
+    if not isinstance(period, (int, torch.SymInt)):  # a number of NumPy; a symbol stays one
+        exclusion = exclusion._replace(period=operator.index(period))
+    return exclusion
 
 
 def _check_sides(

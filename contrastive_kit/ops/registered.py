@@ -117,14 +117,22 @@ def _wants_gradient(problem: Problem) -> bool:
 class _LogSumExp(torch.autograd.Function):
     """Differentiable form of the two ops of a backend; takes its name and what the first op takes.
 
-    Only the inputs, the logsumexp and a few tiles are kept.
+    Only the inputs, the logsumexp and a few tiles are kept. Arguments are written out, because
+    Dynamo counts them to tell whether the first is a context.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(backend: str, *arguments: Any) -> Any:
-        return registered(f"{backend}_logsumexp")(*arguments)
+    def forward(
+        backend: str, q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any,
+        column_classes: Any, period: Any, both: Any, bound: Any, statistics: Any, mma_dtype: Any,
+        save_tiles: Any,
+    ) -> Any:  # fmt: skip
+        return registered(f"{backend}_logsumexp")(
+            q, k, row_ids, column_ids, row_classes, column_classes, period, both, bound, statistics,
+            mma_dtype, save_tiles,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -200,8 +208,14 @@ class _SoftplusSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(backend: str, *arguments: Any) -> Any:
-        return registered(f"{backend}_softplus_sum")(*arguments)
+    def forward(
+        backend: str, bias: Any, q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any,
+        column_classes: Any, period: Any, both: Any, bound: Any, statistics: Any, mma_dtype: Any,
+    ) -> Any:  # fmt: skip
+        return registered(f"{backend}_softplus_sum")(
+            bias, q, k, row_ids, column_ids, row_classes, column_classes, period, both, bound,
+            statistics, mma_dtype,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
