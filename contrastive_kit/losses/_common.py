@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.losses._gathered import own_parameters
 from contrastive_kit.losses._kept import kept_counts
 from contrastive_kit.losses._stats import ContrastiveStats
-from contrastive_kit.ops import BACKENDS, Exclusion, LogitStatistics, kept_logsumexp
+from contrastive_kit.ops import LogitStatistics, LogSumExp, Problem, check_backend
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,7 +35,6 @@ LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 Scalar = float | Tensor
 Scalars = tuple[Scalar, Scalar]
 CheckedOptions = tuple[Scalar, float, float]
-_LogSumExpAndStatistics = tuple[Tensor, LogitStatistics | None]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -62,7 +62,7 @@ def check_options(
     """
     tau = check_temperature(temperature, z)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("backend", backend, ["auto", *BACKENDS])
+    check_backend(backend)
     smoothing = _check_number("label_smoothing", label_smoothing, 1.0)
     beta = _check_number("hardness", hardness, sys.float_info.max)
     if beta and z is not None and not isinstance(tau, Tensor):
@@ -103,51 +103,38 @@ def _check_number(name: str, value: object, largest: float) -> float:
     return number
 
 
-def negative_logsumexp(
-    q: Tensor,
-    k: Tensor | None = None,
-    *,
-    exclusion: Exclusion = Exclusion(),  # noqa: B008  an immutable tuple
-    both: bool = False,
-    hardness: float = 0.0,
-    bound: float = torch.inf,
-    statistics: bool = False,
-    operands: torch.dtype | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, LogitStatistics | None]:
-    """``kept_logsumexp``, with each negative weighted by its hardness: equation (13).
+def preferring_hard(logsumexp: LogSumExp, hardness: float) -> LogSumExp:
+    """``logsumexp`` with each negative weighted by its hardness, equation (13).
 
-    Returns:
-        The logsumexp as weighted, and, for the statistics, as it is without; the statistics, which
-        are without weights. Without statistics the second is of no use.
+    The statistics are those without weights.
     """
+    return partial(_hard_logsumexp, logsumexp, hardness) if hardness else logsumexp
 
-    def at_scale(scale: float, statistics: bool) -> _LogSumExpAndStatistics:
+
+def _hard_logsumexp(
+    logsumexp: LogSumExp, hardness: float, problem: Problem
+) -> tuple[Tensor, LogitStatistics | None]:
+    n_rows, n_columns = problem.q.shape[0], problem.keys().shape[0]
+    exclusion = problem.exclusion
+    counts = kept_counts(n_rows, n_columns, exclusion, problem.q.device)
+    if problem.both:
+        transposed = exclusion.transposed()
+        counts_of_columns = kept_counts(n_columns, n_rows, transposed, problem.q.device)
+        counts = torch.cat([counts, counts_of_columns])
+
+    def at_scale(scale: float) -> Tensor:
         root = math.sqrt(scale)
-        return kept_logsumexp(
-            q if scale == 1 else q * root,
-            k if scale == 1 or k is None else k * root,
-            exclusion=exclusion,
-            both=both,
-            bound=bound * scale,
-            statistics=statistics,
-            operands=operands,
-            backend=backend,
-        )
+        return logsumexp(
+            problem._replace(
+                q=problem.q * root,
+                k=None if problem.k is None else problem.k * root,
+                bound=problem.bound * scale,
+                statistics=False,
+            )
+        )[0]
 
-    if not hardness:
-        lse, stats = at_scale(1, statistics)
-        return lse, lse, stats
-    n_rows, n_columns = q.shape[0], q.shape[0] if k is None else k.shape[0]
-    counts = kept_counts(n_rows, n_columns, exclusion, q.device)
-    if both and k is not None:
-        transposed = exclusion
-        if exclusion.column_ids is not None:
-            transposed = Exclusion(exclusion.period, exclusion.column_ids, exclusion.row_ids)
-        counts = torch.cat([counts, kept_counts(n_columns, n_rows, transposed, q.device)])
-    weighted = weighted_by_hardness(counts, lambda scale: at_scale(scale, False)[0], hardness)
-    lse, stats = at_scale(1, True) if statistics else (weighted, None)
-    return weighted, lse.detach(), stats
+    weighted = weighted_by_hardness(counts, at_scale, hardness)
+    return weighted, logsumexp(problem)[1] if problem.statistics else None
 
 
 def weighted_by_hardness(

@@ -54,7 +54,7 @@ def _written_out(
     n_rows: int, n_columns: int, exclusion: Exclusion, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
     """The rule as ids of rows and columns, or None if every pair is kept."""
-    period, row_ids, column_ids = exclusion
+    period, row_ids, column_ids, *_ = exclusion
     if row_ids is not None:
         return row_ids, row_ids if column_ids is None else column_ids
     if period == 0:

@@ -51,7 +51,6 @@ def is_nearest(
 
 def contrastive_stats(
     positive_logits: Tensor,
-    negative_lse: Tensor,
     negatives: LogitStatistics,
     temperature: float | Tensor,
 ) -> ContrastiveStats:
@@ -59,8 +58,8 @@ def contrastive_stats(
     with torch.no_grad():
         if isinstance(temperature, Tensor):
             temperature = temperature.reshape(()).to(positive_logits.dtype)
-        log_total = torch.logaddexp(negative_lse, positive_logits.logsumexp(0))
-        expected_logit = (negative_lse - log_total).exp() * negatives.expected
+        log_total = torch.logaddexp(negatives.logsumexp, positive_logits.logsumexp(0))
+        expected_logit = (negatives.logsumexp - log_total).exp() * negatives.expected
         expected_logit += ((positive_logits - log_total).exp() * positive_logits).sum(0)
         hit = is_nearest(positive_logits.amax(0), negatives.maximum, temperature)
         return ContrastiveStats(

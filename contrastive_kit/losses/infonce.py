@@ -1,6 +1,6 @@
 """InfoNCE: each query against its key and negatives; in both directions it is the loss of CLIP."""
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from contrastive_kit.losses._common import (
     TemperatureLoss,
     check_options,
     check_weights,
-    negative_logsumexp,
+    preferring_hard,
     reduce,
     smoothed,
     softmax_loss,
@@ -37,7 +37,9 @@ from contrastive_kit.losses._stats import contrastive_stats
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
-    operand_dtype,
+    Problem,
+    logsumexp_for,
+    mma_dtype,
     row_statistics,
     scaled_unit_rows,
 )
@@ -195,21 +197,25 @@ def info_nce(
         exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
     directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
 
-    options = _Options(
-        exclusion=exclusion,
-        hardness=hardness,
-        bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
-        statistics=return_stats,
-        operands=operand_dtype(query, key if negatives is None else negatives),
-        backend=backend,
-    )
+    def found_among(q: Tensor, k: Tensor, both: bool = False) -> _Found:
+        problem = Problem(
+            q,
+            k,
+            exclusion,
+            both=both,
+            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+            statistics=return_stats,
+            mma_dtype=mma_dtype(query, key if negatives is None else negatives),
+        )
+        return preferring_hard(logsumexp_for(problem, backend), hardness)(problem)
+
     if columns[0].ndim == 3:
         found = _per_query_logsumexp(queries, columns[0], hardness, return_stats)
     elif symmetric and not gather:
-        found = negative_logsumexp(queries, keys, both=True, **options)
+        found = found_among(queries, keys, both=True)
     else:
-        found = _joined([negative_logsumexp(q, k, **options) for q, k in directions])
-    negative_lse, plain_lse, statistics = found
+        found = _joined([found_among(q, k) for q, k in directions])
+    negative_lse, statistics = found
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
     if label_smoothing:
         totals, counts = zip(*(_totals(q, k, exclusion) for q, k in directions), strict=True)
@@ -220,19 +226,10 @@ def info_nce(
     loss = reduce(losses, reduction, weights, weight_per_process)
     if statistics is None:
         return loss
-    return loss, contrastive_stats(positive_logits, plain_lse, statistics, temperature)
+    return loss, contrastive_stats(positive_logits, statistics, temperature)
 
 
-class _Options(TypedDict):
-    exclusion: Exclusion
-    hardness: float
-    bound: float
-    statistics: bool
-    operands: torch.dtype
-    backend: str
-
-
-_Found = tuple[Tensor, Tensor, LogitStatistics | None]
+_Found = tuple[Tensor, LogitStatistics | None]
 
 
 def _check_inputs(
@@ -323,19 +320,20 @@ def _per_query_logsumexp(
         weighted = weighted_by_hardness(counts, lambda c: (c * logits).logsumexp(1), hardness)
     stats = None
     if return_stats:
-        stats = LogitStatistics(*row_statistics(logits.detach(), plain.detach(), 1).unbind(0))
-    return weighted, plain, stats
+        plain = plain.detach()
+        stats = LogitStatistics(plain, *row_statistics(logits.detach(), plain, 1).unbind(0))
+    return weighted, stats
 
 
 def _joined(found: list[_Found]) -> _Found:
     """Both directions one after the other."""
     if len(found) == 1:
         return found[0]
-    lse, plain, stats = zip(*found, strict=True)
+    lse, stats = zip(*found, strict=True)
     statistics = None
     if stats[0] is not None:
         statistics = LogitStatistics(*(torch.cat(field) for field in zip(*stats, strict=True)))
-    return torch.cat(lse), torch.cat(plain), statistics
+    return torch.cat(lse), statistics
 
 
 def _totals(queries: Tensor, columns: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:

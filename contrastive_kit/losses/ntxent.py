@@ -1,6 +1,6 @@
 """NT-Xent, the loss of SimCLR: each view of an image against all views of all others."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from contrastive_kit.losses._common import (
     TemperatureLoss,
     check_options,
     check_weights,
-    negative_logsumexp,
     positive_pair_logits,
+    preferring_hard,
     reduce,
     smoothed,
     softmax_loss,
@@ -32,7 +32,14 @@ from contrastive_kit.losses._gathered import (
 )
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._stats import contrastive_stats
-from contrastive_kit.ops import Exclusion, operand_dtype, pair_loss, scaled_unit_rows
+from contrastive_kit.ops import (
+    Exclusion,
+    Problem,
+    logsumexp_for,
+    mma_dtype,
+    pair_loss_for,
+    scaled_unit_rows,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -158,10 +165,20 @@ def nt_xent(
     temperature, label_smoothing, hardness = checked(check, process_group) if gather else check()
     n = z1.shape[0]
 
-    unusual = more_views or gather or decoupled or label_smoothing or hardness or return_stats
-    unusual = unusual or ids is not None or weights is not None or reduction != "mean"
-    if not unusual and not isinstance(temperature, Tensor):
-        loss = pair_loss(z1, z2, temperature, backend)
+    options = _Options(
+        len(more_views),
+        ids is not None,
+        weights is not None,
+        decoupled,
+        label_smoothing,
+        hardness,
+        reduction,
+        return_stats,
+        gather,
+    )
+    if options == _Options() and not isinstance(temperature, Tensor):
+        pair_loss = pair_loss_for(z1, z2, backend)
+        loss = None if pair_loss is None else pair_loss(z1, z2, temperature)
         if loss is not None:
             return loss
     views_of_rows = scaled_unit_rows(views, temperature)
@@ -184,16 +201,16 @@ def nt_xent(
         batch = gather_batch(views_of_rows, ids, weights, process_group, settings)
         columns, weight_per_process = batch.rows.flatten(0, 1), batch.weight_per_process
         exclusion = batch.exclusion(len(views), len(views))
-    negative_lse, plain_lse, statistics = negative_logsumexp(
+    problem = Problem(
         rows,
         columns,
-        exclusion=exclusion,
-        hardness=hardness,
+        exclusion,
         bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
         statistics=return_stats,
-        operands=operand_dtype(*views),
-        backend=backend,
+        mma_dtype=mma_dtype(*views),
     )
+    logsumexp = preferring_hard(logsumexp_for(problem, backend), hardness)
+    negative_lse, statistics = logsumexp(problem)
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
     if label_smoothing:
         candidates = rows if columns is None else columns
@@ -203,7 +220,24 @@ def nt_xent(
     loss = reduce(per_anchor.view(len(views), n), reduction, weights, weight_per_process)
     if statistics is None:
         return loss
-    return loss, contrastive_stats(positive_logits, plain_lse, statistics, temperature)
+    return loss, contrastive_stats(positive_logits, statistics, temperature)
+
+
+class _Options(NamedTuple):
+    """What may be asked beside two views and a temperature; a pair loss answers the defaults alone.
+
+    A field for each option of ``nt_xent`` that changes what is computed: a test compares them.
+    """
+
+    more_views: int = 0
+    ids: bool = False
+    weights: bool = False
+    decoupled: bool = False
+    label_smoothing: float = 0.0
+    hardness: float = 0.0
+    reduction: str = "mean"
+    return_stats: bool = False
+    gather_distributed: bool = False
 
 
 def _check_decoupled(decoupled: bool, label_smoothing: float) -> None:

@@ -36,12 +36,7 @@ from contrastive_kit.losses._gathered import (
     settings_of,
     several_processes,
 )
-from contrastive_kit.ops import (
-    SOFTPLUS_BACKENDS,
-    Exclusion,
-    kept_softplus_sum,
-    scaled_unit_rows,
-)
+from contrastive_kit.ops import Exclusion, check_backend, kept_softplus_sum, scaled_unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -133,7 +128,7 @@ def siglip(
         if weights is not None:
             check_weights(weights, z1.shape[0], "z1", z1)
         check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+        check_backend(backend, "softplus_sum")
         return check_temperature(temperature, z1), _check_bias(bias, z1)
 
     temperature, bias = checked(check, process_group) if gather else check()
@@ -239,7 +234,7 @@ class SigLIP(nn.Module):
                 f"most {LARGEST_LEARNABLE_TEMPERATURE}, got {tau}"
             )
         check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("backend", backend, ["auto", *SOFTPLUS_BACKENDS])
+        check_backend(backend, "softplus_sum")
         check_gathering(gather_distributed, process_group)
         self.gather_distributed = gather_distributed
         self.process_group = process_group

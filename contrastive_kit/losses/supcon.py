@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,9 +32,9 @@ from contrastive_kit.losses._stats import ContrastiveStats, is_nearest
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
-    kept_logsumexp,
-    operand_dtype,
-    same_class_logsumexp,
+    Problem,
+    logsumexp_for,
+    mma_dtype,
     scaled_unit_rows,
 )
 
@@ -94,7 +93,8 @@ def sup_con(
             temperature tensor, which ``SupCon`` takes by itself. "sum" and "none" are of the own
             anchors.
         process_group: the processes to gather from; None for all of them.
-        backend: "auto" or a name, see ``which_backend``.
+        backend: "auto" or a name, see ``which_backend``. "triton" has no sum over positives for
+            the variant "in".
 
     Returns:
         The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast;
@@ -115,8 +115,8 @@ def sup_con(
         O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
         nothing of size N × N (except with ``backend="reference"``). With ``gather_distributed`` N
         is the number of images of all processes.
-        "out" costs what ``nt_xent`` does. "in" costs twice that; its sum over positives runs in
-        tiles on every backend.
+        "out" costs what ``nt_xent`` does. "in" costs twice that; no fused kernel computes its sum
+        over positives, which runs in tiles on a GPU.
 
     Note:
         An image that is alone with its label keeps the relative precision of a tiny loss, as in
@@ -175,19 +175,19 @@ def sup_con(
         images = torch.arange(n, device=rows.device)
         batch = _Batch(rows, images.repeat(len(views)), labels.repeat(len(views)), n)
     n_positives = equal_id_counts(batch.labels, batch.candidate_labels) - 1
-    bound = torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
-    logsumexp = partial(
-        kept_logsumexp,
+    whole = Problem(
         rows.flatten(0, 1),
         batch.columns,
-        bound=bound,
-        operands=operand_dtype(*views),
-        backend=backend,
+        bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+        mma_dtype=mma_dtype(*views),
     )
-    if variant == "out":
-        per_anchor = _outside(batch, n_positives.clamp(min=1), logsumexp)
-    else:
-        per_anchor = _inside(batch, n_positives.clamp(min=1), logsumexp, bound)
+
+    def logsumexp(exclusion: Exclusion, statistics: bool = False) -> _Found:
+        problem = whole._replace(exclusion=exclusion, statistics=statistics)
+        return logsumexp_for(problem, backend)(problem)
+
+    of_variant = _outside if variant == "out" else _inside
+    per_anchor = of_variant(batch, n_positives.clamp(min=1), logsumexp)
     per_anchor = torch.where(n_positives == 0, 0, per_anchor).view(len(views), n)
     if reduction == "mean":
         anchors = (n_positives[:n] > 0).to(rows.dtype)
@@ -266,13 +266,14 @@ class _Batch:
         return Exclusion(0, self.images, self.column_images)
 
 
-_LogSumExp = Callable[..., tuple[Tensor, LogitStatistics | None]]
+_Found = tuple[Tensor, LogitStatistics | None]
+_LogSumExp = Callable[..., _Found]
 
 
 def _outside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp) -> Tensor:
     """L_out of each anchor, equation (15), as (20): the own views are kept out of the tiles."""
     rows, n_views = batch.rows, len(batch.views)
-    others, _ = logsumexp(exclusion=batch.other_images())
+    others, _ = logsumexp(batch.other_images())
     candidates = rows if batch.columns is None else batch.columns
     same_label = equal_id_sums(candidates, batch.labels, batch.candidate_labels)
     same_label = same_label - batch.views.sum(0).repeat(n_views, 1)
@@ -289,26 +290,12 @@ def _outside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp) -> Tenso
     return F.softplus(others - own, threshold=50) + gap
 
 
-def _inside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, bound: float) -> Tensor:
+def _inside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp) -> Tensor:
     """L_in of each anchor, equation (16)."""
     rows = batch.rows
-    negatives, _ = logsumexp(exclusion=Exclusion(0, batch.labels, batch.column_labels))
-    ordered = batch.candidate_labels.sort().values
-
-    def with_class(labels: Tensor, images: Tensor) -> Tensor:
-        return torch.searchsorted(ordered, labels) * batch.n_images + images
-
-    column_class = None
-    if batch.column_labels is not None and batch.column_images is not None:
-        column_class = with_class(batch.column_labels, batch.column_images)
-    positives = same_class_logsumexp(
-        rows,
-        batch.columns,
-        with_class(batch.labels, batch.images),
-        column_class,
-        batch.n_images,
-        bound,
-    )
+    negatives, _ = logsumexp(Exclusion(0, batch.labels, batch.column_labels))
+    same_label = Exclusion(0, batch.images, batch.column_images, batch.labels, batch.column_labels)
+    positives, _ = logsumexp(same_label)
     if len(batch.views) > 1:
         positives = torch.logaddexp(positives, positive_pair_logits(batch.views).logsumexp(0))
     positives = positives.masked_fill(positives == -torch.inf, 0)  # an anchor without any
@@ -320,10 +307,8 @@ def _statistics(
     batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, temperature: float | Tensor
 ) -> ContrastiveStats:
     # A positive is nearest where the largest of all logits is above that of the negatives.
-    lse, others = logsumexp(exclusion=batch.other_images(), statistics=True)
-    _, negatives = logsumexp(
-        exclusion=Exclusion(0, batch.labels, batch.column_labels), statistics=True
-    )
+    lse, others = logsumexp(batch.other_images(), statistics=True)
+    _, negatives = logsumexp(Exclusion(0, batch.labels, batch.column_labels), statistics=True)
     assert others is not None
     assert negatives is not None
     n_own = len(batch.views) - 1

@@ -1,31 +1,37 @@
-"""The primitive behind the losses, and the choice of its backend."""
+"""The primitives behind the losses, and the choice of their backend."""
 
-from contrastive_kit.ops._exclusion import Exclusion
-from contrastive_kit.ops._lse import (
+from contrastive_kit.ops.backends import (
     BACKENDS,
+    Backend,
     BackendChoice,
-    kept_logsumexp,
-    operand_dtype,
+    check_backend,
+    logsumexp_for,
+    pair_loss_for,
+    softplus_sum_for,
     which_backend,
 )
-from contrastive_kit.ops._pair_loss import pair_loss
-from contrastive_kit.ops._same_class import same_class_logsumexp
-from contrastive_kit.ops._sigmoid import SOFTPLUS_BACKENDS, kept_softplus_sum
-from contrastive_kit.ops._statistics import LogitStatistics, row_statistics
-from contrastive_kit.ops._unit_rows import scaled_unit_rows
+from contrastive_kit.ops.primitives import kept_logsumexp, kept_softplus_sum
+from contrastive_kit.ops.problem import Exclusion, Problem, mma_dtype
+from contrastive_kit.ops.registered import LogSumExp
+from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
+from contrastive_kit.ops.unit_rows import scaled_unit_rows
 
 __all__ = [
     "BACKENDS",
-    "SOFTPLUS_BACKENDS",
+    "Backend",
     "BackendChoice",
     "Exclusion",
+    "LogSumExp",
     "LogitStatistics",
+    "Problem",
+    "check_backend",
     "kept_logsumexp",
     "kept_softplus_sum",
-    "operand_dtype",
-    "pair_loss",
+    "logsumexp_for",
+    "mma_dtype",
+    "pair_loss_for",
     "row_statistics",
-    "same_class_logsumexp",
     "scaled_unit_rows",
+    "softplus_sum_for",
     "which_backend",
 ]

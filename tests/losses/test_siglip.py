@@ -13,17 +13,20 @@ from budgets import VALUE, assert_within, gradient_budget
 
 from contrastive_kit import SigLIP, reference
 from contrastive_kit.functional import siglip
-from contrastive_kit.ops import SOFTPLUS_BACKENDS, Exclusion, _tiled, kept_softplus_sum
-from contrastive_kit.ops._sigmoid import softplus_sum_backward, softplus_sum_forward
+from contrastive_kit.ops import BACKENDS, Exclusion, Problem, kept_softplus_sum
+from contrastive_kit.ops.registered import registered
+from contrastive_kit.ops.tiled import tiles
 
-backends = pytest.mark.parametrize("backend", SOFTPLUS_BACKENDS)
+backends = pytest.mark.parametrize(
+    "backend", [name for name, x in BACKENDS.items() if x.softplus_sum is not None]
+)
 IDS = torch.tensor([3, 3, -1, 8, 5, 8, 8])
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Small problems get many tiles, with ragged edges."""
-    monkeypatch.setattr(_tiled, "_CPU_TILE", 16)
+    monkeypatch.setattr(tiles, "CPU_TILE", 16)
 
 
 def random_pairs(n, d, dtype=torch.float64):
@@ -210,10 +213,12 @@ class TestPrimitive:
             return x if layout == "contiguous" else x.T.contiguous().T
 
         ids = torch.arange(40) // 2
-        shared = (rows(40), rows(23), torch.tensor(-1.0), ids, ids[:23], 0)
-        torch.library.opcheck(softplus_sum_forward, shared)
+        problem = Problem(rows(40), rows(23), Exclusion(0, ids, ids[:23]))
+        shared = (torch.tensor(-1.0), *problem.flat())
+        torch.library.opcheck(registered("tiled_softplus_sum"), shared)
+        backward = registered("tiled_softplus_sum_backward")
         for needs in ((True, False), (False, True), (True, True)):
-            torch.library.opcheck(softplus_sum_backward, (torch.randn(40), *shared, *needs))
+            torch.library.opcheck(backward, (torch.randn(40), *shared, *needs))
 
     def test_fake_tensors_on_cuda_have_the_right_shapes_without_a_gpu(self):
         from torch._subclasses.fake_tensor import FakeTensorMode

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from contrastive_kit import SupCon, reference
 from contrastive_kit.functional import nt_xent, sup_con
-from contrastive_kit.ops import BACKENDS, same_class_logsumexp
+from contrastive_kit.ops import BACKENDS
 
 backends = pytest.mark.parametrize("backend", list(BACKENDS))
 variants = pytest.mark.parametrize("variant", ["out", "in"])
@@ -227,40 +227,6 @@ def test_zero_rows_count_as_cosine_zero(variant):
     grads = torch.autograd.grad(loss, inputs)
     assert torch.equal(grads[0][2], torch.zeros(3, dtype=torch.float64))
     assert all(g.isfinite().all() for g in grads)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("logit_size", [1.0, 12.0])
-def test_the_logsumexp_over_a_class_equals_that_of_its_mask(logit_size, symmetric, monkeypatch):
-    from contrastive_kit.ops import _tiled
-
-    monkeypatch.setattr(_tiled, "_CPU_TILE", 8)
-    n = 61
-    q = torch.randn(n, 5, dtype=torch.float64) * logit_size
-    k = q if symmetric else torch.randn(n, 5, dtype=torch.float64)
-    row_class = torch.randint(0, 9, (n,))
-    column_class = row_class if symmetric else torch.randint(0, 9, (n,))
-    row_id = torch.randperm(n)
-    column_id = row_id if symmetric else torch.randperm(n)
-    kept = row_class[:, None] == column_class[None, :]
-    kept &= row_id[:, None] != column_id[None, :]
-    inputs = wanting(q) if symmetric else wanting(q, k)
-    logits = inputs[0] @ inputs[-1].T
-    expected = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
-    some = kept.any(1)
-    expected_grads = torch.autograd.grad(expected[some].sum(), inputs)
-    actual = same_class_logsumexp(
-        inputs[0],
-        None if symmetric else inputs[1],
-        row_class * n + row_id,
-        column_class * n + column_id,
-        n,
-    )
-    assert (actual[~some] == -torch.inf).all()
-    torch.testing.assert_close(actual[some], expected[some])
-    torch.testing.assert_close(
-        torch.autograd.grad(actual[some].sum(), inputs), expected_grads, rtol=1e-9, atol=1e-12
-    )
 
 
 @backends

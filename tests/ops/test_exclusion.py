@@ -40,3 +40,34 @@ def test_equal_id_tiles_cover_the_mask(row_ids, column_ids, height, width):
     mask = exclusion.mask(len(row_ids), len(column_ids), torch.device("cpu"))
     assert mask.tolist() == [[a == b for b in column_ids] for a in row_ids]
     assert torch.equal(paint(exclusion, len(row_ids), len(column_ids), height, width), mask)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=12),
+    columns=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=12),
+    height=sizes,
+    width=sizes,
+    rule=st.sampled_from(["ids", "period", "classes alone"]),
+)
+def test_tiles_of_classes_cover_the_mask(rows, columns, height, width, rule):
+    """What is kept is of the same class, and not what the other rule leaves out."""
+    period = 3 if rule == "period" else 0
+    (row_ids, row_classes), (column_ids, column_classes) = (
+        [torch.tensor(x) for x in zip(*side, strict=True)] for side in (rows, columns)
+    )
+    ids = (row_ids, column_ids) if rule == "ids" else (None, None)
+    exclusion = Exclusion(period, *ids, row_classes, column_classes)
+    mask = exclusion.mask(len(rows), len(columns), torch.device("cpu"))
+    expected = [
+        [
+            row[1] != column[1]
+            or (rule == "ids" and row[0] == column[0])
+            or (rule == "period" and (i - j) % 3 == 0)
+            for j, column in enumerate(columns)
+        ]
+        for i, row in enumerate(rows)
+    ]
+    assert mask.tolist() == expected
+    assert torch.equal(paint(exclusion, len(rows), len(columns), height, width), mask)
+    turned = exclusion.transposed().mask(len(columns), len(rows), torch.device("cpu"))
+    assert torch.equal(turned, mask.T)

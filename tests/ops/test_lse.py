@@ -4,24 +4,31 @@ Equations (2), (5) and (8) of docs/nt_xent.md.
 """
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from budgets import VALUE, assert_within, gradient_budget
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from contrastive_kit.functional import siglip, sup_con
 from contrastive_kit.ops import (
     BACKENDS,
+    Backend,
     Exclusion,
     LogitStatistics,
-    _lse,
-    _tiled,
+    Problem,
+    backends,
     kept_logsumexp,
+    kept_softplus_sum,
     which_backend,
 )
-from contrastive_kit.ops._registered import logsumexp_backward, logsumexp_forward
+from contrastive_kit.ops.registered import registered
+from contrastive_kit.ops.tiled import tiles
 
-backends = pytest.mark.parametrize("backend", list(BACKENDS))
+every_backend = pytest.mark.parametrize("backend", list(BACKENDS))
 # What computes in the dtype of its rows; tests/ops/test_triton.py has the other.
 exact_backends = pytest.mark.parametrize("backend", [x for x in BACKENDS if x != "triton"])
 SMALL_LOGITS, LARGE_LOGITS = 1.0, 12.0  # largest products about 30 and 4000: both tiled paths
@@ -42,9 +49,9 @@ def widest(backend):
 def small_tiles(monkeypatch, request):
     """Tiles far below the defaults, so that small problems have many, with ragged edges."""
     if "full_tiles" not in request.keywords:
-        monkeypatch.setattr(_tiled, "_CPU_TILE", 16)
+        monkeypatch.setattr(tiles, "CPU_TILE", 16)
         # Three tiles in float32 and one in float64: some are saved, and some computed again.
-        monkeypatch.setattr(_tiled, "_CPU_SAVED_BYTES", 3 * 16 * 32 * 4)
+        monkeypatch.setattr(tiles, "CPU_SAVED_BYTES", 3 * 16 * 32 * 4)
 
 
 def oracle(q, k, mask, both, grad):
@@ -64,11 +71,28 @@ def statistics_oracle(q, k, mask, dim):
     kept = ~mask
     softmax = logits.masked_fill(mask, -torch.inf).softmax(dim)
     return LogitStatistics(
+        logsumexp=logits.masked_fill(mask, -torch.inf).logsumexp(dim),
         maximum=logits.masked_fill(mask, -torch.inf).amax(dim),
         expected=(softmax * logits).sum(dim),
         total=(kept * logits).sum(dim),
         kept=kept.sum(dim).double(),
     )
+
+
+def events(run):
+    """How often each operation of torch is run, as its profiler sees it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return Counter(event.name for event in profile.events())
+
+
+def with_kept_bytes(run):
+    """The result of ``run``, and the bytes that autograd keeps for its backward."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (sizes.append(x.numel() * x.element_size()), x)[1], lambda x: x
+    ):
+        return run(), sum(sizes)
 
 
 def run(q, k, exclusion, both, grad, backend):
@@ -97,7 +121,7 @@ def check(q, k, exclusion, both, backend, dtype, logit_size):
         assert_within(actual, expected, budget)
 
 
-@backends
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
 @pytest.mark.parametrize("n", [2, 3, 63, 65, 126])
@@ -108,7 +132,7 @@ def test_self_similarity(n, d, logit_size, dtype, backend):
     check(q, None, Exclusion(n), False, backend, dtype, logit_size)
 
 
-@backends
+@every_backend
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (3, 65), (65, 3), (63, 63), (50, 131)])
@@ -120,7 +144,7 @@ def test_two_matrices(rows, columns, both, logit_size, backend):
         check(q, k, exclusion, both, backend, torch.float32, logit_size)
 
 
-@backends
+@every_backend
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
 def test_equal_ids_are_excluded(logit_size, backend):
     ids = torch.randint(0, 9, (61,))
@@ -131,6 +155,35 @@ def test_equal_ids_are_excluded(logit_size, backend):
     check(q, k, Exclusion(0, ids, key_ids), True, backend, dtype, logit_size)
 
 
+@exact_backends
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
+def test_the_logsumexp_over_a_class_equals_that_of_its_mask(logit_size, symmetric, backend):
+    """Of its own class, and not of the same id."""
+    n = 61
+    q = torch.randn(n, 5, dtype=torch.float64) * logit_size
+    k = q if symmetric else torch.randn(n, 5, dtype=torch.float64)
+    row_class = torch.randint(0, 9, (n,))
+    column_class = row_class if symmetric else torch.randint(0, 9, (n,))
+    row_id = torch.randperm(n)
+    column_id = row_id if symmetric else torch.randperm(n)
+    kept = row_class[:, None] == column_class[None, :]
+    kept &= row_id[:, None] != column_id[None, :]
+    inputs = [x.clone().requires_grad_() for x in ([q] if symmetric else [q, k])]
+    logits = inputs[0] @ inputs[-1].T
+    expected = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
+    some = kept.any(1)
+    expected_grads = torch.autograd.grad(expected[some].sum(), inputs)
+    columns = (None, None) if symmetric else (column_id, column_class)
+    rule = Exclusion(0, row_id, columns[0], row_class, columns[1])
+    actual, _ = kept_logsumexp(*inputs, exclusion=rule, backend=backend)
+    assert (actual[~some] == -torch.inf).all()
+    torch.testing.assert_close(actual[some], expected[some])
+    torch.testing.assert_close(
+        torch.autograd.grad(actual[some].sum(), inputs), expected_grads, rtol=1e-9, atol=1e-12
+    )
+
+
 @pytest.mark.full_tiles
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
 def test_more_than_one_tile_of_the_default_size(logit_size):
@@ -138,7 +191,7 @@ def test_more_than_one_tile_of_the_default_size(logit_size):
     check(q, None, Exclusion(1251), False, "tiled", torch.float64, logit_size)
 
 
-@backends
+@every_backend
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
 @pytest.mark.parametrize("two_matrices", [False, True])
 def test_statistics(two_matrices, logit_size, backend):
@@ -164,7 +217,7 @@ def test_statistics(two_matrices, logit_size, backend):
             assert_within(figure, wanted, VALUE[q.dtype])
 
 
-@backends
+@every_backend
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
 def test_a_row_that_keeps_nothing(logit_size, backend):
     """Ids leave row 0 without a column: logsumexp -inf, no gradient, and no trace in others."""
@@ -185,7 +238,7 @@ def test_a_row_that_keeps_nothing(logit_size, backend):
     assert_within(dk, grads[1], gradient_budget(torch.float32, 1e-2))
 
 
-@backends
+@every_backend
 def test_a_single_row(backend):
     q = torch.randn(1, 4, requires_grad=True)
     lse, _ = kept_logsumexp(q, exclusion=Exclusion(1), backend=backend)
@@ -195,7 +248,7 @@ def test_a_single_row(backend):
     torch.testing.assert_close(lse, q.square().sum(1))
 
 
-@backends
+@every_backend
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_not_finite_reaches_the_result(bad, backend):
     q = torch.randn(40, 4)
@@ -218,7 +271,7 @@ def test_a_row_of_nan_leaves_the_range_of_other_rows_alone(backend):
     assert_within(lse[others], expected[others], VALUE[torch.float32])
 
 
-@backends
+@every_backend
 def test_each_input_alone_gets_its_gradient(backend):
     q, k = torch.randn(33, 5), torch.randn(50, 5)
     weights = torch.randn(83)
@@ -261,7 +314,7 @@ def test_backward_runs_twice_and_a_second_derivative_raises():
         differentiable.sum().backward()
 
 
-@backends
+@every_backend
 def test_inputs_are_not_written_to_and_any_stride_will_do(backend):
     base = torch.randn(9, 2 * 30)
     q = base.T[::2]
@@ -285,7 +338,7 @@ def test_runs_are_identical_bit_for_bit():
 @pytest.mark.parametrize("two_matrices", [False, True])
 @pytest.mark.parametrize("logit_size", [SMALL_LOGITS, LARGE_LOGITS])
 def test_any_size_of_tile(logit_size, two_matrices, tile, monkeypatch):
-    monkeypatch.setattr(_tiled, "_CPU_TILE", tile)
+    monkeypatch.setattr(tiles, "CPU_TILE", tile)
     q = (torch.randn(70, 6, dtype=torch.float64) * logit_size**0.5).requires_grad_()
     k = torch.randn(45, 6, dtype=torch.float64).requires_grad_() if two_matrices else None
     inputs = [q] if k is None else [q, k]
@@ -305,12 +358,17 @@ def test_saved_tiles_change_nothing(logit_size, two_matrices, monkeypatch):
     q = (torch.randn(70, 6) * logit_size**0.5).requires_grad_()
     k = torch.randn(45, 6).requires_grad_() if two_matrices else None
     inputs = [q] if k is None else [q, k]
-    tile_bytes = 16 * (16 + _tiled._PADDING) * 4
-    results = []
+    tile_bytes = 16 * (16 + tiles.PADDING) * 4
+    results, kept = [], []
     for n_saved in (0, 1, 4, 100):
-        monkeypatch.setattr(_tiled, "_CPU_SAVED_BYTES", n_saved * tile_bytes)
-        assert len(_tiled.new_tiles(q, k)) == min(n_saved, 15)
-        lse, _ = kept_logsumexp(q, k, exclusion=Exclusion(35), both=two_matrices, backend="tiled")
+        monkeypatch.setattr(tiles, "CPU_SAVED_BYTES", n_saved * tile_bytes)
+        lse, n_bytes = with_kept_bytes(
+            lambda: kept_logsumexp(
+                q, k, exclusion=Exclusion(35), both=two_matrices, backend="tiled"
+            )[0]
+        )
+        kept.append(n_bytes)
+        assert kept[-1] - kept[0] == min(n_saved, 15) * tile_bytes
         grad = torch.linspace(-1, 2, len(lse))
         for _ in range(2):
             results.append([lse, *torch.autograd.grad(lse, inputs, grad, retain_graph=True)])
@@ -320,38 +378,50 @@ def test_saved_tiles_change_nothing(logit_size, two_matrices, monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", ["one matrix", "rows", "columns"])
-def test_saved_tiles_are_not_computed_again(wanted, monkeypatch):
+def test_saved_tiles_are_not_computed_again(wanted):
     q = torch.randn(70, 6, requires_grad=wanted != "columns")
     k = None if wanted == "one matrix" else torch.randn(45, 6, requires_grad=wanted == "columns")
-    products = []
-    mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(1) or mm(*args, **kw))
-    lse, _ = kept_logsumexp(q, k, exclusion=Exclusion(35), backend="tiled")
-    assert len(products) == 15
-    lse.sum().backward()
-    assert len(products) == 15 + 12  # small_tiles saves three of the 15
+
+    def forward():
+        return kept_logsumexp(q, k, exclusion=Exclusion(35), backend="tiled")[0].sum()
+
+    loss = forward()
+    assert 1 <= events(forward)["aten::mm"] <= 15  # tiles of 16
+    assert 1 <= events(loss.backward)["aten::mm"] <= 12  # small_tiles saves three of the 15
 
 
-def test_no_tiles_are_saved_where_no_gradient_is_wanted(monkeypatch):
-    def refuse(*args):
-        raise AssertionError("room for tiles that nothing reads")
+def test_no_tiles_are_saved_where_no_gradient_is_wanted():
+    """Nor room for any is made: what ops return, beside what has the length of the result."""
 
+    class Returned(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            results = func(*args, **(kwargs or {}))
+            if "logsumexp" in func.name():
+                sizes.append(max(x.numel() for x in results))
+            return results
+
+    sizes = []
     q = torch.randn(70, 6, requires_grad=True)
-    monkeypatch.setattr(_tiled, "new_tiles", refuse)
-    kept_logsumexp(q.detach(), backend="tiled")
-    with torch.no_grad():
+    with Returned():
+        kept_logsumexp(q.detach(), backend="tiled")
+        with torch.no_grad():
+            kept_logsumexp(q, backend="tiled")
         kept_logsumexp(q, backend="tiled")
-    with pytest.raises(AssertionError, match="nothing reads"):
-        kept_logsumexp(q, backend="tiled")
+    assert sizes[:2] == [70, 70]
+    assert sizes[2] > 70
 
 
 @pytest.mark.full_tiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("columns", [None, 5003])
 def test_saved_tiles_fit_into_their_bytes(columns, dtype):
-    q = torch.empty(9001, 1, dtype=dtype)
-    saved = _tiled.new_tiles(q, None if columns is None else q[:columns])
-    assert _tiled._CPU_SAVED_BYTES / 2 < saved.nbytes <= _tiled._CPU_SAVED_BYTES == 2**25
+    """The 32 MiB that the documentation promises stay from the forward to the backward."""
+    with FakeTensorMode():
+        q = torch.empty(9001, 1, dtype=dtype, requires_grad=True)
+        k = None if columns is None else torch.empty(columns, 1, dtype=dtype)
+        _, n_bytes = with_kept_bytes(lambda: kept_logsumexp(q, k, backend="tiled")[0])
+    inputs_and_results = (3 * 9001 + (columns or 0)) * q.element_size()
+    assert 2**24 < n_bytes - inputs_and_results <= 2**25
 
 
 @pytest.mark.parametrize("bound", [10.0, torch.inf])
@@ -408,16 +478,16 @@ def test_matrices_of_different_lengths(lengths, backend):
     ("length", "bound", "shifted"),
     [(7.0, torch.inf, False), (7.0, 1e9, False), (9.0, torch.inf, True), (9.0, 60.0, False)],
 )
-def test_short_rows_spare_the_running_maximum(length, bound, shifted, monkeypatch):
+def test_short_rows_spare_the_running_maximum(length, bound, shifted):
     """Squares of 49 and 81 around the bound of 69; no logit of the latter is above 60."""
-    calls = []
-    for name in ("_forward_shifted", "_weight_tiles_shifted"):
-        function = getattr(_tiled, name)
-        monkeypatch.setattr(_tiled, name, lambda *args, f=function: calls.append(args) or f(*args))
     q = (torch.eye(35) * length).requires_grad_()
-    lse, _ = kept_logsumexp(q, exclusion=Exclusion(35), bound=bound, backend="tiled")
-    lse.sum().backward()
-    assert len(calls) == (2 if shifted else 0)
+
+    def forward():
+        return kept_logsumexp(q, exclusion=Exclusion(35), bound=bound, backend="tiled")[0]
+
+    lse = forward()
+    assert (events(forward)["aten::logaddexp"] > 0) == shifted
+    assert (events(lse.sum().backward)["aten::addcmul_"] > 0) == shifted
     torch.testing.assert_close(lse, torch.full((35,), 34.0).log())
 
 
@@ -427,8 +497,8 @@ def test_short_rows_spare_the_running_maximum(length, bound, shifted, monkeypatc
 @pytest.mark.parametrize("statistics", [False, True])
 def test_opcheck(statistics, layout, two_matrices, logit_size, monkeypatch):
     # The edges of saved tiles are never written, nor read: to compare them they need a value.
-    empty_tiles = _tiled._empty_tiles
-    monkeypatch.setattr(_tiled, "_empty_tiles", lambda *args: empty_tiles(*args).zero_())
+    empty_tiles = tiles.empty_tiles
+    monkeypatch.setattr(tiles, "empty_tiles", lambda *args: empty_tiles(*args).zero_())
 
     def rows(n):
         x = torch.randn(n, 6) * logit_size
@@ -436,14 +506,33 @@ def test_opcheck(statistics, layout, two_matrices, logit_size, monkeypatch):
 
     q, k = rows(40), rows(23) if two_matrices else None
     ids = torch.arange(40) // 2
-    shared = (q, k, ids, ids[:23] if two_matrices else None, 0, two_matrices, torch.inf)
-    save_tiles = not statistics
-    torch.library.opcheck(logsumexp_forward, (*shared, statistics, save_tiles, "tiled"))
-    lse, lost, _, saved_tiles = logsumexp_forward(*shared, statistics, save_tiles, "tiled")
-    assert len(saved_tiles) == (3 if save_tiles else 0)
-    saved = (torch.randn_like(lse), lse, lost, saved_tiles)
-    torch.library.opcheck(logsumexp_backward, (*saved, *shared, True, False, "tiled"))
-    torch.library.opcheck(logsumexp_backward, (*saved, *shared, True, True, "tiled"))
+    exclusion = Exclusion(0, ids, ids[:23] if two_matrices else None)
+    check_op("tiled", Problem(q, k, exclusion, two_matrices, statistics=statistics), 3)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_opcheck_of_classes(symmetric, monkeypatch):
+    empty_tiles = tiles.empty_tiles
+    monkeypatch.setattr(tiles, "empty_tiles", lambda *args: empty_tiles(*args).zero_())
+    ids, classes = torch.arange(40), torch.arange(40) % 7
+    columns = (None, None) if symmetric else (ids[:23], classes[:23])
+    exclusion = Exclusion(0, ids, columns[0], classes, columns[1])
+    q, k = torch.randn(40, 6), None if symmetric else torch.randn(23, 6)
+    check_op("tiled", Problem(q, k, exclusion), 3)
+
+
+def check_op(backend, problem, n_saved):
+    """The two ops of a backend do what their schemas and fakes say."""
+    forward = registered(f"{backend}_logsumexp")
+    backward = registered(f"{backend}_logsumexp_backward")
+    save_tiles = not problem.statistics
+    arguments = (*problem.flat(), save_tiles)
+    torch.library.opcheck(forward, arguments)
+    lse, lse_lo, _, saved_tiles = forward(*arguments)
+    assert len(saved_tiles) == (n_saved if save_tiles else 0)
+    saved = (torch.randn_like(lse), lse, lse_lo, saved_tiles)
+    for needs in ((True, False), (True, True)):
+        torch.library.opcheck(backward, (*saved, *problem.flat(), *needs))
 
 
 @exact_backends
@@ -459,7 +548,7 @@ def test_half_precision_rows_are_computed_in_float32(dtype, backend):
     assert_within(grad, expected_grad, gradient_budget(dtype, 1.0))
 
 
-@backends
+@every_backend
 def test_autocast_does_not_reach_the_logits(backend):
     q = torch.randn(60, 33, requires_grad=True)
     outside = kept_logsumexp(q, exclusion=Exclusion(30), backend=backend)[0]
@@ -472,8 +561,6 @@ def test_autocast_does_not_reach_the_logits(backend):
 
 
 def test_fake_tensors_on_cuda_have_the_right_shapes_without_a_gpu():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         q, k = torch.empty(6, 3, device="cuda"), torch.empty(9, 3, device="cuda")
         lse, stats = kept_logsumexp(q, k, both=True, statistics=True)
@@ -484,12 +571,14 @@ def test_fake_tensors_on_cuda_have_the_right_shapes_without_a_gpu():
 
 class TestDispatch:
     def refusing(self, monkeypatch):
-        only_double = _lse.Backend(
-            lambda q, k: None if q.dtype == torch.float64 else "it only computes float64",
-            BACKENDS["reference"].run,
+        only_double = Backend(
+            lambda problem: (
+                None if problem.q.dtype == torch.float64 else "it only computes float64"
+            ),
+            BACKENDS["reference"].logsumexp,
         )
         others = {name: BACKENDS[name] for name in ("tiled", "reference")}
-        monkeypatch.setattr(_lse, "BACKENDS", {"picky": only_double, **others})
+        monkeypatch.setattr(backends, "BACKENDS", {"picky": only_double, **others})
 
     def test_auto_takes_the_first_that_does_not_refuse_and_says_why(self, monkeypatch):
         self.refusing(monkeypatch)
@@ -510,7 +599,24 @@ class TestDispatch:
         def broken(*args):
             raise RuntimeError("launch failed")
 
-        failing = _lse.Backend(lambda q, k: None, broken)
-        monkeypatch.setattr(_lse, "BACKENDS", {"failing": failing, **BACKENDS})
+        failing = Backend(lambda problem: None, broken)
+        monkeypatch.setattr(backends, "BACKENDS", {"failing": failing, **BACKENDS})
         with pytest.raises(RuntimeError, match="launch failed"):
             kept_logsumexp(torch.ones(2, 2))
+
+    def test_a_backend_without_a_primitive_refuses_it_by_name(self, monkeypatch):
+        self.refusing(monkeypatch)
+        q, labels = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) // 2
+        rule = Exclusion(6, row_classes=labels)
+        for run, missing in (
+            (lambda name: kept_softplus_sum(q, q, backend=name), "softplus_sum"),
+            (lambda name: siglip(q, q, backend=name), "softplus_sum"),
+            (lambda name: kept_logsumexp(q, exclusion=rule, backend=name), "same_class_logsumexp"),
+            (
+                lambda name: sup_con(q, labels=labels, variant="in", backend=name),
+                "same_class_logsumexp",
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"'picky' cannot run here: it has no {missing}"):
+                run("picky")
+            run("auto")

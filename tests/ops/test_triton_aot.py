@@ -33,32 +33,22 @@ TENSOR_CORES = {
     "sm_120": "mma.sync",
 }
 
-FLOATS = {
-    "row_partial", "column_partial", "lse", "lost", "statistics", "grad", "largest", "level",
-    "unit", "row_scale", "row_level", "column_scale", "column_level", "partial", "gradient",
-    "source", "positive", "slope", "peaks", "loss", "incoming",
+# Pointers of a dtype other than float32, and numbers other than int32.
+POINTERS = {
+    "p_row_ids": "i64", "p_column_ids": "i64", "p_running": "fp64", "p_sums": "fp64",
+    "p_z1": "bf16", "p_z2": "bf16", "p_dz1": "bf16", "p_dz2": "bf16", "p_arrived": "i32",
 }  # fmt: skip
+OF_OPERANDS = ("p_q", "p_k", "p_packed", "p_strip")
+FLOATS = ("scale", "weight_scale", "undo_scale", "root_high", "root_low")
 
 
-def types(name, argument, dtype):
-    """The type of an argument of a kernel."""
-    if argument in ("queries", "keys", "packed", "strip"):
+def types(argument, dtype):
+    """The type of an argument of a kernel, whose names say what is a pointer."""
+    if argument in OF_OPERANDS:
         return f"*{dtype}"
-    if argument in ("row_ids", "column_ids"):
-        return "*i64"
-    if argument in ("running", "sums"):
-        return "*fp64"
-    if argument in ("first", "second", "first_gradient", "second_gradient"):
-        return "*bf16"
-    if argument == "arrived":
-        return "*i32"
-    if argument in FLOATS:
-        return "*fp32"
-    if argument == "scale":
-        return "*fp32" if name in ("scale_kernel", "pair_loss_kernel") else "fp32"
-    if argument in ("weight_scale", "unit_scale", "root_high", "root_low"):
-        return "fp32"
-    return "i32"
+    if argument.startswith("p_"):
+        return f"*{POINTERS.get(argument, 'fp32')}"
+    return "fp32" if argument in FLOATS else "i32"
 
 
 def variants(target, everything):
@@ -68,8 +58,7 @@ def variants(target, everything):
     """
     import torch
 
-    from contrastive_kit.ops import _triton
-    from contrastive_kit.ops import _triton_tiles as tiles
+    from contrastive_kit.ops.triton import configs, host
 
     arch = {"sm_120": "sm_86"}.get(target, target)
     exact = "ieee" if target == "hip" else "tf32x3"
@@ -79,10 +68,10 @@ def variants(target, everything):
 
     def common(tile, depth, dtype, precision, step):
         constants = {
-            "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": depth, "PRECISION": precision,
+            "BM": tile.rows, "BN": tile.columns, "BD": depth, "PRECISION": precision,
             "SCALE_LOGITS": dtype == "fp32",
         }  # fmt: skip
-        return {**constants, "STEP": tile.slice_of(depth)} if step else constants
+        return {**constants, "BK": tile.slice_of(depth)} if step else constants
 
     plain = {"RULE": 1, "SHIFTED": False}
     general = {"RULE": 2, "SHIFTED": True}
@@ -100,39 +89,38 @@ def variants(target, everything):
         ]  # fmt: skip
     for (dtype, torch_dtype, precision), depth, rule in cases:
         key = (arch, torch_dtype, precision, depth)
-        tile = tiles.forward(*key, False)
-        way = {"SYMMETRIC": True, "BY_COLUMN": True, "STATISTICS": False}
+        tile = configs.forward(*key)
+        way = {"SELF": True, "BY_COLUMN": True}
         constants = {**common(tile, depth, dtype, precision, True), **rule, **way}
         yield "forward_kernel", dtype, constants, tile.warps, tile.stages
-        tile = tiles.backward(*key)
+        tile = configs.backward(*key)
         way = {"FROM_ROWS": True, "FROM_COLUMNS": True}
         stored = tile is None
         if not stored:
             way["DEFERRED"] = dtype == "fp16"
-        tile = tiles.weights(*key) if stored else tile
+        tile = configs.weights(*key) if stored else tile
         constants = {**common(tile, depth, dtype, precision, stored), **rule, **way}
         name = "weights_kernel" if stored else "backward_kernel"
         yield name, dtype, constants, tile.warps, tile.stages
     if not (everything or target == "sm_90"):
         return
     for dtype, torch_dtype, precision in (half, single):
-        tile = tiles.forward(arch, torch_dtype, precision, 128, True)
-        way = {"SYMMETRIC": False, "BY_COLUMN": True, "STATISTICS": True}
-        constants = {**common(tile, 128, dtype, precision, True), **general, **way}
-        yield "forward_kernel", dtype, constants, tile.warps, tile.stages
-    pair = {"ROWS": 16, "DEPTH": 128}
+        tile = configs.statistics(arch, torch_dtype, precision, 128)
+        constants = {**common(tile, 128, dtype, precision, True), "RULE": 2}
+        yield "statistics_kernel", dtype, constants, tile.warps, tile.stages
+    pair = {"BM": 16, "BD": 128}
     yield "pair_prepare_kernel", "fp16", pair, 4, 3
-    yield "pair_finish_kernel", "fp32", {"ROWS": 8, "DEPTH": 256}, 4, 3
-    sizes = {"ROWS": 128, "COLUMNS": 64, "SLOTS": 32, "WIDTH": 64, "PROGRAMS": 256}
+    yield "pair_finish_kernel", "fp32", {"BM": 8, "BD": 256}, 4, 3
+    sizes = {"BM": 128, "BN": 64, "PARTS": 32, "WIDTH": 64, "PROGRAMS": 256}
     yield "pair_loss_kernel", "fp32", {"SHIFTED": True, **sizes}, 4, 3
-    small = {"SLOTS": _triton.SLOTS, "WIDTH": _triton.WIDTH, "ROWS": 128, "COLUMNS": 64}
+    small = {"PARTS": host.PARTS, "WIDTH": host.WIDTH, "BM": 128, "BN": 64}
     for shifted in (False, True):
-        way = {"SYMMETRIC": True, "BY_ROW": True, "BY_COLUMN": True, "SHIFTED": shifted}
-        way |= {"STATISTICS": shifted, "FIRST": not shifted, "LAST": True}
+        way = {"SELF": True, "BY_ROW": True, "BY_COLUMN": True, "SHIFTED": shifted}
+        way |= {"FIRST": not shifted, "LAST": True}
         yield "reduce_kernel", "fp32", {**small, **way}, 4, 3
-        yield "scale_kernel", "fp32", {"SHIFTED": shifted, "BLOCK": _triton._BLOCK}, 4, 3
-    yield "pack_kernel", "fp16", {"ROWS": 16, "COLUMNS": 128, "DEPTH": 128}, 4, 3
-    yield "finish_kernel", "fp32", {"ROWS": 16, "DEPTH": 128}, 4, 3
+        yield "factor_kernel", "fp32", {"SHIFTED": shifted, "BLOCK": host.BLOCK}, 4, 3
+    yield "pack_kernel", "fp16", {"BM": 16, "BN": 128, "BD": 128}, 4, 3
+    yield "finish_kernel", "fp32", {"BM": 16, "BD": 128}, 4, 3
 
 
 def compile_all(target, everything):
@@ -141,7 +129,7 @@ def compile_all(target, everything):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from contrastive_kit.ops import _triton_kernels
+    from contrastive_kit.ops.triton import backward_kernels, kernels, pair_kernels
 
     backend = GPUTarget("hip", "gfx942", 64)
     if target != "hip":
@@ -152,9 +140,10 @@ def compile_all(target, everything):
         if label in seen:
             continue
         seen.add(label)
-        kernel = getattr(_triton_kernels, name)
+        modules = (kernels, backward_kernels, pair_kernels)
+        kernel = next(getattr(x, name) for x in modules if hasattr(x, name))
         names = kernel.arg_names
-        signature = {x: "constexpr" if x in constants else types(name, x, dtype) for x in names}
+        signature = {x: "constexpr" if x in constants else types(x, dtype) for x in names}
         aligned = {
             (number,): [["tt.divisibility", 16]]
             for number, argument in enumerate(names)
@@ -274,7 +263,7 @@ def check(report, target, at_least):
         assert kernel["spilled"] <= (16 if rare else 0), kernel
         assert kernel["shared"] <= SHARED_LIMIT[target], kernel
         assert not kernel["warnings"], kernel
-        multiplies = kernel["kernel"].startswith(("forward", "backward", "weights"))
+        multiplies = kernel["kernel"].startswith(("forward", "backward", "weights", "statistics"))
         assert (kernel["products"] > 0) == multiplies, kernel
 
 

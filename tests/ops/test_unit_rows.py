@@ -7,7 +7,7 @@ from budgets import assert_within
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrastive_kit.ops import _unit_rows, scaled_unit_rows
+from contrastive_kit.ops import scaled_unit_rows, unit_rows
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (3, 7), (63, 60), (5, 3, 4)])
@@ -36,20 +36,21 @@ def test_piece_by_piece_is_the_same_bit_for_bit(shape, monkeypatch):
         return [rows, *torch.autograd.grad(rows, (z, temperature), grad)]
 
     whole = run()
-    calls = []
-    for name in ("_scaled", "_projected"):
-        function = getattr(_unit_rows, name)
-        monkeypatch.setattr(
-            _unit_rows, name, lambda *args, f=function: (calls.append(len(args[0])), f(*args))[1]
-        )
-    monkeypatch.setattr(_unit_rows, "_CPU_PIECE", 45)  # four rows of ten
+    monkeypatch.setattr(unit_rows, "_CPU_PIECE", 45)  # four rows of ten
     for actual, expected in zip(run(), whole, strict=True):
         assert actual.shape == expected.shape
         assert torch.equal(actual, expected)
-    n_rows = z.numel() // z.shape[-1]
-    n_pieces = max(1, -(-n_rows // 4))
-    assert len(calls) == 2 * n_pieces
-    assert sum(calls) == 2 * n_rows
+
+
+def test_a_large_batch_needs_no_copy_in_double_precision():
+    """Which would be twice its size: what is allocated at a time is pieces and the results."""
+    z = torch.randn(1, 2**14, 128)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        scaled_unit_rows((z[0],), 0.1)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 1.1 * z.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

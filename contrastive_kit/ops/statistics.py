@@ -7,15 +7,17 @@ from torch import Tensor
 
 
 class LogitStatistics(NamedTuple):
-    """Four figures of the kept logits of a row, each (R,); neutral where a row keeps none.
+    """Figures of the kept logits of a row, each (R,) and detached; neutral where it keeps none.
 
     Attributes:
+        logsumexp: of the logits, -inf for an empty row.
         maximum: the largest logit, -inf for an empty row.
         expected: the mean logit under the softmax of the row, 0 for an empty row.
         total: the sum of the logits.
         kept: how many logits are kept.
     """
 
+    logsumexp: Tensor
     maximum: Tensor
     expected: Tensor
     total: Tensor
@@ -23,7 +25,10 @@ class LogitStatistics(NamedTuple):
 
 
 def row_statistics(logits: Tensor, lse: Tensor, dim: int) -> Tensor:
-    """The fields of ``LogitStatistics`` stacked, (4, R); excluded logits are -inf."""
+    """The fields of ``LogitStatistics`` after the first, stacked, (4, R).
+
+    Logits that are left out are -inf.
+    """
     kept = logits != -torch.inf
     finite = logits.masked_fill(~kept, 0)
     softmax = (logits - _zero_where_empty(lse).unsqueeze(dim)).exp()

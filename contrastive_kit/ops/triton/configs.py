@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels by architecture, operands and width: a table, no search at run time.
+"""How the Triton kernels run, by architecture, dtype and width: a table, no search at run time.
 
 Chosen ahead of time from what the compiler makes of the kernels (registers, shared memory, spills;
 ``tests/ops/test_triton_aot.py`` compiles every row of the table): no row spills inside its loop,
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Whose tiles the interpreter takes; it has no architecture of its own.
+# Whose row of the table the interpreter takes; it has no architecture of its own.
 INTERPRETED = "sm_90"
 
 
-class Tile(NamedTuple):
+class Config(NamedTuple):
     """Shape of a tile and how a kernel runs it.
 
     Attributes:
@@ -38,8 +38,8 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, Any]:
         """The tile as arguments of a launch."""
         return {
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
+            "BM": self.rows,
+            "BN": self.columns,
             "num_warps": self.warps,
             "num_stages": self.stages,
             # Fused multiply-adds round once instead of twice; their default differs by release.
@@ -48,81 +48,81 @@ class Tile(NamedTuple):
 
 
 # The first row whose width is not exceeded counts; None: the weights are stored in strips instead.
-_Rows = tuple[tuple[float, Tile | None], ...]
+_Rows = tuple[tuple[float, Config | None], ...]
 _ANY = float("inf")
 
 # Ampere and Ada have fewer registers to spare for wide tiles than Hopper, whose operands stay in
 # shared memory; those other than sm_80 also have only 99 KiB of shared memory.
 _FORWARD_HALF: dict[str, _Rows] = {
     # 163 registers and 49 KiB: 3 programs; 174 and 64 KiB: 1.
-    "sm_80": ((128, Tile(128, 64, 4, 2)), (_ANY, Tile(128, 128, 8, 3, 64))),
-    "sm_86": ((128, Tile(128, 64, 4, 2)), (_ANY, Tile(128, 128, 8, 3, 64))),
+    "sm_80": ((128, Config(128, 64, 4, 2)), (_ANY, Config(128, 128, 8, 3, 64))),
+    "sm_86": ((128, Config(128, 64, 4, 2)), (_ANY, Config(128, 128, 8, 3, 64))),
     # 131 registers and 80 KiB: 2; 115 and 160 KiB: 1; 243 and 96 KiB: 2, so that the exponentials
     # of one program overlap the products of the other. With tensor descriptors instead of pointers
     # they take 133, 98 and 231 registers: no program more, for a dearer launch.
     "sm_90": (
-        (128, Tile(128, 64, 4, 3)),
-        (256, Tile(128, 64, 8, 3)),
-        (_ANY, Tile(128, 128, 4, 3, 64)),
+        (128, Config(128, 64, 4, 3)),
+        (256, Config(128, 64, 8, 3)),
+        (_ANY, Config(128, 128, 4, 3, 64)),
     ),
     # 138, 128 and 184 registers; 4 warps would spill in the loop of the last.
     "sm_100": (
-        (128, Tile(128, 64, 4, 3)),
-        (256, Tile(128, 64, 8, 3)),
-        (_ANY, Tile(128, 128, 8, 3, 64)),
+        (128, Config(128, 64, 4, 3)),
+        (256, Config(128, 64, 8, 3)),
+        (_ANY, Config(128, 128, 8, 3, 64)),
     ),
     # 110 and 182 registers, 32 KiB.
-    "hip": ((128, Tile(128, 64, 8, 2)), (_ANY, Tile(128, 128, 8, 2, 64))),
+    "hip": ((128, Config(128, 64, 8, 2)), (_ANY, Config(128, 128, 8, 2, 64))),
 }
 _FORWARD_FLOAT = {
     # 168 registers; a tile of 128 x 128 spills in its loop.
-    "sm_80": Tile(128, 64, 8, 3, 32),
-    "sm_86": Tile(128, 64, 8, 3, 32),
+    "sm_80": Config(128, 64, 8, 3, 32),
+    "sm_86": Config(128, 64, 8, 3, 32),
     # 216 to 218 registers, 96 KiB.
-    "sm_90": Tile(128, 128, 8, 3, 32),
-    "sm_100": Tile(128, 64, 8, 3, 32),
-    "hip": Tile(128, 128, 8, 2, 32),
+    "sm_90": Config(128, 128, 8, 3, 32),
+    "sm_100": Config(128, 64, 8, 3, 32),
+    "hip": Config(128, 128, 8, 2, 32),
 }
 # 209 to 215 registers; with 4 warps it spills.
-_FORWARD_STATISTICS = {torch.float32: Tile(128, 64, 8, 2, 32)}
-_FORWARD_STATISTICS_HALF = Tile(128, 64, 8, 2, 64)
+_STATISTICS_FLOAT = Config(128, 64, 8, 2, 32)
+_STATISTICS_HALF = Config(128, 64, 8, 2, 64)
 
 _BACKWARD_HALF: dict[str, _Rows] = {
     # 165 registers and 40 KiB: 3; 162 and 72 KiB: 1.
-    "sm_80": ((128, Tile(64, 64, 4, 2)), (256, Tile(64, 64, 8, 2)), (_ANY, None)),
-    "sm_86": ((128, Tile(64, 64, 4, 2)), (256, Tile(64, 64, 8, 2)), (_ANY, None)),
+    "sm_80": ((128, Config(64, 64, 4, 2)), (256, Config(64, 64, 8, 2)), (_ANY, None)),
+    "sm_86": ((128, Config(64, 64, 4, 2)), (256, Config(64, 64, 8, 2)), (_ANY, None)),
     # 167 registers and 64 KiB: 3; 230 and 128 KiB: 1.
-    "sm_90": ((128, Tile(64, 64, 4, 3)), (256, Tile(128, 64, 8, 2)), (_ANY, None)),
+    "sm_90": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
     # 121 registers and 80 KiB: 2; 234 and 160 KiB: 1.
-    "sm_100": ((128, Tile(64, 64, 4, 3)), (256, Tile(128, 64, 8, 2)), (_ANY, None)),
+    "sm_100": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
     # 218 and 236 registers, 16 and 32 KiB.
-    "hip": ((128, Tile(64, 32, 4, 2)), (256, Tile(64, 32, 8, 1)), (_ANY, None)),
+    "hip": ((128, Config(64, 32, 4, 2)), (256, Config(64, 32, 8, 1)), (_ANY, None)),
 }
 # TensorFloat-32 only, 118 to 172 registers. What float32 proper needs beyond it, three products and
 # their parts, does not fit beside a row block of gradients.
 _BACKWARD_TF32: dict[str, _Rows] = {
-    "sm_80": ((128, Tile(64, 32, 8, 2)), (_ANY, None)),
-    "sm_86": ((128, Tile(64, 32, 8, 2)), (_ANY, None)),
-    "sm_90": ((128, Tile(64, 64, 8, 2)), (_ANY, None)),
-    "sm_100": ((128, Tile(64, 64, 8, 2)), (_ANY, None)),
+    "sm_80": ((128, Config(64, 32, 8, 2)), (_ANY, None)),
+    "sm_86": ((128, Config(64, 32, 8, 2)), (_ANY, None)),
+    "sm_90": ((128, Config(64, 64, 8, 2)), (_ANY, None)),
+    "sm_100": ((128, Config(64, 64, 8, 2)), (_ANY, None)),
     "hip": ((_ANY, None),),
 }
 
 _WEIGHTS_HALF = {
-    "sm_80": Tile(128, 128, 8, 3, 64),
-    "sm_86": Tile(128, 128, 8, 3, 64),
+    "sm_80": Config(128, 128, 8, 3, 64),
+    "sm_86": Config(128, 128, 8, 3, 64),
     # 189 registers, 144 KiB: the fewest bytes read for each product.
-    "sm_90": Tile(128, 256, 8, 3, 64),
+    "sm_90": Config(128, 256, 8, 3, 64),
     # 214 registers; 128 x 256 spills in its loop.
-    "sm_100": Tile(128, 128, 8, 3, 64),
-    "hip": Tile(128, 128, 8, 2, 64),
+    "sm_100": Config(128, 128, 8, 3, 64),
+    "hip": Config(128, 128, 8, 2, 64),
 }
 _WEIGHTS_FLOAT = {
-    "sm_80": Tile(128, 64, 8, 3, 32),
-    "sm_86": Tile(128, 64, 8, 3, 32),
-    "sm_90": Tile(128, 128, 8, 3, 32),
-    "sm_100": Tile(128, 64, 8, 3, 32),
-    "hip": Tile(128, 64, 8, 2, 32),
+    "sm_80": Config(128, 64, 8, 3, 32),
+    "sm_86": Config(128, 64, 8, 3, 32),
+    "sm_90": Config(128, 128, 8, 3, 32),
+    "sm_100": Config(128, 64, 8, 3, 32),
+    "hip": Config(128, 64, 8, 2, 32),
 }
 
 ARCHITECTURES = tuple(_FORWARD_HALF)
@@ -143,10 +143,8 @@ def packed_depth(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward(arch: str, dtype: torch.dtype, precision: str, depth: int, statistics: bool) -> Tile:
+def forward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config:
     """The tile of the forward kernel."""
-    if statistics:
-        return _FORWARD_STATISTICS.get(dtype, _FORWARD_STATISTICS_HALF)
     if dtype == torch.float32:
         return _FORWARD_FLOAT[arch]
     tile = _first(_FORWARD_HALF[arch], depth)
@@ -154,17 +152,22 @@ def forward(arch: str, dtype: torch.dtype, precision: str, depth: int, statistic
     return tile
 
 
-def backward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Tile | None:
+def statistics(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config:
+    """The tile of the kernel of statistics."""
+    return _STATISTICS_FLOAT if dtype == torch.float32 else _STATISTICS_HALF
+
+
+def backward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config | None:
     """The tile of the backward kernel, or None where it does not fit."""
     if dtype == torch.float32:
         return _first(_BACKWARD_TF32[arch], depth) if precision == "tf32" else None
     return _first(_BACKWARD_HALF[arch], depth)
 
 
-def weights(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Tile:
+def weights(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config:
     """The tile of the kernel that stores weights."""
     return (_WEIGHTS_FLOAT if dtype == torch.float32 else _WEIGHTS_HALF)[arch]
 
 
-def _first(rows: _Rows, depth: int) -> Tile | None:
+def _first(rows: _Rows, depth: int) -> Config | None:
     return next(tile for largest, tile in rows if depth <= largest)

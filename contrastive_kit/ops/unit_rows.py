@@ -1,4 +1,4 @@
-"""Unit rows: embeddings normalised, and scaled so that their dot products are the logits."""
+"""Unit rows: embeddings normalized, and scaled so that their dot products are the logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_kit._checks import check_alike, check_temperature
 from contrastive_kit._dtypes import compute_dtype
-from contrastive_kit.ops._differentiable_once import differentiable_once, first_is_differentiable
+from contrastive_kit.ops.differentiable_once import differentiable_once, first_is_differentiable
 
 # Numbers in a piece of rows on a CPU. What is computed from it stays in cache, and in memory that
 # the allocator has at hand, instead of new pages of the system.
@@ -28,12 +29,27 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
     comes out NaN.
 
     Args:
-        views: V tensors (..., D) of one shape and any floating dtype.
-        temperature: number, or tensor of one value, which receives its gradient.
+        views: V ≥ 1 tensors (..., D) of one shape and any floating dtype.
+        temperature: a finite number above 0, or a tensor of one value, which receives its gradient.
+            The value of a tensor is not checked.
 
     Returns:
         (V, ..., D) in float32, or in float64 if a view is float64.
+
+    Raises:
+        TypeError: for views that are not real floating tensors, a temperature that is no number.
+        ValueError: for no view, views of different shapes or devices, a temperature out of range or
+            a tensor of several values.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.ops import scaled_unit_rows
+        >>> rows = scaled_unit_rows((torch.tensor([[3.0, 4.0]]),), temperature=0.25)
+        >>> rows[0] @ rows[0].T  # 1 / temperature
+        tensor([[4.]])
     """
+    _check_views(views)
+    check_temperature(temperature)
     dtype = compute_dtype(*views)
     if isinstance(temperature, Tensor):
         root_scale: float | Tensor = temperature.reshape(()).to(dtype).rsqrt()
@@ -43,6 +59,21 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
     stacked = torch.stack(of_dtype) if len(views) > 1 else of_dtype[0].unsqueeze(0)  # no copy
     rows: Tensor = _ScaledUnitRows.apply(stacked, root_scale)[0]
     return rows
+
+
+def _check_views(views: tuple[Tensor, ...]) -> None:
+    if isinstance(views, Tensor):
+        raise TypeError("views must be a tuple of tensors, got Tensor")
+    if not views:
+        raise ValueError("views must be one or more tensors, got none")
+    for i, view in enumerate(views):
+        if not isinstance(view, Tensor):
+            raise TypeError(f"views[{i}] must be a tensor, got {type(view).__name__}")
+        if not view.is_floating_point():
+            raise TypeError(f"views[{i}] must hold real floating point numbers, got {view.dtype}")
+        if view.ndim == 0:
+            raise ValueError(f"views[{i}] must have shape (..., D), got ()")
+        check_alike(f"views[{i}]", view, "views[0]", views[0])
 
 
 class _ScaledUnitRows(torch.autograd.Function):
@@ -76,9 +107,9 @@ class _ScaledUnitRows(torch.autograd.Function):
 def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of length ``root_scale``, and the three figures a row that the backward needs."""
     # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
-    peak = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
-    power = peak / (2 * torch.frexp(peak).mantissa)
-    power = torch.where(peak < torch.finfo(z.dtype).tiny, torch.inf, power)
+    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    power = torch.where(largest < torch.finfo(z.dtype).tiny, torch.inf, power)
     z = z / power
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
     norm = torch.where(norm > 0, norm, 1)

@@ -1,0 +1,165 @@
+"""The backends: one table of what each computes and why it refuses, and the choice among them."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from contrastive_kit import reference
+from contrastive_kit._checks import check_choice
+from contrastive_kit.ops import tiled, triton
+from contrastive_kit.ops.problem import Problem
+from contrastive_kit.ops.registered import LogSumExp, SoftplusSum
+from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
+
+# Mean NT-Xent of two views (N, D) at a temperature, or None where it takes no such views.
+PairLoss = Callable[[Tensor, Tensor, float], Tensor | None]
+
+
+class Backend(NamedTuple):
+    """What a backend can compute. One without a primitive refuses what needs it, by its name.
+
+    Attributes:
+        refuse: why it cannot run on the matrices of a problem, or None if it can.
+        logsumexp: equation (2), differentiable in both matrices.
+        same_class_logsumexp: the same where the rule leaves out pairs of different classes.
+        softplus_sum: equation (18), differentiable in both matrices and the bias.
+        pair_loss: the whole mean NT-Xent of two views, where one op is faster than many.
+    """
+
+    refuse: Callable[[Problem], str | None]
+    logsumexp: LogSumExp
+    same_class_logsumexp: LogSumExp | None = None
+    softplus_sum: SoftplusSum | None = None
+    pair_loss: PairLoss | None = None
+
+
+class BackendChoice(NamedTuple):
+    """Which backend runs, and why each backend before it in the order of preference does not.
+
+    Attributes:
+        name: the backend that runs.
+        refusals: name of a preferred backend to its reason.
+    """
+
+    name: str
+    refusals: dict[str, str]
+
+
+def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") -> BackendChoice:
+    """Tell which backend a loss would use for these embeddings, and why not the others.
+
+    That is for its logsumexp. ``SigLIP`` needs sums of softplus, and ``SupCon(variant="in")`` a
+    logsumexp over the columns of a class beside the other: "triton" has neither.
+
+    Args:
+        q: embeddings (N, D), or one matrix of rows.
+        k: the other matrix (C, D), or None for NT-Xent and the like, which compare rows of ``q``.
+        backend: "auto", or the name of a backend: "triton" (fused kernels on a GPU), "tiled" (any
+            device, torch only, memory of a few tiles) or "reference" (the formula, memory N²).
+
+    Raises:
+        ValueError: for an unknown backend, or a named one that refuses; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit import which_backend
+        >>> which_backend(torch.randn(8, 4)).name
+        'tiled'
+        >>> which_backend(torch.randn(8, 4)).refusals
+        {'triton': 'it needs tensors on a CUDA device, got cpu'}
+    """
+    return _choose(Problem(q, k), "logsumexp", backend)
+
+
+def logsumexp_for(problem: Problem, backend: str) -> LogSumExp:
+    """The logsumexp of the backend that runs on ``problem``; raises if a named one refuses."""
+    if problem.exclusion.row_classes is None:
+        return BACKENDS[_choose(problem, "logsumexp", backend).name].logsumexp
+    chosen = BACKENDS[_choose(problem, "same_class_logsumexp", backend).name]
+    return _present(chosen.same_class_logsumexp)
+
+
+def softplus_sum_for(problem: Problem, backend: str) -> SoftplusSum:
+    """The sum of softplus of the backend that runs; raises if a named one refuses."""
+    return _present(BACKENDS[_choose(problem, "softplus_sum", backend).name].softplus_sum)
+
+
+def pair_loss_for(z1: Tensor, z2: Tensor, backend: str) -> PairLoss | None:
+    """The whole pair loss of the backend whose logsumexp runs on two views, if it has one."""
+    return BACKENDS[which_backend(z1, z2, backend=backend).name].pair_loss
+
+
+def check_backend(backend: str, primitive: str = "logsumexp") -> None:
+    """Raise unless ``backend`` is "auto" or the name of one that has the primitive."""
+    check_choice("backend", backend, ["auto", *BACKENDS])
+    reason = None if backend == "auto" else _lacks(BACKENDS[backend], primitive)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+
+
+def _choose(problem: Problem, primitive: str, backend: str) -> BackendChoice:
+    check_backend(backend, primitive)
+    if backend != "auto":
+        reason = BACKENDS[backend].refuse(problem)
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+        return BackendChoice(backend, {})
+    refusals: dict[str, str] = {}
+    for name, candidate in BACKENDS.items():
+        reason = _lacks(candidate, primitive) or candidate.refuse(problem)
+        if reason is None:
+            return BackendChoice(name, refusals)
+        refusals[name] = reason
+    raise ValueError(f"no backend can run here: {refusals}")
+
+
+def _lacks(backend: Backend, primitive: str) -> str | None:
+    return f"it has no {primitive}" if getattr(backend, primitive) is None else None
+
+
+_Primitive = TypeVar("_Primitive")
+
+
+def _present(primitive: _Primitive | None) -> _Primitive:
+    assert primitive is not None  # or the choice would have refused
+    return primitive
+
+
+def _never_refuses(problem: Problem) -> None:
+    return None
+
+
+def _reference_logsumexp(problem: Problem) -> tuple[Tensor, LogitStatistics | None]:
+    problem = problem.in_compute_dtype()
+    q, keys, left_out = problem.q, problem.keys(), problem.mask()
+    with torch.autocast(q.device.type, enabled=False):
+        parts = [reference.kept_logsumexp(q, keys, left_out)]
+        if problem.both:
+            parts.append(reference.kept_logsumexp(keys, q, left_out.T))
+        lse = torch.cat(parts)
+        if not problem.statistics:
+            return lse, None
+        logits = (q @ keys.T).detach().masked_fill(left_out, -torch.inf)
+        figures = [
+            row_statistics(logits, x.detach(), dim) for x, dim in zip(parts, (1, 0), strict=False)
+        ]
+    return lse, LogitStatistics(lse.detach(), *torch.cat(figures, dim=1).unbind(0))
+
+
+def _reference_softplus_sum(problem: Problem, bias: Tensor) -> Tensor:
+    q, k = problem.in_compute_dtype()[:2]
+    assert k is not None
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.kept_softplus_sum(q, k, bias, problem.mask())
+
+
+# In the order of preference.
+BACKENDS = {
+    "triton": Backend(triton.refusal, triton.logsumexp, pair_loss=triton.pair_loss),
+    "tiled": Backend(_never_refuses, tiled.logsumexp, tiled.logsumexp, tiled.softplus_sum),
+    "reference": Backend(
+        _never_refuses, _reference_logsumexp, _reference_logsumexp, _reference_softplus_sum
+    ),
+}

@@ -1,0 +1,194 @@
+"""The logsumexp by tiles, float32 and float64. Equation numbers are of ``docs/nt_xent.md``."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from contrastive_kit.ops.problem import Problem
+from contrastive_kit.ops.statistics import merge_statistics, row_statistics
+from contrastive_kit.ops.tiled.tiles import (
+    Tile,
+    blocks,
+    computed_tiles,
+    empty_tiles,
+    power_of_two,
+    row_and_column_blocks,
+)
+from contrastive_kit.ops.unit_rows import accumulator_dtype
+
+# While every |logit| is at most this, sums of exp neither overflow nor lose a row to underflow,
+# and the running maximum of a stable logsumexp is not needed.
+_LARGEST_UNSHIFTED_LOGIT = {torch.float32: 69.0, torch.float64: 600.0}
+
+# exp(x) = exp2(x · log2 e). On x86 torch takes exp from MKL, which needs 3.6 times as long on a
+# processor of AMD as torch's own exp2. But a logit in bits is a larger number, and is rounded once
+# more: above this largest |logit| that would show in the gradient.
+_BITS_PER_NAT = math.log2(math.e)
+_LARGEST_LOGIT_IN_BITS = 32.0
+
+
+def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logsumexp of rows (and columns if ``both``), its low part, and its statistics.
+
+    The first tiles are left in ``saved_tiles``: their exp where no logit is large, else their
+    logits.
+
+    A logsumexp of 100 in float32 is uncertain by 4e-6, and so would be the scale of the whole row
+    in the backward. Sums are therefore kept in double precision, and the part of the logsumexp
+    that float32 cannot hold comes back as the second result. Statistics are empty if not wanted.
+    """
+    q = problem.q
+    bound = torch.inf if problem.statistics else _largest_logit(problem)
+    if _needs_shift(q, bound):
+        lse, stats = _running_logsumexp(problem, saved_tiles)
+    else:
+        sums = q.new_zeros(problem.n_results(), dtype=accumulator_dtype(q))
+        row_sums, column_sums = row_and_column_blocks(sums, problem)
+        scale, exponentiate = _exponentials(problem, bound)
+        for tile, exps in computed_tiles(problem, exponentiate, scale=scale, saved=saved_tiles):
+            row_sums[tile.row].add_(exps.sum(1))
+            if column_sums is not None and tile.mirrored:
+                column_sums[tile.column].add_(exps.sum(0))
+        lse, stats = sums.log_(), q.new_empty(0)
+    rounded = lse.to(q.dtype)
+    lse_lo = torch.where(rounded.isinf(), 0, lse - rounded).to(q.dtype)
+    return rounded, lse_lo, stats
+
+
+def _running_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The logsumexp where exp of a logit may overflow, equation (8), and its statistics."""
+    q, length, statistics = problem.q, problem.n_results(), problem.statistics
+    lse = q.new_full((length,), -torch.inf, dtype=accumulator_dtype(q))
+    stats = q.new_zeros(4 if statistics else 0, length)
+    stats[:1] = -torch.inf
+    row_lse, column_lse = row_and_column_blocks(lse, problem)
+    row_stats, column_stats = row_and_column_blocks(stats, problem)
+
+    def merge(lse: Tensor, stats: Tensor, logits: Tensor, dim: int) -> None:
+        maximum = logits.amax(dim)
+        shift = maximum.masked_fill(maximum == -torch.inf, 0)
+        sums = _exp_(logits - shift.unsqueeze(dim)).sum(dim)
+        tile_lse = shift.to(lse.dtype) + sums.to(lse.dtype).log()
+        merged = torch.logaddexp(lse, tile_lse)
+        if statistics:
+            tile_stats = row_statistics(logits, tile_lse.to(q.dtype), dim)
+            stats.copy_(merge_statistics(merged, stats, lse, tile_stats, tile_lse))
+        lse.copy_(merged)
+
+    for tile, logits in computed_tiles(problem, _leave_out(problem, -torch.inf), saved=saved_tiles):
+        merge(row_lse[tile.row], row_stats[tile.row], logits, 1)
+        if column_lse is not None and column_stats is not None and tile.mirrored:
+            merge(column_lse[tile.column], column_stats[tile.column], logits, 0)
+    return lse, stats if statistics else q.new_empty(0)
+
+
+def backward(
+    problem: Problem,
+    grad: Tensor,
+    lse: Tensor,
+    lse_lo: Tensor,
+    saved_tiles: Tensor,
+    needs_grad: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``q`` and ``k``, equation (5); an empty tensor for the one not needed."""
+    q, k = problem.q, problem.k
+    dq = q.new_zeros(q.shape) if needs_grad[0] else q.new_empty(0)
+    dk = k.new_zeros(k.shape) if k is not None and needs_grad[1] else q.new_empty(0)
+    # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    bound = _largest_logit(problem)
+    shifted = _needs_shift(q, bound)
+    # exp(logit - lse - lse_lo) · grad, as much of the exponent as is safe taken out of the tile
+    exponent = -lse_lo.to(accumulator_dtype(q))
+    # Relative to the largest, or a small incoming gradient would leave the range of float32.
+    grad_scale = power_of_two(grad.abs().amax())
+    row_factors = (grad / grad_scale * (exponent if shifted else exponent - lse).exp()).to(q.dtype)
+    if shifted:
+        weight_tiles = _shifted_weights(problem, lse, row_factors, saved_tiles)
+    else:
+        weight_tiles = _weights(problem, row_factors, bound, saved_tiles)
+    rows, drows = blocks(q), blocks(dq)
+    columns, dcolumns = (rows, drows) if k is None else (blocks(k), blocks(dk))
+    for tile, weights in weight_tiles:
+        if needs_grad[0]:
+            drows[tile.row].addmm_(weights, columns[tile.column])
+        if tile.mirrored and (k is None or needs_grad[1]):
+            dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
+    return dq.mul_(grad_scale), dk.mul_(grad_scale)
+
+
+def _weights(
+    problem: Problem, factors: Tensor, bound: float, saved_tiles: Tensor
+) -> Iterator[tuple[Tile, Tensor]]:
+    """Each tile with the weights of equation (5), both directions summed."""
+    row_factors, column_factors = row_and_column_blocks(factors, problem)
+    (buffer,) = empty_tiles(1, problem)
+    scale, exponentiate = _exponentials(problem, bound)
+    for tile, exps in computed_tiles(
+        problem, exponentiate, scale=scale, saved=saved_tiles, known=True
+    ):
+        weights = buffer[: exps.shape[0], : exps.shape[1]]
+        factor = row_factors[tile.row].unsqueeze(1)
+        if column_factors is not None:
+            factor = torch.add(factor, column_factors[tile.column], out=weights)
+        yield tile, torch.mul(exps, factor, out=weights)
+
+
+def _shifted_weights(
+    problem: Problem, lse: Tensor, factors: Tensor, saved_tiles: Tensor
+) -> Iterator[tuple[Tile, Tensor]]:
+    """The same where exp of a logit may overflow."""
+    row_lse, column_lse = row_and_column_blocks(lse, problem)
+    row_factors, column_factors = row_and_column_blocks(factors, problem)
+    buffers = empty_tiles(2, problem)
+    for tile, logits in computed_tiles(
+        problem, _leave_out(problem, -torch.inf), saved=saved_tiles, known=True
+    ):
+        weights, shifted = buffers[:, : logits.shape[0], : logits.shape[1]]
+        torch.sub(logits, row_lse[tile.row].unsqueeze(1), out=weights)
+        _exp_(weights).mul_(row_factors[tile.row].unsqueeze(1))
+        if column_lse is not None and column_factors is not None:
+            torch.sub(logits, column_lse[tile.column], out=shifted)
+            weights.addcmul_(_exp_(shifted), column_factors[tile.column])
+        yield tile, weights
+
+
+def _exponentials(problem: Problem, bound: float) -> tuple[float, Callable[[Tensor, Tile], object]]:
+    """By what to scale logits, and what then makes their exp in place, 0 where left out."""
+    in_bits = bound <= _LARGEST_LOGIT_IN_BITS
+    leave_out = _leave_out(problem, 0.0)
+
+    def exponentiate(logits: Tensor, tile: Tile) -> None:
+        _ = logits.exp2_() if in_bits else logits.exp_()
+        leave_out(logits, tile)
+
+    return _BITS_PER_NAT if in_bits else 1.0, exponentiate
+
+
+def _leave_out(problem: Problem, value: float) -> Callable[[Tensor, Tile], object]:
+    """What writes ``value`` into a tile where a pair is left out."""
+    return lambda x, tile: problem.exclusion.fill_(x, value, tile.top, tile.left)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    return x.mul_(_BITS_PER_NAT).exp2_()
+
+
+def _largest_logit(problem: Problem) -> float:
+    """What no |logit| exceeds: ``bound``, or where that is of no use, by the lengths of rows."""
+    q, k = problem.q, problem.k
+    if problem.bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]:
+        return problem.bound
+    if 0 in (len(q), len(problem.keys())):
+        return 0.0
+    if q.device.type != "cpu":
+        return torch.inf  # reading the norms would wait for the device
+    longest = torch.linalg.vector_norm(q, dim=1).amax()
+    longest_key = longest if k is None else torch.linalg.vector_norm(k, dim=1).amax()
+    return float(longest * longest_key)
+
+
+def _needs_shift(q: Tensor, bound: float) -> bool:
+    return not bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]  # NaN does

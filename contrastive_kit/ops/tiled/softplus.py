@@ -1,0 +1,54 @@
+"""The sum of softplus by tiles. Equation numbers are of ``docs/nt_xent.md``.
+
+Forward and backward go over the same tiles, and the backward computes the logits again: memory is
+linear in the number of rows in training too.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrastive_kit.ops.problem import Problem
+from contrastive_kit.ops.tiled.tiles import Tile, blocks, computed_tiles, power_of_two
+from contrastive_kit.ops.unit_rows import accumulator_dtype
+
+# By default softplus is linear above 20, which float64 would notice.
+_LINEAR_ABOVE = 50
+
+
+def forward(problem: Problem, bias: Tensor) -> Tensor:
+    """Sums of softplus over the kept logits of each row, equation (18)."""
+    q = problem.q
+    sums = q.new_zeros(len(q), dtype=accumulator_dtype(q))
+    row_sums = blocks(sums)
+    for tile, logits in computed_tiles(problem, lambda logits, tile: logits.add_(bias)):
+        values = F.softplus(logits, threshold=_LINEAR_ABOVE)
+        problem.exclusion.fill_(values, 0.0, tile.top, tile.left)
+        row_sums[tile.row].add_(values.sum(1))
+    return sums.to(q.dtype)
+
+
+def backward(
+    problem: Problem, bias: Tensor, grad: Tensor, needs_grad: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation (19): gradients of ``bias``, and of ``q`` and ``k``, (0,) for one not needed."""
+    q, keys = problem.q, problem.keys()
+    dq = q.new_zeros(q.shape if needs_grad[0] else 0)
+    dk = keys.new_zeros(keys.shape if needs_grad[1] else 0)
+    dbias = q.new_zeros((), dtype=accumulator_dtype(q))
+    # Relative to the largest, or a small incoming gradient would leave the range of float32.
+    grad_scale = power_of_two(grad.abs().amax())
+    row_grad = blocks(grad / grad_scale)
+    rows, columns, drows, dcolumns = blocks(q), blocks(keys), blocks(dq), blocks(dk)
+
+    def weigh(logits: Tensor, tile: Tile) -> None:
+        weights = logits.add_(bias).sigmoid_()
+        problem.exclusion.fill_(weights, 0.0, tile.top, tile.left)
+        weights.mul_(row_grad[tile.row].unsqueeze(1))
+
+    for tile, weights in computed_tiles(problem, weigh):
+        dbias += weights.sum()
+        if needs_grad[0]:
+            drows[tile.row].addmm_(weights, columns[tile.column])
+        if needs_grad[1]:
+            dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
+    return (dbias * grad_scale).to(bias.dtype), dq.mul_(grad_scale), dk.mul_(grad_scale)
