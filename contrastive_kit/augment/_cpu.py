@@ -35,7 +35,7 @@ _JITTER_TOGETHER = 64 * 64
 _ALONE = 128 * 128
 _TINY = 1e-30
 # So many views of a call are looked at for values out of range: a look costs 2 % of a view.
-_LOOKED_AT = 8
+_LOOKED_AT = 4
 # What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
 _BLUR_REACH = 4.5
 # Up to this radius shifted sums are faster than products of tiles.

@@ -337,6 +337,22 @@ def test_uint8_images_beside_masks_are_an_error_not_black_masks(name, images):
     assert result.unique().tolist() == [0.5]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_masks_of_any_dtype_as_documented(name, narrow, dtype, images):
+    given = (images * 255).round().byte() if narrow else images
+    mask = torch.ones(8, 1, 20, 24).to(dtype)
+    pipeline = AugmentationSequential(MODULES[name](), data_keys=["input", "mask"])
+    if narrow and (OLD or dtype == torch.float32):
+        with pytest.raises(TypeError, match="masks must be floating"):
+            pipeline(given, mask)
+    else:
+        result = pipeline(given, mask)[1]
+        assert result.dtype == dtype
+        assert result.all()
+
+
 @pytest.mark.parametrize("name", GATED)
 def test_uint8_with_a_gate_scales_all_rows(name, images):
     narrow = (images * 255).round().byte()
