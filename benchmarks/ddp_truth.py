@@ -127,14 +127,14 @@ def arms(rank: int, size: int) -> Iterator[Arm]:
     yield Arm(
         "SigLIP",
         "contrastive-kit, `gather_distributed=True`",
-        lambda a, b, s: siglip(a, b, temperature=1 / s, bias=_BIAS, gather_distributed=True),
+        lambda a, b, s: siglip(a, b, temperature=1 / s, logit_bias=_BIAS, gather_distributed=True),
         learnable=True,
         unequal=True,
     )
     yield Arm(
         "SigLIP",
         "contrastive-kit, default: negatives of the own process only",
-        lambda a, b, s: siglip(a, b, temperature=1 / s, bias=_BIAS),
+        lambda a, b, s: siglip(a, b, temperature=1 / s, logit_bias=_BIAS),
         whole=False,
         learnable=True,
     )

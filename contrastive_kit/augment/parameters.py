@@ -30,7 +30,7 @@ class ViewParameters(NamedTuple):
 
     Attributes:
         box: Top, left, height and width of the crop, in source pixels.
-        flip: 1 where the view is mirrored left to right, else 0.
+        flip: 1 where the view is flipped horizontally, else 0.
         jitter: 1 where the four colour operations apply, else 0.
         order: The order of the colour operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
         brightness: Brightness factor, 1 leaves the image alone.
@@ -148,7 +148,7 @@ class ViewDistribution:
     Attributes:
         scale: Range of the crop's area, as a fraction of the source's.
         ratio: Range of the crop's width over its height, log-uniform.
-        flip: Probability of mirroring.
+        flip: Probability of the horizontal flip.
         jitter: Probability of the colour operations.
         brightness: Range of the brightness factor.
         contrast: Range of the contrast factor.
