@@ -1,7 +1,6 @@
-"""What the softmax losses share: from logits to losses, reductions, a learnable temperature."""
+"""What losses share: from logits to losses, weights, reductions."""
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
@@ -9,76 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrastive_kit._checks import (
-    check_choice,
     check_dense,
     check_device,
-    check_flag,
-    check_gathering,
-    check_number,
-    check_temperature,
 )
-from contrastive_kit._dtypes import compute_dtype
-from contrastive_kit.losses._gathered import own_parameters
 from contrastive_kit.losses._kept import kept_counts
 from contrastive_kit.losses._stats import ContrastiveStats
-from contrastive_kit.ops import LogitStatistics, LogSumExp, Problem, check_backend
+from contrastive_kit.ops import LogitStatistics, LogSumExp, Problem
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
-
-# Named here, because torch 2.9 cannot compile a function inside another that spells them out.
-Scalar = float | Tensor
-Scalars = tuple[Scalar, Scalar]
-CheckedOptions = tuple[Scalar, float, float]
-
-REDUCTIONS = ("mean", "sum", "none")
-
-# The bounds of a learnable temperature. Below the one of CLIP training becomes unstable. Far above
-# the other the logits, and with them the gradient that could bring the temperature back, vanish.
-_SMALLEST_LEARNABLE_TEMPERATURE = 0.01
-LARGEST_LEARNABLE_TEMPERATURE = 100.0
-_LARGEST_LOGIT_SCALE = -math.log(_SMALLEST_LEARNABLE_TEMPERATURE)
-_SMALLEST_LOGIT_SCALE = -math.log(LARGEST_LEARNABLE_TEMPERATURE)
-
-
-def check_options(
-    temperature: object,
-    reduction: str,
-    backend: str,
-    z: Tensor | None = None,
-    *,
-    label_smoothing: object = 0.0,
-    hardness: object = 0.0,
-) -> CheckedOptions:
-    """Raise unless the options that losses share are valid for embeddings ``z``.
-
-    Returns:
-        The temperature, label smoothing and hardness, as numbers of Python.
-    """
-    tau = check_temperature(temperature, z)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_backend(backend)
-    smoothing = _check_number("label_smoothing", label_smoothing, 1.0)
-    beta = _check_number("hardness", hardness, sys.float_info.max)
-    if beta and z is not None and not isinstance(tau, Tensor):
-        # The limit of check_temperature, for logits that are multiplied by 1 + hardness.
-        largest = tau / torch.finfo(compute_dtype(z)).eps
-        if beta > largest:
-            raise ValueError(
-                f"hardness must be at most {largest:.2g} for a loss in {compute_dtype(z)} at "
-                f"temperature {tau}, got {beta}"
-            )
-    if smoothing and beta:
-        raise ValueError(
-            "label_smoothing and hardness cannot be combined: weighted negatives have no "
-            f"probabilities to smooth; got {smoothing} and {beta}, set one to 0"
-        )
-    return tau, smoothing, beta
 
 
 def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: Tensor) -> None:
@@ -93,14 +36,6 @@ def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: T
         )
     check_dense("sample_weight", sample_weight)
     check_device("sample_weight", sample_weight, other_name, other)
-
-
-def _check_number(name: str, value: object, largest: float) -> float:
-    number = check_number(name, value)
-    if not 0 <= number <= largest:
-        bound = "a finite number of at least 0" if largest > 1 else "between 0 and 1"
-        raise ValueError(f"{name} must be {bound}, got {number}")
-    return number
 
 
 def preferring_hard(logsumexp: LogSumExp, hardness: float) -> LogSumExp:
@@ -128,7 +63,8 @@ def _hard_logsumexp(
             problem._replace(
                 q=problem.q * root,
                 k=None if problem.k is None else problem.k * root,
-                bound=problem.bound * scale,
+                # A symbol for the scale cannot multiply infinity.
+                bound=torch.inf if problem.bound == torch.inf else problem.bound * scale,
                 statistics=False,
             )
         )[0]
@@ -231,108 +167,3 @@ def reduce(
     if isinstance(total, Tensor):
         total = torch.where(total == 0, 1, total)
     return loss.sum() / total
-
-
-def limited_logit_scale(logit_scale: Tensor, largest: float = _LARGEST_LOGIT_SCALE) -> Tensor:
-    """A learnable ``logit_scale`` within its bounds, in at least float32.
-
-    Compared in its own dtype, in which a bound may have been rounded away from 0. No clamp, which
-    in torch 2.14 has no gradient at a bound: a parameter there would stay for ever.
-    """
-    x = at_least_float32(logit_scale)
-    x = torch.where(logit_scale < _SMALLEST_LOGIT_SCALE, _SMALLEST_LOGIT_SCALE, x)
-    return torch.where(logit_scale > largest, largest, x)
-
-
-@torch.no_grad()
-def limit_logit_scale_(logit_scale: Tensor, largest: float = _LARGEST_LOGIT_SCALE) -> None:
-    """Bring the parameter back to its bounds, beyond which it would get no gradient.
-
-    An exported program keeps to the bounds, but writes to no parameter of its own.
-    """
-    if not torch.compiler.is_exporting():
-        logit_scale.clamp_(_SMALLEST_LOGIT_SCALE, largest)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x``, unless it is in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def shown(value: float | Tensor) -> str:
-    """A number as ``repr`` shows it; a module on the device meta can be printed too."""
-    if isinstance(value, Tensor):
-        if value.is_meta:
-            return "?"
-        value = value.item()
-    return f"{value:.4g}"
-
-
-class TemperatureLoss(nn.Module):
-    """Base of the losses that divide cosines by a temperature, fixed or learnable.
-
-    A learnable temperature is the parameter ``logit_scale`` = log(1 / temperature). Each call
-    brings it back into [-log(100), log(100)]: the upper bound is that of CLIP, the lower one keeps
-    a gradient that it can come back by. With ``gather_distributed`` its gradient is averaged over
-    processes, whether or not the loss is inside a ``DistributedDataParallel``.
-    """
-
-    def __init__(
-        self,
-        temperature: float,
-        learnable_temperature: bool,
-        reduction: str,
-        backend: str,
-        *,
-        label_smoothing: float = 0.0,
-        hardness: float = 0.0,
-        gather_distributed: bool = False,
-        process_group: "ProcessGroup | None" = None,
-    ) -> None:
-        super().__init__()
-        if isinstance(temperature, Tensor):
-            raise TypeError("temperature must be a number; see learnable_temperature")
-        tau, self.label_smoothing, self.hardness = check_options(
-            temperature, reduction, backend, label_smoothing=label_smoothing, hardness=hardness
-        )
-        check_flag("learnable_temperature", learnable_temperature)
-        check_gathering(gather_distributed, process_group)
-        self.gather_distributed = gather_distributed
-        self.process_group = process_group
-        self.reduction = reduction
-        self.backend = backend
-        self.logit_scale: nn.Parameter | None = None
-        self._fixed_temperature = float(tau)
-        if learnable_temperature:
-            smallest, largest = _SMALLEST_LEARNABLE_TEMPERATURE, LARGEST_LEARNABLE_TEMPERATURE
-            if not smallest <= tau <= largest:
-                raise ValueError(
-                    f"temperature must be at least {smallest} and at most {largest} if it is "
-                    f"learnable, got {tau}"
-                )
-            self.logit_scale = nn.Parameter(torch.tensor(-math.log(tau)))
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The temperature: a number, or a tensor that carries the gradient of ``logit_scale``."""
-        if self.logit_scale is None:
-            return self._fixed_temperature
-        logit_scale = limited_logit_scale(self.logit_scale)
-        logit_scale = own_parameters(logit_scale, self.gather_distributed, self.process_group)
-        return (-logit_scale).exp()
-
-    def _limit_logit_scale(self) -> None:
-        if self.logit_scale is not None:
-            limit_logit_scale_(self.logit_scale)
-
-    def extra_repr(self) -> str:
-        """The options, as the constructor takes them."""
-        learnable = ", learnable_temperature=True" if self.logit_scale is not None else ""
-        smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
-        hardness = f", hardness={self.hardness}" if self.hardness else ""
-        gathering = ", gather_distributed=True" if self.gather_distributed else ""
-        return (
-            f"temperature={shown(self.temperature)}{learnable}"
-            f"{smoothing}{hardness}{gathering}, reduction={self.reduction!r}, "
-            f"backend={self.backend!r}"
-        )

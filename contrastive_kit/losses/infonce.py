@@ -1,6 +1,6 @@
 """InfoNCE: each query against its key and negatives; in both directions it is the loss of CLIP."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,38 +16,65 @@ from contrastive_kit._checks import (
 )
 from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
-    CheckedOptions,
     LossOutput,
-    TemperatureLoss,
-    check_options,
     check_sample_weight,
     preferring_hard,
     reduce,
     smoothed,
     softmax_loss,
-    weighted_by_hardness,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
     settings_of,
     several_processes,
 )
-from contrastive_kit.losses._kept import kept_counts, kept_sums
-from contrastive_kit.losses._stats import contrastive_stats
+from contrastive_kit.losses._module import LossModule
+from contrastive_kit.losses._negatives import Found, check_own_keys, per_query_logsumexp, totals_of
+from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
     Problem,
     logsumexp_for,
     mma_dtype,
-    row_statistics,
     scaled_unit_rows,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from contrastive_kit.losses._signatures import InfoNCEKeywords
 
 
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: "Unpack[InfoNCEKeywords]",
+) -> Tensor: ...
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: "Unpack[InfoNCEKeywords]",
+) -> tuple[Tensor, ContrastiveStats]: ...
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    return_stats: bool,
+    **options: "Unpack[InfoNCEKeywords]",
+) -> LossOutput: ...
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -145,6 +172,15 @@ def info_nce(
         >>> info_nce(image, text, queue, temperature=1.0)  # log(e + 2 e^-1/2) - 1
         tensor(0.3690)
     """
+    options = Options(
+        symmetric=symmetric,
+        label_smoothing=label_smoothing,
+        hardness=hardness,
+        reduction=reduction,
+        gather_distributed=gather_distributed,
+        process_group=process_group,
+        backend=backend,
+    )
     gather = several_processes(gather_distributed, process_group)
 
     def check() -> CheckedOptions:
@@ -153,16 +189,9 @@ def info_nce(
         if sample_weight is not None:
             check_sample_weight(sample_weight, query.shape[0], "query", query)
         check_flag("return_stats", return_stats)
-        return check_options(
-            temperature,
-            reduction,
-            backend,
-            query,
-            label_smoothing=label_smoothing,
-            hardness=hardness,
-        )
+        return check_options(temperature, options, query)
 
-    temperature, label_smoothing, hardness = checked(check, process_group) if gather else check()
+    temperature, options = checked(check, process_group) if gather else check()
     n = query.shape[0]
 
     # Normalised apart, so that a key or a queue without gradient costs none.
@@ -185,19 +214,16 @@ def info_nce(
             "info_nce",
             (query, key),
             temperature=temperature,
-            symmetric=symmetric,
             ids=ids,
             sample_weight=sample_weight,
-            label_smoothing=label_smoothing,
-            hardness=hardness,
-            reduction=reduction,
+            **options.of_the_loss().changed(),
         )
         batch = gather_batch(torch.stack(columns), ids, sample_weight, process_group, settings)
         columns = [x.contiguous() for x in batch.rows.unbind(1)]
         exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
     directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
 
-    def found_among(q: Tensor, k: Tensor, both: bool = False) -> _Found:
+    def found_among(q: Tensor, k: Tensor, both: bool = False) -> Found:
         problem = Problem(
             q,
             k,
@@ -207,29 +233,25 @@ def info_nce(
             statistics=return_stats,
             mma_dtype=mma_dtype(query, key if negatives is None else negatives),
         )
-        return preferring_hard(logsumexp_for(problem, backend), hardness)(problem)
+        return preferring_hard(logsumexp_for(problem, backend), options.hardness)(problem)
 
     if columns[0].ndim == 3:
-        found = _per_query_logsumexp(queries, columns[0], hardness, return_stats)
+        found = per_query_logsumexp(queries, columns[0], options.hardness, return_stats)
     elif symmetric and not gather:
         found = found_among(queries, keys, both=True)
     else:
         found = _joined([found_among(q, k) for q, k in directions])
     negative_lse, statistics = found
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
-    if label_smoothing:
-        totals, counts = zip(*(_totals(q, k, exclusion) for q, k in directions), strict=True)
-        per_anchor = smoothed(
-            per_anchor, positive_logits, torch.cat(totals), torch.cat(counts), label_smoothing
-        )
+    if options.label_smoothing:
+        totals, counts = zip(*(totals_of(q, k, exclusion) for q, k in directions), strict=True)
+        total, count = torch.cat(totals), torch.cat(counts)
+        per_anchor = smoothed(per_anchor, positive_logits, total, count, options.label_smoothing)
     losses = per_anchor.view(2, n) if symmetric else per_anchor
     loss = reduce(losses, reduction, sample_weight, weight_per_process)
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, statistics, temperature)
-
-
-_Found = tuple[Tensor, LogitStatistics | None]
 
 
 def _check_inputs(
@@ -284,48 +306,10 @@ def _check_inputs(
             )
     check_device("negatives", negatives, "query", query)
     check_reverse_mode("negatives", negatives)
-    _check_own_keys(key, negatives)
+    check_own_keys(key, negatives)
 
 
-def _check_own_keys(key: Tensor, negatives: Tensor) -> None:
-    """Raise where shared negatives begin or end with the keys, if that can be seen for nothing.
-
-    On a GPU, and in a graph, it would have to be waited for. Keys that are all alike, as of a
-    collapsed encoder, may well have been seen before.
-    """
-    plain = type(key) is Tensor and type(negatives) is Tensor and key.device.type == "cpu"
-    if not plain or negatives.ndim != 2 or torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active():
-        return
-    n, same = len(key), key.to(negatives.dtype)
-    again = torch.equal(negatives[:n], same) or torch.equal(negatives[-n:], same)
-    if again and not torch.equal(key, key[:1].expand_as(key)):
-        raise ValueError(
-            "negatives must not hold the keys of the same call, which would count each positive "
-            "twice; omit negatives to compare with the other keys, or give the rows of the queue "
-            "alone"
-        )
-
-
-def _per_query_logsumexp(
-    queries: Tensor, negatives: Tensor, hardness: float, return_stats: bool
-) -> _Found:
-    dtype = torch.promote_types(queries.dtype, negatives.dtype)
-    with torch.autocast(queries.device.type, enabled=False):
-        logits = torch.einsum("nd,nkd->nk", queries.to(dtype), negatives.to(dtype))
-    plain = weighted = logits.logsumexp(1)
-    if hardness:
-        counts = torch.full_like(plain, logits.shape[1], dtype=torch.int64)
-        weighted = weighted_by_hardness(counts, lambda c: (c * logits).logsumexp(1), hardness)
-    stats = None
-    if return_stats:
-        plain = plain.detach()
-        stats = LogitStatistics(plain, *row_statistics(logits.detach(), plain, 1).unbind(0))
-    return weighted, stats
-
-
-def _joined(found: list[_Found]) -> _Found:
+def _joined(found: list[Found]) -> Found:
     """Both directions one after the other."""
     if len(found) == 1:
         return found[0]
@@ -334,16 +318,6 @@ def _joined(found: list[_Found]) -> _Found:
     if stats[0] is not None:
         statistics = LogitStatistics(*(torch.cat(field) for field in zip(*stats, strict=True)))
     return torch.cat(lse), statistics
-
-
-def _totals(queries: Tensor, columns: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
-    """Sum of the logits of the negatives of each query, and how many they are."""
-    n, device = queries.shape[0], queries.device
-    if columns.ndim == 3:
-        counts = torch.full((n,), columns.shape[1], device=device)
-        return (queries * columns.sum(1)).sum(1), counts
-    counts = kept_counts(n, columns.shape[0], exclusion, device)
-    return (queries * kept_sums(n, columns, exclusion)).sum(1), counts
 
 
 def _nothing(n: int, device: torch.device) -> Exclusion:
@@ -355,7 +329,7 @@ def _nothing(n: int, device: torch.device) -> Exclusion:
     )
 
 
-class InfoNCE(TemperatureLoss):
+class InfoNCE(LossModule):
     """InfoNCE as a module: ``info_nce`` with its options stored.
 
     Args:
@@ -402,25 +376,57 @@ class InfoNCE(TemperatureLoss):
         super().__init__(
             temperature,
             learnable_temperature,
-            reduction,
-            backend,
+            symmetric=symmetric,
             label_smoothing=label_smoothing,
             hardness=hardness,
+            reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,
+            backend=backend,
         )
-        check_flag("symmetric", symmetric)
-        self.symmetric = symmetric
 
+    @overload
     def forward(
         self,
         query: Tensor,
         key: Tensor,
         negatives: Tensor | None = None,
-        ids: Tensor | None = None,
-        return_stats: bool = False,
         *,
+        ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, ContrastiveStats]: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: bool,
+    ) -> LossOutput: ...
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
     ) -> LossOutput:
         """The loss of queries and keys, (N, D) each: see ``info_nce``."""
         self._limit_logit_scale()
@@ -429,18 +435,11 @@ class InfoNCE(TemperatureLoss):
             key,
             negatives,
             temperature=self.temperature,
-            symmetric=self.symmetric,
             ids=ids,
             sample_weight=sample_weight,
-            label_smoothing=self.label_smoothing,
-            hardness=self.hardness,
-            reduction=self.reduction,
             return_stats=return_stats,
-            gather_distributed=self.gather_distributed,
-            process_group=self.process_group,
-            backend=self.backend,
+            **self._options(),
         )
 
-    def extra_repr(self) -> str:
-        """The options, as the constructor takes them."""
-        return f"{super().extra_repr()}, symmetric={self.symmetric}"
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,6 +1,6 @@
 """NT-Xent, the loss of SimCLR: each view of an image against all views of all others."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from contrastive_kit._checks import (
 )
 from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
-    CheckedOptions,
     LossOutput,
-    TemperatureLoss,
-    check_options,
     check_sample_weight,
     positive_pair_logits,
     preferring_hard,
@@ -31,7 +28,9 @@ from contrastive_kit.losses._gathered import (
     several_processes,
 )
 from contrastive_kit.losses._kept import kept_counts, kept_sums
-from contrastive_kit.losses._stats import contrastive_stats
+from contrastive_kit.losses._module import LossModule
+from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     Exclusion,
     Problem,
@@ -43,8 +42,35 @@ from contrastive_kit.ops import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from contrastive_kit.losses._signatures import NTXentKeywords
 
 
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *more_views: Tensor,
+    return_stats: Literal[False] = False,
+    **options: "Unpack[NTXentKeywords]",
+) -> Tensor: ...
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *more_views: Tensor,
+    return_stats: Literal[True],
+    **options: "Unpack[NTXentKeywords]",
+) -> tuple[Tensor, ContrastiveStats]: ...
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *more_views: Tensor,
+    return_stats: bool,
+    **options: "Unpack[NTXentKeywords]",
+) -> LossOutput: ...
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
@@ -140,6 +166,15 @@ def nt_xent(
         tensor(0.2395)
     """
     views = (z1, z2, *more_views)
+    options = Options(
+        decoupled=decoupled,
+        label_smoothing=label_smoothing,
+        hardness=hardness,
+        reduction=reduction,
+        gather_distributed=gather_distributed,
+        process_group=process_group,
+        backend=backend,
+    )
     gather = several_processes(gather_distributed, process_group)
 
     def check() -> CheckedOptions:
@@ -155,28 +190,22 @@ def nt_xent(
             check_ids("ids", ids, n, "z1", z1)
         if sample_weight is not None:
             check_sample_weight(sample_weight, n, "z1", z1)
-        options = check_options(
-            temperature, reduction, backend, z1, label_smoothing=label_smoothing, hardness=hardness
-        )
-        _check_decoupled(decoupled, options[1])
         check_flag("return_stats", return_stats)
-        return options
+        return check_options(temperature, options, z1)
 
-    temperature, label_smoothing, hardness = checked(check, process_group) if gather else check()
+    temperature, options = checked(check, process_group) if gather else check()
     n = z1.shape[0]
 
-    options = _Options(
+    # A backend's own pair loss answers two views and a temperature, and nothing else.
+    asked = _Asked(
         len(more_views),
         ids is not None,
         sample_weight is not None,
-        decoupled,
-        label_smoothing,
-        hardness,
-        reduction,
         return_stats,
         gather,
+        options.of_the_loss(),
     )
-    if options == _Options() and not isinstance(temperature, Tensor):
+    if asked == _Asked() and not isinstance(temperature, Tensor):
         pair_loss = pair_loss_for(z1, z2, backend)
         loss = None if pair_loss is None else pair_loss(z1, z2, temperature)
         if loss is not None:
@@ -193,10 +222,7 @@ def nt_xent(
             temperature=temperature,
             ids=ids,
             sample_weight=sample_weight,
-            decoupled=decoupled,
-            label_smoothing=label_smoothing,
-            hardness=hardness,
-            reduction=reduction,
+            **options.of_the_loss().changed(),
         )
         batch = gather_batch(views_of_rows, ids, sample_weight, process_group, settings)
         columns, weight_per_process = batch.rows.flatten(0, 1), batch.weight_per_process
@@ -209,47 +235,34 @@ def nt_xent(
         statistics=return_stats,
         mma_dtype=mma_dtype(*views),
     )
-    logsumexp = preferring_hard(logsumexp_for(problem, backend), hardness)
+    logsumexp = preferring_hard(logsumexp_for(problem, backend), options.hardness)
     negative_lse, statistics = logsumexp(problem)
     per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
-    if label_smoothing:
+    if options.label_smoothing:
         candidates = rows if columns is None else columns
         negative_total = (rows * kept_sums(rows.shape[0], candidates, exclusion)).sum(1)
         counts = kept_counts(rows.shape[0], candidates.shape[0], exclusion, rows.device)
-        per_anchor = smoothed(per_anchor, positive_logits, negative_total, counts, label_smoothing)
+        per_anchor = smoothed(
+            per_anchor, positive_logits, negative_total, counts, options.label_smoothing
+        )
     loss = reduce(per_anchor.view(len(views), n), reduction, sample_weight, weight_per_process)
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, statistics, temperature)
 
 
-class _Options(NamedTuple):
-    """What may be asked beside two views and a temperature; a pair loss answers the defaults alone.
-
-    A field for each option of ``nt_xent`` that changes what is computed: a test compares them.
-    """
+class _Asked(NamedTuple):
+    """What is asked beside two views and a temperature; its defaults are nothing."""
 
     more_views: int = 0
     ids: bool = False
     sample_weight: bool = False
-    decoupled: bool = False
-    label_smoothing: float = 0.0
-    hardness: float = 0.0
-    reduction: str = "mean"
     return_stats: bool = False
-    gather_distributed: bool = False
+    gather: bool = False
+    options: Options = Options()
 
 
-def _check_decoupled(decoupled: bool, label_smoothing: float) -> None:
-    check_flag("decoupled", decoupled)
-    if decoupled and label_smoothing:
-        raise ValueError(
-            "label_smoothing needs decoupled=False: without the positives in its denominator the "
-            f"loss is no cross entropy; got {label_smoothing}"
-        )
-
-
-class NTXent(TemperatureLoss):
+class NTXent(LossModule):
     """NT-Xent as a module: ``nt_xent`` with its options stored.
 
     Args:
@@ -298,16 +311,45 @@ class NTXent(TemperatureLoss):
         super().__init__(
             temperature,
             learnable_temperature,
-            reduction,
-            backend,
+            decoupled=decoupled,
             label_smoothing=label_smoothing,
             hardness=hardness,
+            reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,
+            backend=backend,
         )
-        _check_decoupled(decoupled, label_smoothing)
-        self.decoupled = decoupled
 
+    @overload
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *more_views: Tensor,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *more_views: Tensor,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, ContrastiveStats]: ...
+    @overload
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *more_views: Tensor,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: bool,
+    ) -> LossOutput: ...
     def forward(
         self,
         z1: Tensor,
@@ -326,16 +368,9 @@ class NTXent(TemperatureLoss):
             temperature=self.temperature,
             ids=ids,
             sample_weight=sample_weight,
-            decoupled=self.decoupled,
-            label_smoothing=self.label_smoothing,
-            hardness=self.hardness,
-            reduction=self.reduction,
             return_stats=return_stats,
-            gather_distributed=self.gather_distributed,
-            process_group=self.process_group,
-            backend=self.backend,
+            **self._options(),
         )
 
-    def extra_repr(self) -> str:
-        """The options, as the constructor takes them."""
-        return f"{super().extra_repr()}, decoupled={self.decoupled}"
+    if TYPE_CHECKING:
+        __call__ = forward

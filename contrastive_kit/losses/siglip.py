@@ -1,7 +1,7 @@
 """SigLIP: every pair of a batch is its own yes-or-no question, with no softmax over the batch."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -9,39 +9,71 @@ from torch import Tensor, nn
 
 from contrastive_kit._checks import (
     check_alike,
-    check_choice,
     check_embeddings,
-    check_gathering,
+    check_flag,
     check_ids,
     check_number,
     check_reverse_mode,
     check_scalar,
-    check_temperature,
 )
 from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
-    LARGEST_LEARNABLE_TEMPERATURE,
-    REDUCTIONS,
-    Scalars,
-    at_least_float32,
+    LossOutput,
     check_sample_weight,
-    limit_logit_scale_,
-    limited_logit_scale,
     reduce,
-    shown,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
-    own_parameters,
     settings_of,
     several_processes,
 )
-from contrastive_kit.ops import Exclusion, check_backend, kept_softplus_sum, scaled_unit_rows
+from contrastive_kit.losses._module import (
+    LARGEST_LEARNABLE_TEMPERATURE,
+    LossModule,
+    at_least_float32,
+)
+from contrastive_kit.losses._options import Options, Scalar, check_options
+from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
+from contrastive_kit.ops import (
+    Exclusion,
+    Problem,
+    kept_softplus_sum,
+    logsumexp_for,
+    mma_dtype,
+    scaled_unit_rows,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from contrastive_kit.losses._signatures import SigLIPKeywords
 
 
+@overload
+def siglip(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: "Unpack[SigLIPKeywords]",
+) -> Tensor: ...
+@overload
+def siglip(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: "Unpack[SigLIPKeywords]",
+) -> tuple[Tensor, ContrastiveStats]: ...
+@overload
+def siglip(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    return_stats: bool,
+    **options: "Unpack[SigLIPKeywords]",
+) -> LossOutput: ...
 def siglip(
     z1: Tensor,
     z2: Tensor,
@@ -51,10 +83,11 @@ def siglip(
     ids: Tensor | None = None,
     sample_weight: Tensor | None = None,
     reduction: str = "mean",
+    return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
-) -> Tensor:
+) -> LossOutput:
     r"""The sigmoid loss of SigLIP: is this pair a match, asked of every pair of a batch.
 
     .. math::
@@ -78,6 +111,10 @@ def siglip(
         sample_weight: floating numbers (N,) ≥ 0 that multiply the losses; the mean is weighted,
             Σ w·ℓ / Σ w; 0 if all are 0. The sign is not checked.
         reduction: "mean" or "sum" over the rows of ``z1``, or "none" for the losses (N,).
+        return_stats: also return ``ContrastiveStats``, those of ``info_nce`` for the same pairs and
+            temperature: which candidate is nearest, and the softmax over candidates, do not depend
+            on the bias. Over the rows of ``z1`` of this process. It costs a forward pass over the
+            pairs, of two passes over each tile.
         gather_distributed: compare the rows of ``z1`` with the ``z2`` of all processes. "mean" is
             then the share of this process, so that the mean over processes, which
             ``DistributedDataParallel`` takes of the gradients, is that of the whole batch, exactly,
@@ -88,7 +125,8 @@ def siglip(
             kernel computes this loss: on a GPU the tiles run through cuBLAS.
 
     Returns:
-        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast.
+        The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast;
+        with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
         TypeError: for embeddings or a ``sample_weight`` that are not floating tensors, ids that are
@@ -116,9 +154,15 @@ def siglip(
         >>> siglip(z, z, temperature=1.0, logit_bias=0.0)  # log(1 + 1/e) + 2 log 2
         tensor(1.6996)
     """
+    options = Options(
+        reduction=reduction,
+        gather_distributed=gather_distributed,
+        process_group=process_group,
+        backend=backend,
+    )
     gather = several_processes(gather_distributed, process_group)
 
-    def check() -> Scalars:
+    def check() -> _Checked:
         check_embeddings("z1", z1)
         check_embeddings("z2", z2)
         check_alike("z2", z2, "z1", z1)
@@ -128,14 +172,14 @@ def siglip(
             check_ids("ids", ids, z1.shape[0], "z1", z1)
         if sample_weight is not None:
             check_sample_weight(sample_weight, z1.shape[0], "z1", z1)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_backend(backend, "softplus_sum")
-        return check_temperature(temperature, z1), _check_bias(logit_bias, z1)
+        check_flag("return_stats", return_stats)
+        tau, _ = check_options(temperature, options, z1, primitive="softplus_sum")
+        return tau, _check_bias(logit_bias, z1)
 
     temperature, logit_bias = checked(check, process_group) if gather else check()
     rows = scaled_unit_rows((z1,), temperature)[0]
     columns = scaled_unit_rows((z2,), temperature)[0]
-    match = (rows * columns).sum(1) + _as(logit_bias, rows)
+    positive_logits = (rows * columns).sum(1)
     candidates, exclusion, weight_per_process = columns, Exclusion(z1.shape[0], ids), None
     if gather:
         settings = settings_of(
@@ -145,15 +189,32 @@ def siglip(
             logit_bias=logit_bias,
             ids=ids,
             sample_weight=sample_weight,
-            reduction=reduction,
+            **options.of_the_loss().changed(),
         )
         batch = gather_batch(columns[None], ids, sample_weight, process_group, settings)
         candidates, exclusion = batch.rows.flatten(0, 1), batch.exclusion(1, 1)
         weight_per_process = batch.weight_per_process
     others = kept_softplus_sum(rows, candidates, logit_bias, exclusion=exclusion, backend=backend)
     # By default softplus is linear above 20, which float64 would notice.
-    loss = F.softplus(-match, threshold=50) + others
-    return reduce(loss, reduction, sample_weight, weight_per_process)
+    per_anchor = F.softplus(-(positive_logits + _as(logit_bias, rows)), threshold=50) + others
+    loss = reduce(per_anchor, reduction, sample_weight, weight_per_process)
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        problem = Problem(
+            rows.detach(),
+            candidates.detach(),
+            exclusion,
+            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+            statistics=True,
+            mma_dtype=mma_dtype(z1, z2),
+        )
+        _, statistics = logsumexp_for(problem, backend)(problem)
+    assert statistics is not None
+    return loss, contrastive_stats(positive_logits[None].detach(), statistics, temperature)
+
+
+_Checked = tuple[Scalar, Scalar]
 
 
 def _as(logit_bias: float | Tensor, rows: Tensor) -> float | Tensor:
@@ -175,7 +236,7 @@ def _check_bias(logit_bias: object, z: Tensor | None = None) -> float | Tensor:
 _LARGEST_MAX_SCALE = 2.0**23
 
 
-class SigLIP(nn.Module):
+class SigLIP(LossModule):
     """SigLIP as a module, with a learnable scale and bias.
 
     The parameters are ``logit_scale`` = log(1 / τ) and ``logit_bias``, from log 10 and -10 as in
@@ -219,38 +280,31 @@ class SigLIP(nn.Module):
         process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         if isinstance(temperature, Tensor) or isinstance(logit_bias, Tensor):
             raise TypeError(
                 "temperature and logit_bias must be numbers; both are learnable parameters"
             )
-        tau, b = float(check_temperature(temperature)), float(_check_bias(logit_bias))
-        self.max_scale = check_number("max_scale", max_scale)
-        if not 1 / LARGEST_LEARNABLE_TEMPERATURE <= self.max_scale <= _LARGEST_MAX_SCALE:
+        bias = float(_check_bias(logit_bias))
+        max_scale = check_number("max_scale", max_scale)
+        if not 1 / LARGEST_LEARNABLE_TEMPERATURE <= max_scale <= _LARGEST_MAX_SCALE:
             raise ValueError(
                 f"max_scale must be from {1 / LARGEST_LEARNABLE_TEMPERATURE} to "
-                f"{_LARGEST_MAX_SCALE:.0f}, got {max_scale}"
+                f"{_LARGEST_MAX_SCALE:.0f}, got {max_scale:.12g}"
             )
-        if not 1 / self.max_scale <= tau <= LARGEST_LEARNABLE_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be at least 1 / max_scale, {1 / self.max_scale:.4g}, and at "
-                f"most {LARGEST_LEARNABLE_TEMPERATURE}, got {tau}"
-            )
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_backend(backend, "softplus_sum")
-        check_gathering(gather_distributed, process_group)
-        self.gather_distributed = gather_distributed
-        self.process_group = process_group
-        self.reduction = reduction
-        self.backend = backend
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(tau)))
-        self.logit_bias = nn.Parameter(torch.tensor(b))
+        super().__init__(
+            temperature,
+            learnable_temperature=True,
+            smallest=1 / max_scale,
+            primitive="softplus_sum",
+            reduction=reduction,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
+            backend=backend,
+        )
+        self.max_scale = max_scale
+        self.logit_bias = nn.Parameter(torch.tensor(bias))
 
-    @property
-    def temperature(self) -> Tensor:
-        """The temperature, with the gradient of ``logit_scale``; never in half precision."""
-        return (-limited_logit_scale(self.logit_scale, math.log(self.max_scale))).exp()
-
+    @overload
     def forward(
         self,
         z1: Tensor,
@@ -258,14 +312,44 @@ class SigLIP(nn.Module):
         *,
         ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
-    ) -> Tensor:
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, ContrastiveStats]: ...
+    @overload
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: bool,
+    ) -> LossOutput: ...
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> LossOutput:
         """The loss of two batches of embeddings, (N, D) each: see ``siglip``."""
-        largest = math.log(self.max_scale)
-        limit_logit_scale_(self.logit_scale, largest)
-        logit_scale = limited_logit_scale(self.logit_scale, largest)
-        scalars = torch.stack([logit_scale, at_least_float32(self.logit_bias)])
-        scalars = own_parameters(scalars, self.gather_distributed, self.process_group)
-        logit_scale, logit_bias = scalars.unbind(0)
+        self._limit_logit_scale()
+        assert self.logit_scale is not None
+        logit_scale = self._limited_logit_scale(self.logit_scale)
+        # Together, as one collective averages both gradients.
+        both = self._averaged(torch.stack([logit_scale, at_least_float32(self.logit_bias)]))
+        logit_scale, logit_bias = both.unbind(0)
         return siglip(
             z1,
             z2,
@@ -273,18 +357,13 @@ class SigLIP(nn.Module):
             logit_bias=logit_bias,
             ids=ids,
             sample_weight=sample_weight,
-            reduction=self.reduction,
-            gather_distributed=self.gather_distributed,
-            process_group=self.process_group,
-            backend=self.backend,
+            return_stats=return_stats,
+            **self._options(),
         )
 
-    def extra_repr(self) -> str:
-        """The options, as the constructor takes them, with the present temperature and bias."""
-        gathering = "gather_distributed=True, " if self.gather_distributed else ""
-        bound = f"max_scale={shown(self.max_scale)}, " if self.max_scale != 1000 else ""
-        return (
-            f"temperature={shown(self.temperature)}, "
-            f"logit_bias={shown(self.logit_bias)}, {bound}{gathering}"
-            f"reduction={self.reduction!r}, backend={self.backend!r}"
-        )
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _shown(self) -> dict[str, float | Tensor | bool]:
+        bound = {} if self.max_scale == 1000 else {"max_scale": self.max_scale}
+        return {"logit_bias": self.logit_bias, **bound}

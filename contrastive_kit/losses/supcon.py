@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from contrastive_kit._checks import (
     check_alike,
-    check_choice,
     check_embeddings,
     check_flag,
     check_ids,
@@ -19,15 +18,14 @@ from contrastive_kit._checks import (
 from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
 from contrastive_kit.losses._common import (
     LossOutput,
-    Scalar,
-    TemperatureLoss,
-    check_options,
     check_sample_weight,
     positive_pair_logits,
     reduce,
 )
 from contrastive_kit.losses._gathered import settings_of, several_processes
 from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
+from contrastive_kit.losses._module import LossModule
+from contrastive_kit.losses._options import CheckedOptions, Options, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, is_nearest
 from contrastive_kit.ops import (
     Exclusion,
@@ -40,10 +38,32 @@ from contrastive_kit.ops import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
-VARIANTS = ("out", "in")
+    from contrastive_kit.losses._signatures import SupConKeywords
 
 
+@overload
+def sup_con(
+    *views: Tensor,
+    labels: Tensor,
+    return_stats: Literal[False] = False,
+    **options: "Unpack[SupConKeywords]",
+) -> Tensor: ...
+@overload
+def sup_con(
+    *views: Tensor,
+    labels: Tensor,
+    return_stats: Literal[True],
+    **options: "Unpack[SupConKeywords]",
+) -> tuple[Tensor, ContrastiveStats]: ...
+@overload
+def sup_con(
+    *views: Tensor,
+    labels: Tensor,
+    return_stats: bool,
+    **options: "Unpack[SupConKeywords]",
+) -> LossOutput: ...
 def sup_con(
     *views: Tensor,
     labels: Tensor,
@@ -134,9 +154,16 @@ def sup_con(
         >>> sup_con(z, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)  # log(e + 2) - 1
         tensor(0.5514)
     """
+    options = Options(
+        variant=variant,
+        reduction=reduction,
+        gather_distributed=gather_distributed,
+        process_group=process_group,
+        backend=backend,
+    )
     gather = several_processes(gather_distributed, process_group)
 
-    def check() -> Scalar:
+    def check() -> CheckedOptions:
         if not views:
             raise ValueError("views must be at least one tensor of shape (N, D), got none")
         for i, view in enumerate(views):
@@ -151,11 +178,10 @@ def sup_con(
         check_ids("labels", labels, n, "views[0]", views[0])
         if sample_weight is not None:
             check_sample_weight(sample_weight, n, "views[0]", views[0])
-        check_choice("variant", variant, VARIANTS)
         check_flag("return_stats", return_stats)
-        return check_options(temperature, reduction, backend, views[0])[0]
+        return check_options(temperature, options, views[0])
 
-    temperature = checked(check, process_group) if gather else check()
+    temperature, _ = checked(check, process_group) if gather else check()
     n = views[0].shape[0]
 
     rows = scaled_unit_rows(views, temperature)
@@ -165,10 +191,9 @@ def sup_con(
             "sup_con",
             views,
             temperature=temperature,
-            variant=variant,
             labels=labels,
             sample_weight=sample_weight,
-            reduction=reduction,
+            **options.of_the_loss().changed(),
         )
         batch, weight_per_process = _gather(rows, labels, sample_weight, process_group, settings)
     else:
@@ -333,7 +358,7 @@ def _statistics(
     )
 
 
-class SupCon(TemperatureLoss):
+class SupCon(LossModule):
     """SupCon as a module: ``sup_con`` with its options stored.
 
     Args:
@@ -374,14 +399,37 @@ class SupCon(TemperatureLoss):
         super().__init__(
             temperature,
             learnable_temperature,
-            reduction,
-            backend,
+            variant=variant,
+            reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,
+            backend=backend,
         )
-        check_choice("variant", variant, VARIANTS)
-        self.variant = variant
 
+    @overload
+    def forward(
+        self,
+        *views: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        *views: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, ContrastiveStats]: ...
+    @overload
+    def forward(
+        self,
+        *views: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        return_stats: bool,
+    ) -> LossOutput: ...
     def forward(
         self,
         *views: Tensor,
@@ -395,15 +443,10 @@ class SupCon(TemperatureLoss):
             *views,
             labels=labels,
             temperature=self.temperature,
-            variant=self.variant,
             sample_weight=sample_weight,
-            reduction=self.reduction,
             return_stats=return_stats,
-            gather_distributed=self.gather_distributed,
-            process_group=self.process_group,
-            backend=self.backend,
+            **self._options(),
         )
 
-    def extra_repr(self) -> str:
-        """The options, as the constructor takes them."""
-        return f"{super().extra_repr()}, variant={self.variant!r}"
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -442,10 +442,10 @@ DISAGREEMENTS = {
         {"temperature": (0.1, 0.2)},
         {"decoupled": (False, True)},
         {"label_smoothing": (0.0, 0.1)},
-        {"hardness": (0.5, 0.0)},
+        {"hardness": (0.0, 0.5)},
         {"reduction": ("mean", "sum")},
     ],
-    "info_nce": [{"temperature": (0.1, 0.2)}, {"hardness": (0.5, 0.0)}],
+    "info_nce": [{"temperature": (0.1, 0.2)}, {"hardness": (0.0, 0.5)}],
     "sup_con": [{"temperature": (0.1, 0.2)}, {"variant": ("out", "in")}],
     "siglip": [{"temperature": (0.1, 0.2)}, {"logit_bias": (-10.0, -9.0)}],
 }

@@ -5,10 +5,12 @@ Equations (17) to (19) of docs/nt_xent.md.
 
 import copy
 import math
+import statistics
 
 import algorithm1
 import pytest
 import torch
+import torch.nn.functional as F
 from budgets import VALUE, assert_within, gradient_budget
 
 from contrastive_kit import SigLIP, reference
@@ -53,6 +55,47 @@ def test_equals_its_loop(bias, ids, backend):
     torch.testing.assert_close(
         siglip(z1, z2, sample_weight=weights, **call), reference.weighted_mean(expected, weights)
     )
+
+
+@backends
+@pytest.mark.parametrize("ids", [None, IDS], ids=["", "ids"])
+def test_statistics_equal_their_loop(ids, backend):
+    inputs = wanting(*random_pairs(7, 5))
+    call = {"temperature": 0.2, "ids": ids, "backend": backend, "return_stats": True}
+    hits, positives, negatives, entropies = [], [], [], []
+    for i, row in enumerate(inputs[0].detach()):
+        cosines = [float(F.cosine_similarity(row, other, dim=0)) for other in inputs[1].detach()]
+        others = [j for j in range(7) if j != i and (ids is None or ids[i] != ids[j])]
+        hits.append(all(cosines[i] > cosines[j] for j in others))
+        positives.append(cosines[i])
+        negatives += [cosines[j] for j in others]
+        p = torch.tensor([cosines[j] / 0.2 for j in [i, *others]], dtype=torch.float64).softmax(0)
+        entropies.append(float(-(p * p.log()).sum()))
+    for bias in (-10.0, 3.0):
+        loss, stats = siglip(*inputs, logit_bias=bias, **call)
+        assert loss.requires_grad
+        assert not any(figure.requires_grad for figure in stats)
+        expected = [statistics.mean(x) for x in (hits, positives, negatives, entropies)]
+        torch.testing.assert_close(torch.stack(stats), torch.tensor(expected, dtype=torch.float64))
+        assert torch.equal(loss, siglip(*inputs, logit_bias=bias, **call | {"return_stats": False}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_module_has_statistics_at_its_own_temperature(reduction):
+    pairs = random_pairs(7, 5, torch.float32)
+    loss_fn = SigLIP(0.2, logit_bias=-3.0, reduction=reduction)
+    loss, stats = loss_fn(*pairs, ids=IDS, return_stats=True)
+    torch.testing.assert_close(loss, loss_fn(*pairs, ids=IDS))
+    expected = siglip(*pairs, temperature=0.2, ids=IDS, return_stats=True)[1]
+    torch.testing.assert_close(stats, expected)
+
+
+def test_one_pair_is_its_own_only_candidate():
+    loss, stats = siglip(torch.ones(1, 3), torch.ones(1, 3), return_stats=True)
+    torch.testing.assert_close(loss, siglip(torch.ones(1, 3), torch.ones(1, 3)))
+    assert stats.accuracy == 1
+    assert stats.entropy == 0
+    assert stats.negative_similarity.isnan()
 
 
 @backends
@@ -286,9 +329,8 @@ class TestModule:
         assert repr(copy.deepcopy(loss_fn)) == repr(loss_fn)
 
     def test_repr_tells_the_present_values(self):
-        assert repr(SigLIP()) == (
-            "SigLIP(temperature=0.1, logit_bias=-10, reduction='mean', backend='auto')"
-        )
+        shown = "SigLIP(temperature=0.1, logit_bias=-10, reduction='sum')"
+        assert repr(SigLIP(reduction="sum")) == shown
 
     def test_half_precision_modules_keep_their_scalars_in_float32(self):
         loss_fn = SigLIP().half()

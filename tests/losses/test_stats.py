@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contrastive_kit.functional import info_nce, nt_xent, sup_con
+from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 from contrastive_kit.ops import BACKENDS
 
 LOSSES = {
@@ -11,6 +11,7 @@ LOSSES = {
     "three views": lambda a, b, **options: nt_xent(a, b, b, **options),
     "info_nce": info_nce,
     "clip": lambda a, b, **options: info_nce(a, b, symmetric=True, **options),
+    "siglip": siglip,
     "queue": lambda a, b, **options: info_nce(a, b, b, **options),
     "per query": lambda a, b, **options: info_nce(a, b, b.expand(len(a), -1, -1), **options),
     "sup_con": lambda a, b, **options: sup_con(a, b, labels=torch.arange(len(a)) // 2, **options),
