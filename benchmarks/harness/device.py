@@ -1,9 +1,8 @@
-"""The device that the GPU benchmarks measure on: its clock, memory, launches and own rates.
+"""The device that is measured on: its clock, memory, launches and own rates.
 
-A dry run takes the CPU for the device. It shows that everything runs, and its figures mean nothing.
+A dry run takes the CPU for a GPU. It shows that everything runs, and its figures mean nothing.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,39 +10,38 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import machine
-from benchmarks.interleaved import wall_seconds
+from benchmarks.harness import machine
+from benchmarks.harness.measure import Call, wall_seconds
 from contrastive_kit import __version__
 
-Call = Callable[[], object]
-
-GEMM, COPY = "GEMM", "copy"
-_GEMM_SIDE, _COPY_BYTES = 8192, 2**30
-_DRY_GEMM_SIDE, _DRY_COPY_BYTES = 64, 2**12
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
 _COPIES = ("cudaMemcpyAsync", "cudaMemsetAsync")
-_PACKAGES = (
-    "torch", "triton", "kornia", "lightly", "open_clip_torch", "pytorch-metric-learning", "inf_cl",
-    "cut-cross-entropy",
-)  # fmt: skip
 
 
 class Device:
-    """CUDA device 0, or the CPU where ``dry``.
+    """CUDA device 0 or the CPU.
+
+    Args:
+        kind: "cuda" or "cpu"; decides which cases and arms there are.
+        dry: run those of "cuda" on the CPU.
 
     Raises:
-        RuntimeError: without CUDA, unless it is a dry run.
+        RuntimeError: without CUDA where it is wanted, unless it is a dry run.
     """
 
-    def __init__(self, dry: bool) -> None:
-        if not dry and not torch.cuda.is_available():
+    def __init__(self, kind: str, dry: bool = False) -> None:
+        if kind == "cuda" and not dry and not torch.cuda.is_available():
             raise RuntimeError("there is no CUDA device here; --dry shows that everything runs")
+        self.kind = kind
         self.dry = dry
-        self.device = torch.device("cpu" if dry else "cuda")
+        self.on_gpu = kind == "cuda" and not dry
+        self.device = torch.device("cuda" if self.on_gpu else "cpu")
+        # A dry run traces, and does not wait for generated code to build.
+        self.compiler = "aot_eager" if dry else "inductor"
 
     def seconds(self, call: Call, calls: int) -> float:
-        """Seconds per call, by CUDA events around all of them."""
-        if self.dry:
+        """Seconds per call; on a GPU by CUDA events around all of them."""
+        if not self.on_gpu:
             return wall_seconds(call, calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -53,14 +51,13 @@ class Device:
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
 
-    def synchronize(self) -> None:
-        if not self.dry:
-            torch.cuda.synchronize()
+    def waited(self, call: Call) -> Call:
+        """The call, over when the device is done, for a clock that is not the device's."""
+        return (lambda: (call(), torch.cuda.synchronize())) if self.on_gpu else call
 
     def extra_mib(self, call: Call) -> float | None:
-        """Peak of the memory that tensors take during a call, beyond what they took before."""
-        if self.dry:
-            call()
+        """Peak of what tensors take during a call, beyond what they took before; GPU only."""
+        if not self.on_gpu:
             return None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -72,10 +69,13 @@ class Device:
 
     def launches(self, call: Call) -> dict[str, int] | None:
         """Kernels that a call launches, and its copies and fills; None if the profiler saw none."""
-        activities = [ProfilerActivity.CPU] + ([] if self.dry else [ProfilerActivity.CUDA])
+        if self.kind == "cpu":
+            return None
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.on_gpu else [])
         with profile(activities=activities) as seen:
             call()
-            self.synchronize()
+            if self.on_gpu:
+                torch.cuda.synchronize()
         counts = {event.key: event.count for event in seen.key_averages()}
 
         def total(prefixes: tuple[str, ...]) -> int:
@@ -90,7 +90,7 @@ class Device:
         Raises:
             RuntimeError: if the call cannot be captured, or if there is no CUDA device.
         """
-        if self.dry:
+        if not self.on_gpu:
             raise RuntimeError("CUDA graphs need a CUDA device")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -99,11 +99,8 @@ class Device:
                 call()
             # What waits for the device cannot be captured. An attempt would leave torch's generator
             # in the middle of it, and nothing random would run in this process again.
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with forbid_waiting():
                 call()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -112,39 +109,50 @@ class Device:
 
     def free(self) -> None:
         """Give cached memory back, so that one measurement does not starve the next."""
-        if not self.dry:
+        if self.on_gpu:
             torch.cuda.empty_cache()
 
-    def rate_calls(self, precision: str) -> dict[str, tuple[Call, float]]:
-        """A square matrix product and a copy: what runs, and its flops or bytes."""
-        side = _DRY_GEMM_SIDE if self.dry else _GEMM_SIDE
-        n_bytes = _DRY_COPY_BYTES if self.dry else _COPY_BYTES
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
-        product = torch.empty_like(a)
+    def product(self, m: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Call, float]:
+        """A product of M × K by K × M into memory allocated before, and its flops."""
+        a, b = (torch.randn(m, k, device=self.device, dtype=dtype) for _ in range(2))
+        out = torch.empty(m, m, device=self.device, dtype=dtype)
+        return lambda: torch.mm(a, b.T, out=out), 2 * m * m * k
+
+    def copy(self) -> tuple[Call, float]:
+        """A copy within the device's memory, and the bytes it reads and writes."""
+        n_bytes = 2**12 if self.dry else 2**30
         source = torch.randint(0, 256, (n_bytes,), device=self.device, dtype=torch.uint8)
         target = torch.empty_like(source)
-        return {
-            GEMM: (lambda: torch.mm(a, b, out=product), 2 * side**3),
-            COPY: (lambda: target.copy_(source), 2 * n_bytes),
-        }
+        return lambda: target.copy_(source), 2 * n_bytes
 
     def describe(self) -> dict[str, Any]:
         """What the figures depend on: device, driver, versions, code."""
         about = machine.describe()
-        about |= {"packages": {name: machine.version(name) for name in _PACKAGES}}
-        about |= {"version": __version__, "source": source_digest(), "device": "CPU, dry run"}
-        if not self.dry:
+        about |= {"version": __version__, "device": about["processor"]}
+        if self.dry:
+            about["device"] = "CPU, dry run"
+        elif self.on_gpu:
             properties = torch.cuda.get_device_properties(0)
+            query = ("--query-gpu=driver_version", "--format=csv,noheader", "-i0")
             about |= {
                 "device": properties.name,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "multiprocessors": properties.multi_processor_count,
                 "capability": f"{properties.major}.{properties.minor}",
                 "cuda": torch.version.cuda,
-                "driver": _driver(),
+                "driver": machine.output("nvidia-smi", *query),
             }
         return about
+
+
+@contextmanager
+def forbid_waiting() -> Iterator[None]:
+    """What waits for the CUDA device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
@@ -168,15 +176,11 @@ def breaks_the_device(error: BaseException) -> bool:
     return not is_out_of_memory(error) and any(words in str(error) for words in sticky)
 
 
-def source_digest() -> str:
-    """Eight digits that change with the library's code: figures of two versions are not mixed."""
-    digest = hashlib.sha256()
-    for path in sorted((machine.REPOSITORY / "contrastive_kit").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def _driver() -> str | None:
-    return machine.output(
-        "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i0"
-    )
+def reason_of(error: BaseException) -> str:
+    """A row of a table that says why there is no figure."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    if isinstance(error, ImportError):
+        return f"not installed ({error})"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -10,34 +10,24 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+
+Call = Callable[[], object]
+Spread = dict[str, float]
 
 
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    q1: float
-    q3: float
-
-
-def spread(values: list[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles of at least two values."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, q1, q3)
+    return {"median": median, "q1": q1, "q3": q3}
 
 
-class ArmFailed(Exception):
-    """An arm raised while it was timed; ``__cause__`` is what it raised."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Of two arms, within rounds."""
+    return [a / b for a, b in zip(values, others, strict=True)]
 
 
-def wall_seconds(arm: Callable[[], object], calls: int) -> float:
+def wall_seconds(arm: Call, calls: int) -> float:
     """Seconds per call by the clock on the wall."""
     start = time.perf_counter()
     for _ in range(calls):
@@ -45,45 +35,15 @@ def wall_seconds(arm: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def time_survivors(
-    arms: Mapping[str, Callable[[], object]],
-    failed: Callable[[str, BaseException], object],
-    **options: Any,
-) -> dict[str, list[float]]:
-    """Like ``time_interleaved``, again without an arm that raises, until none does.
-
-    Args:
-        arms: name to what is timed.
-        failed: told the name and the error of each arm that is left out.
-        options: of ``time_interleaved``.
-    """
-    left = dict(arms)
-    while True:
-        try:
-            return time_interleaved(
-                {name: partial(_named, name, arm) for name, arm in left.items()}, **options
-            )
-        except ArmFailed as failure:
-            del left[failure.name]
-            failed(failure.name, failure.__cause__ or failure)
-            gc.collect()
-
-
-def _named(name: str, arm: Callable[[], object]) -> None:
-    try:
-        arm()
-    except Exception as error:
-        raise ArmFailed(name) from error
-
-
 def time_interleaved(
-    arms: Mapping[str, Callable[[], object]],
+    arms: Mapping[str, Call],
     *,
     budget_s: float,
     sample_s: float = 0.02,
     min_rounds: int = 5,
     max_rounds: int = 100,
-    seconds: Callable[[Callable[[], object], int], float] = wall_seconds,
+    seconds: Callable[[Call, int], float] = wall_seconds,
+    failed: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each arm, one number a round.
 
@@ -96,13 +56,26 @@ def time_interleaved(
         max_rounds: rounds at most.
         seconds: the clock: takes what is timed and a number of calls, and gives seconds per call.
             What runs on a device needs its own.
+        failed: told the name and the error of an arm that raises, which is then left out. Without
+            it the error ends the timing.
     """
-    calls = {}
-    for name, arm in arms.items():
-        arm()
-        calls[name] = max(1, math.ceil(sample_s / seconds(arm, 1)))
+    calls: dict[str, int] = {}
     samples: dict[str, list[float]] = {name: [] for name in arms}
-    order = list(arms)
+
+    def sample(name: str, times: int) -> float | None:
+        try:
+            return seconds(arms[name], times)
+        except Exception as error:
+            if failed is None:
+                raise
+            del samples[name]
+            failed(name, error)
+            return None
+
+    for name in arms:
+        if sample(name, 1) is not None and (once := sample(name, 1)) is not None:
+            calls[name] = max(1, math.ceil(sample_s / max(once, 1e-9)))
+    order = list(samples)
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + budget_s
     gc.collect()
@@ -113,7 +86,8 @@ def time_interleaved(
                 break
             shuffle(order)
             for name in order:
-                samples[name].append(seconds(arms[name], calls[name]))
+                if name in samples and (once := sample(name, calls[name])) is not None:
+                    samples[name].append(once)
     finally:
         gc.enable()
     return samples

@@ -1,4 +1,4 @@
-"""Tables, verdicts and pictures of ``benchmarks.reproduce``, computed from finished runs."""
+"""Tables, verdicts and pictures of the claims, computed from finished runs."""
 
 import math
 import textwrap
@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks._reproduce_sections import Claim, Label, Section
-from benchmarks.markdown import table
+from benchmarks import trainer
+from benchmarks.claims.plan import SCALES, Claim, Label, Section
+from benchmarks.harness.report import listed, table
 
 Values = Mapping[Label, Sequence[float]]
 
@@ -121,27 +122,26 @@ def markdown(found: Mapping[str, Any], picture: str) -> str:
     versions = "; ".join(
         ", ".join(f"{name} {value}" for name, value in about.items()) for about in found["about"]
     )
-    parts = [
-        f"# The paper's claims: {found['title']}",
-        f"Written by `{found['command']}`.",
-        "\n".join(
-            [
-                f"- {found['finished']} of {found['planned']} runs are finished, "
-                f"{found['seconds'] / 60:.0f} minutes of training and evaluation in all"
-                + (f"; failed: {len(found['failed'])}" if found["failed"] else ""),
-                f"- Base settings: `examples/simclr.py {found['base']}`",
-                f"- {versions or 'no run is finished'}",
-                f"- {found['machine']['processor']}, {found['machine']['cores']} cores; commit "
-                + (", ".join(found["commits"]) or "unknown"),
-                "- Accuracies are percentages on the test images, mean ± standard deviation over "
-                "the seeds, (n) how many where some are missing. Verdicts are on the linear probe: "
-                "the error is the 95 % interval of the difference, from the deviation between "
-                "seeds pooled over the section. Against the best of several others a claim "
-                "has the luck of the draw against it.",
-            ]
-        ),
-        _overview(found["sections"]),
+    scale = SCALES[found["scale"]]
+    command = "python -m benchmarks claims"
+    if scale.name != "photos":
+        command += f" --scale {scale.name}" + " --root FOLDER" * scale.needs_root
+    failed = f"; failed: {len(found['failed'])}" if found["failed"] else ""
+    about = [
+        f"{found['finished']} of {found['planned']} runs are finished, "
+        f"{found['seconds'] / 60:.0f} minutes of training and evaluation in all{failed}",
+        f"Base settings: `{trainer.TRAINER} {found['base']}`",
+        versions or "no run is finished",
+        f"{found['machine']['processor']}, {found['machine']['cores']} cores; commit "
+        + (", ".join(found["commits"]) or "unknown"),
+        "Accuracies are percentages on the test images, mean ± standard deviation over "
+        "the seeds, (n) how many where some are missing. Verdicts are on the linear probe: "
+        "the error is the 95 % interval of the difference, from the deviation between "
+        "seeds pooled over the section. Against the best of several others a claim "
+        "has the luck of the draw against it.",
     ]
+    parts = [f"# The paper's claims: {found['title']}", f"Written by `{command}`."]
+    parts += [listed(about, ""), _overview(found["sections"])]
     for section in found["sections"]:
         parts += _section(section, picture)
     parts += [f"- failed: `{name}`: {why}" for name, why in found["failed"].items()]
@@ -224,10 +224,7 @@ def _list(section: Mapping[str, Any]) -> str:
 
 def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:
     """The linear probe after each transform and each pair of them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     places = {tuple(p["label"][:2]): 100 * mean(p["linear"]) for p in section["places"]}
     names = list(dict.fromkeys(name for label in places for name in label))
@@ -235,7 +232,8 @@ def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:
         [math.nan] * i + [places.get((a, b), math.nan) for b in names[i:]]
         for i, a in enumerate(names)
     ]
-    figure, axes = plt.subplots(figsize=(6.4, 5.4))
+    figure = Figure(figsize=(6.4, 5.4))
+    axes = figure.subplots()
     image = axes.imshow(grid, cmap="viridis")
     low, high = min(places.values()), max(places.values())
     for i, row in enumerate(grid):
@@ -253,4 +251,3 @@ def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:
     figure.colorbar(image, label="linear probe, %")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

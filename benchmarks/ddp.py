@@ -1,0 +1,288 @@
+"""What gradient a distributed loss really gives, beside that of one process on the whole batch."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.harness.device import Device
+from benchmarks.harness.processes import world
+from benchmarks.harness.report import Results, introduction, table
+from benchmarks.harness.store import Store
+from contrastive_kit import reference
+from contrastive_kit.functional import info_nce, nt_xent, siglip
+
+_PER_PROCESS, _IN, _OUT, _TEMPERATURE = 8, 6, 8, 0.2
+_BIAS = -2.0
+_EXACT = 1e-6
+
+# Takes both views of the own rows, unit rows (n, D), and the inverse temperature.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    """A number of processes."""
+
+    processes: int
+
+
+def cases(kind: str, quick: bool) -> list[Case]:
+    """What is measured."""
+    return [Case(2)] if quick else [Case(2), Case(3), Case(4)]
+
+
+class Arm(NamedTuple):
+    """A loss as a user of DDP calls it.
+
+    Attributes:
+        subject: which formula it must equal.
+        name: library and options.
+        loss: the call.
+        whole: whether it is a loss over the whole batch, or over that of each process.
+        learnable: whether it takes the temperature that is learned; else it has its own number.
+        unequal: whether it is also run with batches of different sizes.
+    """
+
+    subject: str
+    name: str
+    loss: Loss
+    whole: bool = True
+    learnable: bool = True
+    unequal: bool = False
+
+
+class Model(nn.Module):
+    """An encoder, and the inverse temperature, which DDP averages like every other parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(_IN, 16), nn.Tanh(), nn.Linear(16, _OUT))
+        self.log_scale = nn.Parameter(torch.tensor(1 / _TEMPERATURE, dtype=torch.float64).log())
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit rows of both views, and the inverse temperature."""
+        z = F.normalize(self.encoder(torch.cat([x, y])), dim=1)
+        return *z.chunk(2), self.log_scale.exp()
+
+
+def arms(rank: int, size: int) -> Iterator[Arm]:
+    """Ours and those of the installed peers."""
+    ours: dict[str, Callable[..., Tensor]] = {
+        "NT-Xent": lambda a, b, s, **gather: nt_xent(a, b, temperature=1 / s, **gather),
+        "CLIP": lambda a, b, s, **gather: info_nce(
+            a, b, temperature=1 / s, symmetric=True, **gather
+        ),
+        "SigLIP": lambda a, b, s, **gather: siglip(a, b, temperature=1 / s, bias=_BIAS, **gather),
+    }
+    for subject, loss in ours.items():
+        yield Arm(
+            subject,
+            "contrastive-kit, `gather_distributed=True`",
+            lambda a, b, s, loss=loss: loss(a, b, s, gather_distributed=True),  # type: ignore[misc]
+            unequal=True,
+        )
+        name = "contrastive-kit, default: negatives of the own process only"
+        yield Arm(subject, name, loss, whole=False)
+    for peer in (_lightly, _metric_learning, _open_clip):
+        try:
+            yield from peer(rank, size)
+        except ImportError:
+            continue
+
+
+def _lightly(rank: int, size: int) -> Iterator[Arm]:
+    from lightly.loss import NTXentLoss
+
+    for gather in (True, False):
+        loss = NTXentLoss(_TEMPERATURE, gather_distributed=gather)
+        yield Arm(
+            "NT-Xent",
+            f"lightly, `gather_distributed={gather}`",
+            lambda a, b, s, loss=loss: loss(a, b),  # type: ignore[misc]
+            whole=gather,
+            learnable=False,
+        )
+
+
+def _metric_learning(rank: int, size: int) -> Iterator[Arm]:
+    from pytorch_metric_learning.losses import NTXentLoss
+    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+    labels = torch.arange(_PER_PROCESS).repeat(2) + rank * _PER_PROCESS
+    for efficient in (False, True):
+        loss = DistributedLossWrapper(NTXentLoss(_TEMPERATURE), efficient=efficient)
+        yield Arm(
+            "NT-Xent",
+            f"pytorch-metric-learning, `efficient={efficient}`",
+            lambda a, b, s, loss=loss: loss(torch.cat([a, b]), labels),  # type: ignore[misc]
+            learnable=False,
+        )
+
+
+def _open_clip(rank: int, size: int) -> Iterator[Arm]:
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    for local_loss in (False, True):
+        for with_grad in (False, True):
+            loss = ClipLoss(
+                local_loss=local_loss, gather_with_grad=with_grad, rank=rank, world_size=size
+            )
+            default = " (the default)" if not (local_loss or with_grad) else ""
+            yield Arm(
+                "CLIP",
+                f"open_clip, `local_loss={local_loss}, gather_with_grad={with_grad}`{default}",
+                lambda a, b, s, loss=loss: loss(a, b, s),  # type: ignore[misc]
+            )
+    for exchange in ("bidir", "shift", "reduce", "gather"):
+        sigmoid_loss = SigLipLoss(rank=rank, world_size=size, dist_impl=exchange)
+        default = " (the default)" if exchange == "bidir" else ""
+        yield Arm(
+            "SigLIP",
+            f"open_clip, `dist_impl={exchange!r}`{default}",
+            lambda a, b, s, loss=sigmoid_loss: loss(a, b, s, _BIAS),  # type: ignore[misc]
+        )
+
+
+def truth(subject: str, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients that one process finds on the whole batch, by the formula."""
+    a, b, scale = model(x, y)
+    if subject == "NT-Xent":
+        loss = reference.nt_xent(torch.stack([a, b]), 1 / scale).mean()
+    elif subject == "SigLIP":
+        loss = reference.siglip(a, b, 1 / scale, _BIAS).mean()
+    else:
+        ids = torch.arange(len(a))
+        both = [reference.info_nce(*pair, 1 / scale, ids).mean() for pair in ((a, b), (b, a))]
+        loss = (both[0] + both[1]) / 2
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def _figures(arm: Arm, rank: int, counts: list[int]) -> dict[str, float | None]:
+    """One step of DDP with ``counts`` rows on each process, beside the true gradient.
+
+    Returns:
+        Of the gradient of all parameters after DDP's mean: ``scale``, its projection on the true
+        gradient as a multiple of that; ``cosine`` of the angle between them; ``error``, the length
+        of their difference, relative to the true one. ``temperature``, the gradient of the inverse
+        temperature as a multiple of the true one, None if the loss has none; ``value``, the mean
+        loss over processes as a multiple of the true one.
+    """
+    torch.manual_seed(0)
+    model = Model().double()
+    x = torch.randn(sum(counts), _IN, dtype=torch.float64)
+    y = x + 0.5 * torch.randn_like(x)
+    value, (true_temperature, *expected) = truth(arm.subject, model, x, y)
+    model.log_scale.requires_grad_(arm.learnable)
+
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    ddp = DistributedDataParallel(model)
+    loss = arm.loss(*ddp(x[mine], y[mine]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    mean_loss = loss.detach().clone()
+    dist.all_reduce(mean_loss)
+
+    gradient, true = (
+        torch.cat([g.flatten() for g in gradients])
+        for gradients in ([p.grad for p in model.encoder.parameters()], expected)
+    )
+    temperature = model.log_scale.grad
+    return {
+        "scale": float(gradient @ true / (true @ true)),
+        "cosine": float(F.cosine_similarity(gradient, true, dim=0)),
+        "error": float((gradient - true).norm() / true.norm()),
+        "temperature": None if temperature is None else float(temperature / true_temperature),
+        "value": float(mean_loss / len(counts) / value),
+    }
+
+
+def unequal_counts(size: int) -> list[int]:
+    """Batches of 5, 8, 11, ... rows."""
+    return [5 + 3 * rank for rank in range(size)]
+
+
+def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
+    """All arms in this number of processes."""
+    return {"arms": world(_process, case.processes, case.processes)[0]}
+
+
+def _process(rank: int, size: int) -> list[dict[str, Any]]:
+    warnings.simplefilter("ignore")
+    results = []
+    for arm in arms(rank, size):
+        batches = {arm.name: [_PER_PROCESS] * size}
+        if arm.unequal:
+            batches[f"{arm.name}, batches of different sizes"] = unequal_counts(size)
+        for name, counts in batches.items():
+            about = {"subject": arm.subject, "name": name, "whole": arm.whole}
+            results.append(about | _figures(arm, rank, counts))
+    return results
+
+
+def markdown(results: Results) -> str:
+    """The page; the documentation includes the summary."""
+    sizes = {c["case"]["processes"]: c["arms"] for c in results["cases"]}
+    unequal = "; ".join(f"{', '.join(map(str, unequal_counts(n)))} images" for n in sizes)
+    text = (
+        "The gradient of all weights of a small "
+        "network after one step of `DistributedDataParallel` (gloo, float64), against the gradient "
+        "of the formula on the concatenated batch in one process. **scale** is its projection on "
+        "the true gradient as a multiple of that, **cosine** that of the angle between them, "
+        "**error** the length of the difference, relative. **d τ** is the gradient of a learnable "
+        "temperature, **loss** the mean over processes of the loss that the call returned, both as "
+        f"multiples of the true one. A row is *exact* if error is at most {_EXACT:.0e}, and |d τ "
+        "- 1| where there is one. Without gathering the negatives are those of the own process: "
+        "another loss, that of a smaller batch, not a mistake.\n\n"
+        f"{_PER_PROCESS} images a process, temperature {_TEMPERATURE}; batches of different "
+        f"sizes: {unequal}."
+    )
+    title = "The gradient under DDP, beside that of one process"
+    sections = [introduction(title, "ddp", results, text)]
+    if not sizes:
+        return sections[0] + "\n"
+    largest = max(sizes)
+    rows = [(r["subject"], r["name"], _verdict(r)) for r in sizes[largest] if r["whole"]]
+    rows.sort(key=lambda row: row[0])
+    header = ["formula", "loss and options", f"gradient after DDP's mean, {largest} processes"]
+    summary = table(header, rows)
+    sections.append(f"<!-- summary start -->\n\n{summary}\n\n<!-- summary end -->")
+    header = ["loss and options", "processes", "scale", "cosine", "error", "d τ", "loss", ""]
+    for subject in dict.fromkeys(r["subject"] for r in sizes[largest]):
+        names = [r["name"] for r in sizes[largest] if r["subject"] == subject]
+        found = [
+            _row(size, r)
+            for name in names
+            for size, of_size in sizes.items()
+            for r in of_size
+            if (r["subject"], r["name"]) == (subject, name)
+        ]
+        sections.append(f"## {subject}\n\n{table(header, found)}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _verdict(m: Results) -> str:
+    if _is_exact(m):
+        return "exact"
+    if m["cosine"] > 1 - _EXACT:
+        return f"{m['scale']:.3g} times the true one"
+    return (
+        f"another direction (cosine {m['cosine']:.3f}), {m['scale']:.3g} times as long along the "
+        "true one"
+    )
+
+
+def _is_exact(m: Results) -> bool:
+    temperature = m["temperature"]
+    right = temperature is None or abs(temperature - 1) <= _EXACT
+    return bool(m["error"] <= _EXACT and right)
+
+
+def _row(size: int, m: Results) -> list[object]:
+    temperature = "" if m["temperature"] is None else f"{m['temperature']:.4f}"
+    figures = [f"{m['scale']:.4f}", f"{m['cosine']:.4f}", f"{m['error']:.1e}", temperature]
+    verdict = "exact" if _is_exact(m) else "**not exact**"
+    return [m["name"], size, *figures, f"{m['value']:.4f}", verdict]

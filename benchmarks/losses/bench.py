@@ -1,0 +1,383 @@
+"""Which losses are measured at which sizes, and how."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.device import Device, matmul_precision
+from benchmarks.harness.measure import Call, ratios, spread
+from benchmarks.harness.memory import peak_of
+from benchmarks.harness.processes import fresh
+from benchmarks.harness.store import Store, Trial
+from benchmarks.losses.arms import (
+    EAGER,
+    OURS,
+    SUBJECTS,
+    Loss,
+    Setting,
+    embeddings,
+    forward,
+    forward_backward,
+    gate,
+    our_clip,
+    our_nt_xent,
+)
+from benchmarks.losses.oracle import Disagreement, Oracle, check, oracle, relative_errors
+from contrastive_kit import which_backend
+
+FORWARD, BOTH, GRAPH = "forward", "forward+backward", "CUDA graph"
+DIRECTIONS: dict[str, Callable[..., object]] = {FORWARD: forward, BOTH: forward_backward}
+GEMM_OF_LOGITS, GEMM_SQUARE = "GEMM, M × D × M", "GEMM, 1024³"
+GEMM, COPY, ROOFLINE = "GEMM, 8192³", "copy", "roofline"
+
+TEMPERATURES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
+
+# Logits times dimension beyond which the float64 oracle takes longer than everything else. There
+# the tiled backend judges in float32, which the oracle has judged at the sizes below.
+_LARGEST_ORACLE = 3e12
+# Views as similar as the nearest strangers: losses neither saturate nor vanish at any temperature.
+_NOISE = 1.5
+_TINY_N = 16
+
+
+class Case(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        subject: of ``SUBJECTS``.
+        n: pairs.
+        d: dimension of an embedding.
+        precision: of ``PRECISIONS``.
+        temperature: τ.
+        directions: of ``DIRECTIONS``, which are timed.
+        budget_s: seconds for each, about.
+        allocator: of the process, see ``Environment``.
+        compiled: whether the arms that compile for each size take part.
+        graph: whether CUDA graphs of forward+backward are timed too.
+        memory: whether a CPU's memory is measured; a GPU's always is.
+    """
+
+    subject: str
+    n: int
+    d: int
+    precision: str = "bf16"
+    temperature: float = 0.1
+    directions: tuple[str, ...] = (FORWARD, BOTH)
+    budget_s: float = 1.5
+    allocator: str = "default"
+    compiled: bool = True
+    graph: bool = False
+    memory: bool = False
+
+
+class AccuracyCase(NamedTuple):
+    """Errors of the float32 loss and its gradient over some batches."""
+
+    temperature: float
+    n: int = 256
+    d: int = 128
+    seeds: int = 5
+
+
+def cases(kind: str, quick: bool) -> list[Case | AccuracyCase]:
+    """What is measured, on a GPU the cases with a target first: time may end before the last."""
+    timed = _gpu_cases(quick) if kind == "cuda" else _cpu_cases(quick)
+    temperatures = TEMPERATURES[3:7:3] if quick else TEMPERATURES
+    return [*timed, *map(AccuracyCase, temperatures)]
+
+
+def _cpu_cases(quick: bool) -> list[Case]:
+    def both(n: int, d: int, budget_s: float, temperature: float = 0.1, **options: Any) -> Case:
+        return Case("nt_xent", n, d, "fp32", temperature, (BOTH,), budget_s, **options)
+
+    def only_forward(n: int, budget_s: float) -> Case:
+        return Case("nt_xent", n, 128, "fp32", 0.1, (FORWARD,), budget_s)
+
+    def clip(n: int, budget_s: float) -> Case:
+        return Case("clip", n, 512, "fp32", 0.07, (BOTH,), budget_s)
+
+    if quick:
+        tuned = both(128, 128, 1, allocator="tuned")
+        return [both(128, 128, 1, memory=True), only_forward(512, 1), clip(256, 1), tuned]
+    # Seconds for each N; most for the size that has targets.
+    sizes = {128: 4, 256: 4, 512: 4, 1024: 5, 2048: 8, 4096: 60, 8192: 40}
+    return [
+        *(both(n, 128, s, memory=n >= 1024) for n, s in sizes.items()),
+        *(only_forward(n, s / 2) for n, s in sizes.items() if n < 8192),
+        both(256, 512, 4),
+        both(2048, 512, 8),
+        # 1 / 0.01 is beyond what exp can take unshifted in float32: the loss does more work.
+        both(1024, 128, 5, 0.01),
+        clip(512, 4),
+        clip(2048, 8),
+        *(both(n, 128, s, allocator="tuned") for n, s in sizes.items() if n < 8192),
+    ]
+
+
+def _gpu_cases(quick: bool) -> list[Case]:
+    if quick:
+        return [Case("nt_xent", 8, 16), Case("clip", 6, 16, "fp32", compiled=False, graph=True)]
+    targets = [
+        Case("nt_xent", 8192, 128),
+        Case("nt_xent", 256, 128, graph=True),
+        Case("nt_xent", 8192, 512),
+        Case("nt_xent", 8192, 2048),
+        Case("nt_xent", 65536, 128, compiled=False),
+        Case("nt_xent", 512, 128, graph=True),
+        *(Case("nt_xent", 4096, d) for d in (128, 512, 2048)),
+        Case("clip", 8192, 512, temperature=0.07),
+        Case("nt_xent", 4096, 128, "fp32"),
+    ]
+    sizes = [2**power for power in range(8, 17)]
+    by_n = [Case("nt_xent", n, 128, compiled=n <= 16384, graph=n <= 1024) for n in sizes]
+    by_d = [
+        Case("nt_xent", n, d, compiled=n in (1024, 4096), graph=n <= 1024)
+        for d in (512, 2048, 64, 256)
+        for n in (1024, 4096, 16384, 256)
+    ]
+    other = [
+        # 1 / 0.01 is beyond what exp takes unshifted in float32: more work.
+        Case("nt_xent", 4096, 128, temperature=0.01, compiled=False),
+        *(Case("nt_xent", n, 128, "tf32", compiled=False) for n in (1024, 4096, 16384)),
+        *(Case("nt_xent", n, 128, "fp32", compiled=False) for n in (256, 1024, 16384)),
+        Case("nt_xent", 4096, 512, "fp32", compiled=False),
+        *(Case("clip", n, 512, temperature=0.07, compiled=n < 4096) for n in (512, 2048, 32768)),
+        Case("clip", 2048, 512, "fp32", 0.07, compiled=False),
+        *(Case("nt_xent", 65536, d, compiled=False) for d in (64, 256, 512, 2048)),
+        *(Case("nt_xent", n, 2048, "fp32", compiled=False) for n in (256, 4096)),
+    ]
+    return _once([*targets, *by_n, *by_d, *other])
+
+
+def _once(found: Iterable[Case]) -> list[Case]:
+    """The first case of each size: a later one would differ in its extras only."""
+    kept: dict[tuple[object, ...], Case] = {}
+    for case in found:
+        kept.setdefault(case[:5], case)
+    return list(kept.values())
+
+
+def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str, Any]:
+    """Check every arm, then time those that are right, interleaved; the others with the reason.
+
+    Raises:
+        DeviceBroken: if an arm left the device unusable.
+    """
+    if isinstance(case, AccuracyCase):
+        return _accuracy(case, device)
+    torch.compiler.reset()
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    z1, z2 = (
+        z.detach().to(device.device, dtype).requires_grad_() for z in embeddings(case.n, case.d)
+    )
+    result: dict[str, Any] = {"errors": {}, "memory": {}, "launches": {}, "times": {}}
+    trial = Trial(case, store, device)
+    with matmul_precision(case.precision):
+        result["backend"] = which_backend(z1)._asdict()
+        losses = _right_losses(case, trial, (z1, z2), result)
+        rates = _rates(case, device)
+        for direction in case.directions:
+            calls = {n: partial(DIRECTIONS[direction], loss, z1, z2) for n, loss in losses.items()}
+            # Compiled ones compile here, outside of the timing.
+            works = {n: c for n, c in calls.items() if _ran(trial, f"{n}, {direction}", c)}
+            result["times"][direction] = _times(case, direction, works, rates, trial)
+        if case.graph:
+            graphs = {
+                name: replay
+                for name, loss in losses.items()
+                if (replay := trial.run(f"{name}, {GRAPH}", partial(_graph, loss, z1, z2, device)))
+            }
+            result["times"][GRAPH] = _times(case, GRAPH, graphs, {}, trial)
+    if OURS in trial.absent:
+        result["failed"] = trial.absent[OURS]
+    return result | {"absent": trial.absent}
+
+
+def _ran(trial: Trial, name: str, call: Call) -> bool:
+    return trial.run(name, lambda: (call(), True)) is not None
+
+
+def _right_losses(
+    case: Case, trial: Trial, z: tuple[Tensor, Tensor], result: dict[str, Any]
+) -> dict[str, Loss]:
+    device = trial.device
+    setting = Setting(case.temperature, case.precision, device)
+    expected: dict[str, Oracle] = {}
+    losses: dict[str, Loss] = {}
+
+    def prepare(name: str) -> Loss:
+        arm = SUBJECTS[case.subject][name]
+        loss = arm.build(setting)
+        if arm.formula not in expected:
+            expected[arm.formula] = _expected(arm.formula, *z, case, setting)
+        result["errors"][name] = relative_errors(loss, *z, expected[arm.formula])
+        check(result["errors"][name], gate(arm, setting))
+        call = partial(forward_backward, loss, *z)
+        if device.on_gpu:
+            result["memory"][name] = {"extra_mib": device.extra_mib(call)}
+        elif case.memory:
+            result["memory"][name] = fresh(_memory, case, name)
+        result["launches"][name] = device.launches(call)
+        return loss
+
+    if device.kind == "cuda":
+        try:
+            which_backend(z[0], backend="triton")
+        except ValueError as reason:
+            trial.absent["backend triton"] = str(reason)
+    for name, arm in SUBJECTS[case.subject].items():
+        if arm.gpu_only and device.kind == "cpu":
+            continue
+        if arm.compiled and not case.compiled:
+            trial.absent[name] = "compiles for every size: left to fewer cases"
+        elif arm.largest_n is not None and case.n > arm.largest_n:
+            reason = f"memory grows with N³; not run beyond N = {arm.largest_n}"
+            trial.absent[name] = reason
+        elif (loss := trial.run(name, partial(prepare, name))) is not None:
+            losses[name] = loss
+    return losses
+
+
+def _memory(case: Case, name: str) -> dict[str, Any]:
+    """Of forward and backward on a CPU, in this process, which should be fresh.
+
+    Before that, the loss runs once on a tiny batch, which pays for libraries and thread pools. A
+    compiled loss runs once at the size itself instead, since that call compiles.
+    """
+    arm = SUBJECTS[case.subject][name]
+    loss = arm.build(Setting(case.temperature, case.precision, Device("cpu")))
+    forward_backward(loss, *embeddings(case.n if arm.compiled else _TINY_N, case.d))
+    return peak_of(partial(forward_backward, loss, *embeddings(case.n, case.d)))
+
+
+def _expected(formula: str, z1: Tensor, z2: Tensor, case: Case, setting: Setting) -> Oracle:
+    if (2 * case.n) ** 2 * case.d <= _LARGEST_ORACLE:
+        return oracle(formula, z1, z2, case.temperature)
+    if formula == "nt_xent_with_self":
+        raise Disagreement("no oracle for a loss that counts the anchor itself at this size")
+    views = [z.detach().float().requires_grad_() for z in (z1, z2)]
+    build = our_nt_xent if formula == "nt_xent" else our_clip
+    loss = build("tiled")(setting)(*views)
+    grad = torch.stack(torch.autograd.grad(loss, views))
+    return Oracle(loss.detach().double(), grad.double())
+
+
+def _graph(loss: Loss, z1: Tensor, z2: Tensor, device: Device) -> Call:
+    """The replay of forward and backward, which must follow a change of the embeddings."""
+    call = partial(forward_backward, loss, z1, z2)
+    replay, captured = device.graphed(call)
+    with torch.no_grad():
+        z1.copy_(z1.flip(0) * 1.5 + 0.1)
+    expected = torch.stack(call())
+    replay()
+    error = float((torch.stack(captured) - expected).norm() / expected.norm())
+    if not error <= 1e-2:
+        raise Disagreement(f"the replay is off by {error:.1e}")
+    return replay
+
+
+def _rates(case: Case, device: Device) -> dict[str, tuple[Call, float]]:
+    """What the machine can do beside it: what runs, and its flops or bytes."""
+    if device.kind == "cuda":
+        dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+        side = 64 if device.dry else 8192
+        return {GEMM: device.product(side, side, dtype), COPY: device.copy()}
+    if case.subject != "nt_xent":
+        return {}
+    return {
+        GEMM_OF_LOGITS: device.product(2 * case.n, case.d),
+        GEMM_SQUARE: device.product(1024, 1024),
+    }
+
+
+def flops(case: Case, direction: str) -> float:
+    """Of a loss that keeps no logits and repeats nothing.
+
+    Half of a symmetric matrix of logits (all of it for two matrices of embeddings), once forward
+    and once again in the backward, which then multiplies it from both sides.
+    """
+    pairs = (2 * case.n) ** 2 if case.subject == "nt_xent" else 2 * case.n**2
+    return pairs * case.d * (1 if direction == FORWARD else 4)
+
+
+def floor_s(case: Case, direction: str, gemm_rate: float, copy_rate: float) -> float:
+    """The roofline of such a loss: its products, or its traffic if that is longer.
+
+    The traffic is the embeddings and their gradients. Exponentials are not counted.
+    """
+    size = 2 if case.precision == "bf16" else 4
+    n_bytes = 2 * case.n * case.d * size * (1 if direction == FORWARD else 3)
+    return max(flops(case, direction) / gemm_rate, n_bytes / copy_rate)
+
+
+def _times(
+    case: Case,
+    direction: str,
+    calls: dict[str, Call],
+    rates: dict[str, tuple[Call, float]],
+    trial: Trial,
+) -> dict[str, Any]:
+    """Milliseconds, and what follows from ratios within rounds."""
+    samples = trial.time(
+        f"timing {direction}",
+        calls and {**calls, **{name: call for name, (call, _) in rates.items()}},
+        f"{{}}, {direction}",
+        budget_s=case.budget_s,
+        sample_s=0.01 if trial.device.kind == "cuda" else 0.02,
+    )
+    arms = [name for name in calls if name in samples]
+    result: dict[str, Any] = {
+        "rounds": len(next(iter(samples.values()), [])),
+        "milliseconds": {
+            n: spread([1e3 * s for s in samples[n]]) for n in (*arms, *rates) if n in samples
+        },
+        "times_ours": {},
+        "rates": {},
+        "fractions": {},
+    }
+    ours = samples.get(OURS)
+    rate = {
+        name: [count / s for s in samples[name]]
+        for name, (_, count) in rates.items()
+        if name in samples
+    }
+    if ours is not None:
+        result["times_ours"] = {n: spread(ratios(samples[n], ours)) for n in arms if n != OURS}
+        if rate:
+            rate = {OURS: [flops(case, direction) / s for s in ours], **rate}
+            result["fractions"] = {
+                n: spread(ratios(rate[OURS], rate[n])) for n in rate if n not in (OURS, COPY)
+            }
+        if {GEMM, COPY} <= set(rate):
+            floors = map(partial(floor_s, case, direction), rate[GEMM], rate[COPY])
+            result["fractions"][ROOFLINE] = spread(ratios(list(floors), ours))
+    result["rates"] = {name: spread([r / 1e9 for r in values]) for name, values in rate.items()}
+    return result
+
+
+def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
+    """The median and the largest relative error over the batches, ours beside eager."""
+    batches = [
+        [
+            z.detach().to(device.device).requires_grad_()
+            for z in embeddings(case.n, case.d, seed, _NOISE)
+        ]
+        for seed in range(case.seeds)
+    ]
+    expected = [oracle("nt_xent", *z, case.temperature) for z in batches]
+    result: dict[str, Any] = {}
+    for name in (OURS, EAGER):
+        loss = SUBJECTS["nt_xent"][name].build(Setting(case.temperature, "fp32", device))
+        errors = [relative_errors(loss, *z, o) for z, o in zip(batches, expected, strict=True)]
+        result[name] = {
+            part: {
+                "median": statistics.median(e[part] for e in errors),
+                "largest": max(e[part] for e in errors),
+            }
+            for part in ("loss", "gradient")
+        }
+    return result

@@ -1,0 +1,278 @@
+"""What a large batch costs on a CPU: a training step, plain, cached and gathered, and every loss.
+
+Memory comes from fresh processes, one for each figure; times of one process from interleaved rounds
+of one process. The documentation shows the tables.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.harness.device import Device
+from benchmarks.harness.measure import ratios, spread, time_interleaved
+from benchmarks.harness.memory import peak_of
+from benchmarks.harness.processes import fresh, world
+from benchmarks.harness.report import Results, interval, introduction, table, times
+from benchmarks.harness.store import Store
+from benchmarks.losses.arms import embeddings
+from benchmarks.losses.oracle import Disagreement
+from contrastive_kit import GradCache, NTXent, ProjectionHead
+from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
+
+ENCODER = "Four 3 × 3 convolutions with batch norm, of 32 to 256 channels, and a projection head"
+_PLAIN = "plain"
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "NT-Xent": nt_xent,
+    "NT-Xent, hardness = 1": partial(nt_xent, hardness=1.0),
+    "InfoNCE": info_nce,
+    "InfoNCE, symmetric (CLIP)": partial(info_nce, symmetric=True),
+    "SupCon": lambda z1, z2: sup_con(z1, z2, labels=_classes(z1)),
+    "SupCon, variant = in": lambda z1, z2: sup_con(z1, z2, labels=_classes(z1), variant="in"),
+    "SigLIP": siglip,
+}
+
+
+class Case(NamedTuple):
+    """One figure.
+
+    Attributes:
+        figure: "parity", "step" (of each arm) or "loss".
+        n: images, each of which has two views.
+        loss: of ``LOSSES``.
+        chunks: sizes of the chunks of GradCache.
+        rounds: of timing; memory is measured in any case.
+    """
+
+    figure: str
+    n: int
+    loss: str = ""
+    chunks: tuple[int, ...] = ()
+    rounds: int = 0
+
+
+def cases(kind: str, quick: bool) -> list[Case]:
+    """What is measured; right before fast."""
+    steps = ((32, (16,), 2), (64, (16,), 0)) if quick else (
+        (128, (32,), 3), (512, (128, 32), 3), (2048, (128, 32), 0),
+    )  # fmt: skip
+    sizes = (512, 1024) if quick else (2048, 4096, 8192)
+    return [
+        Case("parity", 48, chunks=(10,)),
+        *(Case("step", n, chunks=chunks, rounds=rounds) for n, chunks, rounds in steps),
+        *(Case("loss", n, name) for name in LOSSES for n in sizes),
+    ]
+
+
+def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
+    """The figures of a case.
+
+    Raises:
+        Disagreement: if the cached gradient is wrong.
+    """
+    if case.figure == "parity":
+        return {"parity": _parity(case.n, case.chunks[0])}
+    if case.figure == "loss":
+        found: dict[str, Any] = fresh(_loss_memory, case.loss, case.n)
+        return found
+    timed = fresh(_step_times, case) if case.rounds else {}
+    arms = []
+    for chunk in (None, *case.chunks):
+        memory = fresh(_step_memory, case.n, chunk)
+        arms.append({"arm": _label(chunk), "extra_mib": memory["extra_mib"], "seconds": None})
+        arms[-1] |= timed.get(_label(chunk), {})
+    for chunk in (None, case.chunks[-1]):
+        name = "gathered over 2 processes" + ("" if chunk is None else f", {_label(chunk)}")
+        first, second = world(_gathered, 2, case.n, chunk, case.rounds)
+        peak = max(first["extra_mib"], second["extra_mib"])
+        arms.append({"arm": name} | first | {"extra_mib": peak})
+    return {"arms": arms}
+
+
+def _label(chunk_size: int | None) -> str:
+    return _PLAIN if chunk_size is None else f"GradCache, chunk_size={chunk_size}"
+
+
+def _classes(z: Tensor) -> Tensor:
+    return torch.arange(len(z)) % 10
+
+
+def _encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels, out, stride in [(3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)]:
+        layers += [
+            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), ProjectionHead(256))
+
+
+def _views(n: int, rank: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(n, 3, 32, 32, generator=generator) for _ in range(2)]
+
+
+def _step(
+    encoder: nn.Module, views: list[Tensor], chunk_size: int | None, gather: bool = False
+) -> Callable[[], None]:
+    """One forward and backward; the gradients of the step before are dropped first."""
+    loss_fn = NTXent(gather_distributed=gather)
+    encode = None if chunk_size is None else GradCache(encoder, chunk_size=chunk_size)
+
+    def step() -> None:
+        encoder.zero_grad()
+        z = encoder(torch.cat(views)).chunk(2) if encode is None else encode.views(*views)
+        loss_fn(*z).backward()
+
+    return step
+
+
+def _peak(
+    encoder: nn.Module, views: list[Tensor], chunk_size: int | None, gather: bool = False
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Of the first step; a step of a few images pays for libraries before it."""
+    _step(encoder, [view[:4] for view in views], chunk_size and 2, gather)()
+    encoder.zero_grad()
+    step = _step(encoder, views, chunk_size, gather)
+    return peak_of(step), step
+
+
+def _step_memory(n: int, chunk_size: int | None) -> dict[str, Any]:
+    return _peak(_encoder(), _views(n), chunk_size)[0]
+
+
+def _loss_memory(name: str, n: int, d: int = 128) -> dict[str, Any]:
+    def step(z1: Tensor, z2: Tensor) -> None:
+        LOSSES[name](z1, z2).backward()
+
+    step(*embeddings(16, d))
+    return peak_of(partial(step, *embeddings(n, d)))
+
+
+def _step_times(case: Case) -> dict[str, Any]:
+    """Seconds of a step, every arm once in each round, and ratios to the plain step."""
+    # One thread, as each gathered process has on two cores; and threads that wait for each other
+    # would time whatever else the machine does.
+    torch.set_num_threads(1)
+    views = _views(case.n)
+    arms = {_label(chunk): _step(_encoder(), views, chunk) for chunk in (None, *case.chunks)}
+    samples = time_interleaved(arms, budget_s=0, min_rounds=case.rounds, max_rounds=case.rounds)
+    return {
+        name: {"seconds": spread(values), "ratio": spread(ratios(values, samples[_PLAIN]))}
+        for name, values in samples.items()
+    }
+
+
+def _gathered(rank: int, n: int, chunk_size: int | None, rounds: int) -> dict[str, Any]:
+    """One of two processes with half the batch each: peak of the first step, then times."""
+    encoder = DistributedDataParallel(_encoder())
+    peak, step = _peak(encoder, _views(n // 2, rank), chunk_size, gather=True)
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+    return {"extra_mib": peak["extra_mib"], "seconds": spread(seconds) if rounds else None}
+
+
+def _parity(n: int, chunk_size: int) -> float:
+    """Relative difference of the cached gradient, batch norm frozen."""
+    grads = []
+    for chunk in (None, chunk_size):
+        encoder = _encoder().eval()
+        _step(encoder, _views(n), chunk)()
+        grads.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]).double())
+    error = float((grads[1] - grads[0]).norm() / grads[0].norm())
+    if not error < 1e-4:
+        raise Disagreement(f"the cached gradient is off by {error:.3g}")
+    return error
+
+
+def markdown(results: Results) -> str:
+    """The page; the documentation includes the parts between the comments."""
+    by_figure: dict[str, list[Results]] = {"parity": [], "step": [], "loss": []}
+    for c in results["cases"]:
+        by_figure[c["case"]["figure"]].append(c)
+    parts = [introduction("What a large batch costs on a CPU", "steps", results)]
+    parts += [
+        f"With batch norm frozen, the cached gradient differs from the plain one by "
+        f"{c['parity']:.1e}."
+        for c in by_figure["parity"]
+    ]
+    for name, text in (
+        ("steps", _steps(by_figure["step"], _busy(results))),
+        ("losses", _losses(by_figure["loss"])),
+    ):
+        parts += [f"<!-- {name} start -->", text, f"<!-- {name} end -->"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _busy(results: Results) -> str:
+    """Why times are left out, or nothing: others at work make them those of the scheduler."""
+    before, after = results["machine"]["load_average"], results["load_average_after"]
+    cores = results["machine"]["cores"]
+    if max(before, after) <= cores:
+        return ""
+    return (
+        f"**The machine was busy (load {before} before, {after} after, on {cores} cores): times "
+        "are left out, memory does not depend on it.**"
+    )
+
+
+def _steps(cases: list[Results], busy: str) -> str:
+    rows = [
+        (
+            c["case"]["n"],
+            arm["arm"],
+            f"{arm['extra_mib']:.0f}",
+            interval(arm["seconds"]) if arm["seconds"] and not busy else "–",
+            times(arm["ratio"]) if "ratio" in arm and not busy else "–",
+        )
+        for c in cases
+        for arm in c["arms"]
+    ]
+    text = (
+        f"One step, forward and backward, with NT-Xent. {ENCODER}; N images, two float32 views "
+        "of 32 × 32 each. Memory is the peak of the resident set during the first step over "
+        "its size just before (the views are there, the gradients are not), in a process of "
+        "its own; gathered, the larger of the two processes. Seconds are medians with "
+        "quartiles, the ratios within rounds of one process. Gathered processes hold N / 2 "
+        "images each and share the cores of this machine: on processors of their own they "
+        "share the time too. One thread a process."
+    )
+    header = ["N", "step", "memory, MiB per process", "seconds", "time over plain"]
+    return "\n\n".join([text, *([busy] if busy else []), table(header, rows)])
+
+
+def _losses(cases: list[Results]) -> str:
+    sizes = sorted({c["case"]["n"] for c in cases})
+    extra = {(c["case"]["loss"], c["case"]["n"]): c["extra_mib"] for c in cases}
+    logits = "*one matrix of N × N logits*"
+    extra |= {(logits, n): n * n * 4 / 2**20 for n in sizes}
+    rows = [
+        (
+            name,
+            *(f"{extra[name, n]:.0f}" if (name, n) in extra else "–" for n in sizes),
+            f"{extra[name, sizes[-1]] / extra[name, sizes[-2]]:.2f}"
+            if {(name, n) for n in sizes[-2:]} <= set(extra) and len(sizes) > 1
+            else "–",
+        )
+        for name in dict.fromkeys(name for name, _ in extra)
+    ]
+    text = (
+        "Extra memory in MiB of a loss alone, forward and backward, for two float32 views of N "
+        "images in 128 dimensions: peak over the size just before, each in a process of its "
+        "own. Linear is a last column of 2."
+    )
+    header = ["loss", *(f"N = {n}" for n in sizes), "last doubling"]
+    return f"{text}\n\n{table(header, rows)}"
