@@ -34,17 +34,10 @@ FILES = {
 
 
 def write(subject: str, path: Path) -> str:
-    """Write the page, and the picture if there is one, of a JSON file; returns the page."""
-    from benchmarks.correctness import beside
-
+    """Write the page of a JSON file; returns it."""
     module: Any = import_module(f"benchmarks.{subject}")
-    results = json.loads(path.read_text())
-    page: str = module.markdown(results)
-    if path.stem.endswith("_gpu"):
-        page += beside(results, path.with_name("correctness_gpu.json"))
+    page: str = module.markdown(json.loads(path.read_text()))
     path.with_suffix(".md").write_text(page)
-    if hasattr(module, "pictures") and path.stem.endswith("_gpu"):
-        module.pictures(results, path.with_suffix(".png"))
     return page
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import trainer
+from benchmarks.harness import report
 from benchmarks.harness.machine import RESULTS
-from benchmarks.harness.report import commit, table
-from benchmarks.targets import CIFAR10 as TARGETS
-from benchmarks.targets import Target, targets
+from benchmarks.targets import CIFAR10, judge, targets
 
 # What others could reproduce is dkobak/simclr-cifar10 (100 epochs in 20 minutes on an A100),
 # rather than the 94.0 of the paper.
@@ -48,42 +47,30 @@ def differences(config: dict[str, Any]) -> list[str]:
 
 def markdown(found: dict[str, Any]) -> str:
     """The result as a page."""
-    about, config, training = found["about"], found["config"], found["training"]
-    minutes = training["seconds"] / 60
-    knn = found["kNN settings"]
+    config, minutes, knn = found["config"], found["training"]["seconds"] / 60, found["kNN settings"]
     rows = [
         [name, f"{100 * row['knn']:.1f}", f"{100 * row['linear']:.1f}"]
         for name, row in found.items()
         if isinstance(row, dict) and "knn" in row
     ]
-    published = PUBLISHED.get(config["epochs"])
-    if published:
+    if published := PUBLISHED.get(config["epochs"]):
         figures = [f"{100 * published[name]:.1f}" for name in ("kNN", "linear probe")]
         rows.append(["dkobak/simclr-cifar10, lossless images", *figures])
     header = ["features", f"kNN (k = {knn['k']}, τ = {knn['temperature']:g})", "linear probe"]
-    parts = [
-        f"# {found['data']}, {config['encoder']}, {config['epochs']} epochs",
-        "Written by `benchmarks/cifar10_gpu.sh`. The images were re-encoded as JPEG, so accuracies "
-        "do not compare to the last point with those of the lossless set.",
-        f"{about['device']}, torch {about['torch']}, Python {about['python']}, "
-        f"{about['platform']}; commit {commit(about)}; {about['date']}",
-        f"Batch {config['batch_size']}, {config['optimizer']}, τ = {config['temperature']:g}, "
-        f"seed {config['seed']}{', torch.compile' * config['compile']}. Training took "
-        f"{minutes:.1f} minutes, {training['images per second']:.0f} images/s "
-        "(two views each), evaluations apart.",
-        table(header, rows),
+    values = [found["SimCLR"]["knn"], found["SimCLR"]["linear"], minutes]
+    judged = [
+        judge(name, f"{'≤' if name == 'minutes' else '≥'} {limit:g}", limit, [x], "{:.3g}".format)
+        for (name, limit), x in zip(CIFAR10.items(), values, strict=True)
     ]
-    if config["epochs"] == 100:
-        scores = found["SimCLR"]
-        values = {"kNN": scores["knn"], "linear probe": scores["linear"], "minutes": minutes}
-        rows = [
-            Target(name, f"≤ {t:g}", f"{values[name]:.3g}", values[name] <= t)
-            if name == "minutes"
-            else Target(name, f"≥ {t:g}", f"{values[name]:.3g}", values[name] >= t)
-            for name, t in TARGETS.items()
-        ]
-        parts.append(targets(rows))
-    return "\n\n".join([*parts, "![curves](cifar10_gpu.png)"]) + "\n"
+    return report.page(
+        "cifar10",
+        **found,
+        commit=report.commit(found["about"]),
+        compiled=", torch.compile" * config["compile"],
+        minutes=minutes,
+        scores=report.table(header, rows),
+        targets=targets(judged) if config["epochs"] == 100 else "",
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.harness import report
 from benchmarks.harness.device import Device
 from benchmarks.harness.processes import world
-from benchmarks.harness.report import Results, introduction, table
+from benchmarks.harness.report import Results, table
 from benchmarks.harness.store import Store
 from contrastive_kit import reference
 from contrastive_kit.functional import info_nce, nt_xent, siglip
@@ -37,23 +39,14 @@ def cases(kind: str, quick: bool) -> list[Case]:
 
 
 class Arm(NamedTuple):
-    """A loss as a user of DDP calls it.
+    """A loss as a user of DDP calls it."""
 
-    Attributes:
-        subject: which formula it must equal.
-        name: library and options.
-        loss: the call.
-        whole: whether it is a loss over the whole batch, or over that of each process.
-        learnable: whether it takes the temperature that is learned; else it has its own number.
-        unequal: whether it is also run with batches of different sizes.
-    """
-
-    subject: str
-    name: str
+    subject: str  # which formula it must equal
+    name: str  # library and options
     loss: Loss
-    whole: bool = True
-    learnable: bool = True
-    unequal: bool = False
+    whole: bool = True  # a loss over the whole batch, or over that of each process
+    learnable: bool = True  # takes the temperature that is learned, or has its own number
+    unequal: bool = False  # is also run with batches of different sizes
 
 
 class Model(nn.Module):
@@ -70,22 +63,18 @@ class Model(nn.Module):
         return *z.chunk(2), self.log_scale.exp()
 
 
+_OURS: dict[str, Callable[..., Tensor]] = {
+    "NT-Xent": lambda a, b, s, **gather: nt_xent(a, b, temperature=1 / s, **gather),
+    "CLIP": lambda a, b, s, **gather: info_nce(a, b, temperature=1 / s, symmetric=True, **gather),
+    "SigLIP": lambda a, b, s, **gather: siglip(a, b, temperature=1 / s, bias=_BIAS, **gather),
+}
+
+
 def arms(rank: int, size: int) -> Iterator[Arm]:
     """Ours and those of the installed peers."""
-    ours: dict[str, Callable[..., Tensor]] = {
-        "NT-Xent": lambda a, b, s, **gather: nt_xent(a, b, temperature=1 / s, **gather),
-        "CLIP": lambda a, b, s, **gather: info_nce(
-            a, b, temperature=1 / s, symmetric=True, **gather
-        ),
-        "SigLIP": lambda a, b, s, **gather: siglip(a, b, temperature=1 / s, bias=_BIAS, **gather),
-    }
-    for subject, loss in ours.items():
-        yield Arm(
-            subject,
-            "contrastive-kit, `gather_distributed=True`",
-            lambda a, b, s, loss=loss: loss(a, b, s, gather_distributed=True),  # type: ignore[misc]
-            unequal=True,
-        )
+    for subject, loss in _OURS.items():
+        gathered = partial(loss, gather_distributed=True)
+        yield Arm(subject, "contrastive-kit, `gather_distributed=True`", gathered, unequal=True)
         name = "contrastive-kit, default: negatives of the own process only"
         yield Arm(subject, name, loss, whole=False)
     for peer in (_lightly, _metric_learning, _open_clip):
@@ -225,43 +214,25 @@ def _process(rank: int, size: int) -> list[dict[str, Any]]:
 
 def markdown(results: Results) -> str:
     """The page; the documentation includes the summary."""
-    sizes = {c["case"]["processes"]: c["arms"] for c in results["cases"]}
-    unequal = "; ".join(f"{', '.join(map(str, unequal_counts(n)))} images" for n in sizes)
-    text = (
-        "The gradient of all weights of a small "
-        "network after one step of `DistributedDataParallel` (gloo, float64), against the gradient "
-        "of the formula on the concatenated batch in one process. **scale** is its projection on "
-        "the true gradient as a multiple of that, **cosine** that of the angle between them, "
-        "**error** the length of the difference, relative. **d τ** is the gradient of a learnable "
-        "temperature, **loss** the mean over processes of the loss that the call returned, both as "
-        f"multiples of the true one. A row is *exact* if error is at most {_EXACT:.0e}, and |d τ "
-        "- 1| where there is one. Without gathering the negatives are those of the own process: "
-        "another loss, that of a smaller batch, not a mistake.\n\n"
-        f"{_PER_PROCESS} images a process, temperature {_TEMPERATURE}; batches of different "
-        f"sizes: {unequal}."
-    )
-    title = "The gradient under DDP, beside that of one process"
-    sections = [introduction(title, "ddp", results, text)]
-    if not sizes:
-        return sections[0] + "\n"
-    largest = max(sizes)
-    rows = [(r["subject"], r["name"], _verdict(r)) for r in sizes[largest] if r["whole"]]
-    rows.sort(key=lambda row: row[0])
+    found = [(c["case"]["processes"], arm) for c in results["cases"] for arm in c["arms"]]
+    largest = max((size for size, _ in found), default=0)
+    of_all = [
+        (arm["subject"], arm["name"], _verdict(arm))
+        for size, arm in found
+        if size == largest and arm["whole"]
+    ]
     header = ["formula", "loss and options", f"gradient after DDP's mean, {largest} processes"]
-    summary = table(header, rows)
-    sections.append(f"<!-- summary start -->\n\n{summary}\n\n<!-- summary end -->")
+    summary = table(header, sorted(of_all, key=lambda row: row[0]))
     header = ["loss and options", "processes", "scale", "cosine", "error", "d τ", "loss", ""]
-    for subject in dict.fromkeys(r["subject"] for r in sizes[largest]):
-        names = [r["name"] for r in sizes[largest] if r["subject"] == subject]
-        found = [
-            _row(size, r)
-            for name in names
-            for size, of_size in sizes.items()
-            for r in of_size
-            if (r["subject"], r["name"]) == (subject, name)
-        ]
-        sections.append(f"## {subject}\n\n{table(header, found)}")
-    return "\n\n".join(sections) + "\n"
+    order = list(dict.fromkeys(arm["name"] for _, arm in found))
+    found.sort(key=lambda pair: order.index(pair[1]["name"]))
+    tables = [
+        f"## {subject}\n\n"
+        + table(header, [_row(size, arm) for size, arm in found if arm["subject"] == subject])
+        for subject in _OURS
+    ]
+    parts = {"summary": summary, "tables": "\n\n".join(tables)}
+    return report.page("ddp", about=report.about(results), **parts)
 
 
 def _verdict(m: Results) -> str:

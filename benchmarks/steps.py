@@ -14,18 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.harness import report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread, time_interleaved
 from benchmarks.harness.memory import peak_of
 from benchmarks.harness.processes import fresh, world
-from benchmarks.harness.report import Results, interval, introduction, table, times
+from benchmarks.harness.report import NONE, Results, interval, table, times
 from benchmarks.harness.store import Store
 from benchmarks.losses.arms import embeddings
 from benchmarks.losses.oracle import Disagreement
 from contrastive_kit import GradCache, NTXent, ProjectionHead
 from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 
-ENCODER = "Four 3 × 3 convolutions with batch norm, of 32 to 256 channels, and a projection head"
 _PLAIN = "plain"
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -40,21 +40,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Case(NamedTuple):
-    """One figure.
+    """One figure."""
 
-    Attributes:
-        figure: "parity", "step" (of each arm) or "loss".
-        n: images, each of which has two views.
-        loss: of ``LOSSES``.
-        chunks: sizes of the chunks of GradCache.
-        rounds: of timing; memory is measured in any case.
-    """
-
-    figure: str
-    n: int
-    loss: str = ""
-    chunks: tuple[int, ...] = ()
-    rounds: int = 0
+    figure: str  # "parity", "step" (of each arm) or "loss"
+    n: int  # images, each of which has two views
+    loss: str = ""  # of LOSSES
+    chunks: tuple[int, ...] = ()  # of GradCache
+    rounds: int = 0  # of timing; memory is measured in any case
 
 
 def cases(kind: str, quick: bool) -> list[Case]:
@@ -200,32 +192,24 @@ def _parity(n: int, chunk_size: int) -> float:
 
 def markdown(results: Results) -> str:
     """The page; the documentation includes the parts between the comments."""
-    by_figure: dict[str, list[Results]] = {"parity": [], "step": [], "loss": []}
+    of: dict[str, list[Results]] = {"parity": [], "step": [], "loss": []}
     for c in results["cases"]:
-        by_figure[c["case"]["figure"]].append(c)
-    parts = [introduction("What a large batch costs on a CPU", "steps", results)]
-    parts += [
-        f"With batch norm frozen, the cached gradient differs from the plain one by "
-        f"{c['parity']:.1e}."
-        for c in by_figure["parity"]
-    ]
-    for name, text in (
-        ("steps", _steps(by_figure["step"], _busy(results))),
-        ("losses", _losses(by_figure["loss"])),
-    ):
-        parts += [f"<!-- {name} start -->", text, f"<!-- {name} end -->"]
-    return "\n\n".join(parts) + "\n"
+        of[c["case"]["figure"]].append(c)
+    parity = f"{of['parity'][0]['parity']:.1e}" if of["parity"] else NONE
+    steps, losses = _steps(of["step"], _busy(results)), _losses(of["loss"])
+    about = report.about(results)
+    return report.page("steps", about=about, parity=parity, steps=steps, losses=losses)
 
 
 def _busy(results: Results) -> str:
     """Why times are left out, or nothing: others at work make them those of the scheduler."""
     before, after = results["machine"]["load_average"], results["load_average_after"]
     cores = results["machine"]["cores"]
-    if max(before, after) <= cores:
+    if max(before, after or 0) <= cores:
         return ""
     return (
         f"**The machine was busy (load {before} before, {after} after, on {cores} cores): times "
-        "are left out, memory does not depend on it.**"
+        "are left out, memory does not depend on it.**\n\n"
     )
 
 
@@ -235,44 +219,22 @@ def _steps(cases: list[Results], busy: str) -> str:
             c["case"]["n"],
             arm["arm"],
             f"{arm['extra_mib']:.0f}",
-            interval(arm["seconds"]) if arm["seconds"] and not busy else "–",
-            times(arm["ratio"]) if "ratio" in arm and not busy else "–",
+            interval(arm["seconds"]) if arm["seconds"] and not busy else NONE,
+            times(arm["ratio"]) if "ratio" in arm and not busy else NONE,
         )
         for c in cases
         for arm in c["arms"]
     ]
-    text = (
-        f"One step, forward and backward, with NT-Xent. {ENCODER}; N images, two float32 views "
-        "of 32 × 32 each. Memory is the peak of the resident set during the first step over "
-        "its size just before (the views are there, the gradients are not), in a process of "
-        "its own; gathered, the larger of the two processes. Seconds are medians with "
-        "quartiles, the ratios within rounds of one process. Gathered processes hold N / 2 "
-        "images each and share the cores of this machine: on processors of their own they "
-        "share the time too. One thread a process."
-    )
     header = ["N", "step", "memory, MiB per process", "seconds", "time over plain"]
-    return "\n\n".join([text, *([busy] if busy else []), table(header, rows)])
+    return busy + table(header, rows)
 
 
 def _losses(cases: list[Results]) -> str:
     sizes = sorted({c["case"]["n"] for c in cases})
     extra = {(c["case"]["loss"], c["case"]["n"]): c["extra_mib"] for c in cases}
-    logits = "*one matrix of N × N logits*"
-    extra |= {(logits, n): n * n * 4 / 2**20 for n in sizes}
-    rows = [
-        (
-            name,
-            *(f"{extra[name, n]:.0f}" if (name, n) in extra else "–" for n in sizes),
-            f"{extra[name, sizes[-1]] / extra[name, sizes[-2]]:.2f}"
-            if {(name, n) for n in sizes[-2:]} <= set(extra) and len(sizes) > 1
-            else "–",
-        )
-        for name in dict.fromkeys(name for name, _ in extra)
-    ]
-    text = (
-        "Extra memory in MiB of a loss alone, forward and backward, for two float32 views of N "
-        "images in 128 dimensions: peak over the size just before, each in a process of its "
-        "own. Linear is a last column of 2."
-    )
-    header = ["loss", *(f"N = {n}" for n in sizes), "last doubling"]
-    return f"{text}\n\n{table(header, rows)}"
+    extra |= {("*one matrix of N × N logits*", n): n * n * 4 / 2**20 for n in sizes}
+    rows = []
+    for name in dict.fromkeys(name for name, _ in extra):
+        found = [extra.get((name, n), float("nan")) for n in sizes]
+        rows.append([name, *(f"{x:.0f}" for x in found), f"{found[-1] / found[-2]:.2f}"])
+    return table(["loss", *(f"N = {n}" for n in sizes), "last doubling"], rows)

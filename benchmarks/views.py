@@ -7,28 +7,19 @@ images. They do not do the same work: the report says what each leaves out.
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import quantiles
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import targets
+from benchmarks.harness import report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread
-from benchmarks.harness.report import (
-    DRY,
-    Results,
-    by_arm,
-    counts,
-    introduction,
-    listed,
-    mib,
-    not_measured,
-    percent,
-    table,
-)
+from benchmarks.harness.report import DRY, NONE, Results, percent, table
 from benchmarks.harness.store import Store, Trial
 from benchmarks.losses.oracle import Disagreement
 from contrastive_kit import SimCLRAugment
@@ -42,25 +33,15 @@ _MEAN_DIFFERENCE = 5e-3
 
 
 class Case(NamedTuple):
-    """uint8 images of a size, made into two views each of another.
-
-    Attributes:
-        source: side of the images.
-        size: side of the views.
-        batch: how many images.
-        budget_s: seconds of timing, about.
-        threads: of the process, see ``Environment``.
-        allocator: likewise.
-        compiled: whether arms that compile take part.
-    """
+    """uint8 images of a size, made into two views each of another."""
 
     source: int
     size: int
     batch: int
     budget_s: float
-    threads: int | None = None
+    threads: int | None = None  # of the process, see ``Environment``
     allocator: str = "default"
-    compiled: bool = False
+    compiled: bool = False  # whether arms that compile take part
 
     @property
     def kernel(self) -> int:
@@ -252,7 +233,7 @@ ARMS = {
     "SimCLRAugment, CUDA graph of one drawn table": Arm(
         "the same as the first without drawing and sending the parameters", _graph, {}, _GPU
     ),
-    KORNIA: Arm("no antialias, one order of the colour operations a batch", _kornia, {}, _BOTH),
+    KORNIA: Arm("no antialias, one order of the color operations a batch", _kornia, {}, _BOTH),
     "Kornia, float32": Arm(
         "the same, conversion to floats not counted", _kornia, {"floats": True}, _BOTH
     ),
@@ -359,33 +340,41 @@ def check(arm: Prepared, drawn: Tensor, expected: Tensor) -> None:
 
 def markdown(results: Results) -> str:
     """The report, all of it computed from the samples."""
-    on_gpu = results["dry"] or "capability" in results["machine"]
-    unit = "Views per second" if on_gpu else "Microseconds per view, median and quartiles"
-    text = (
-        f"{unit} over interleaved rounds of one process; in brackets how many times longer than "
-        f"`{OURS}` it takes, the median of the ratios within rounds. All make two views of the "
-        "same uint8 images: crop, mirror, colour jitter, grayscale, and blur from 64 pixels on."
-    )
-    title = "SimCLR's views on a GPU" if on_gpu else "What a view costs on a CPU"
-    parts = [introduction(title, "views", results, text)]
+    cases, dry, on_gpu = results["cases"], results["dry"], report.on_gpu(results)
+    samples = {_title(c): c["seconds_per_view"] for c in cases}
+    sizes = {"": [_title(c) for c in cases]}
+    kind = "cuda" if on_gpu else "cpu"
+    parts = {
+        "about": report.about(results),
+        "launches": report.by_arm(cases, "launches", report.counts, sizes, dry),
+        "memory": report.by_arm(cases, "memory", report.mib, sizes, dry),
+        "slower": report.listed([DRY] if dry else _slower(cases), "Nowhere in these measurements."),
+        "not_measured": report.not_measured(
+            cases, lambda _: "", lambda of: ", ".join(dict.fromkeys(map(_title, of)))
+        ),
+        "notes": report.listed((f"{n}: {a.note}" for n, a in ARMS.items() if kind in a.kinds), ""),
+    }
+    if on_gpu:
+        rows = targets.views_on_gpu(samples, OURS, (KORNIA, RESAMPLED))
+        header = ["", "backend", "why not triton", "of the roofline"]
+        parts["backends"] = table(header, map(_backend_row, cases), dry)
+        parts["targets"] = targets.targets(rows, dry)
+        parts["times"] = _times(cases, dry)
+        return report.page("views_gpu", **parts)
     groups = defaultdict(list)
-    for c in results["cases"]:
+    for c in cases:
         groups[c["case"]["threads"], c["case"]["allocator"]].append(c)
-    for (threads, allocator), cases in groups.items():
-        environment = f"{threads} thread{'s' * (threads != 1)}, {allocator} allocator"
-        parts.append(
-            f"## {'Views' if on_gpu else environment}\n\n{_times(cases, on_gpu, results['dry'])}"
-        )
-    parts += _on_gpu(results) if on_gpu else _on_cpu(groups)
-    parts += ["## Where SimCLRAugment is slower\n\n" + _slower(results, on_gpu)]
-    parts.append(
-        not_measured(
-            results["cases"], lambda _: "", lambda of: ", ".join(dict.fromkeys(map(_title, of)))
-        )
+    parts["times"] = "\n\n".join(
+        f"## {threads} thread{'s' * (threads > 1)}, {allocator} allocator\n\n{_times(group, dry)}"
+        for (threads, allocator), group in groups.items()
     )
-    notes = [f"{n}: {a.note}" for n, a in ARMS.items() if ("cuda" if on_gpu else "cpu") in a.kinds]
-    parts.append("## What each does\n\n" + listed(notes, ""))
-    return "\n\n".join(parts) + "\n"
+    of_one_thread = {
+        allocator: {_title(c): c["seconds_per_view"] for c in group}
+        for (threads, allocator), group in groups.items()
+        if threads == 1
+    }
+    parts["targets"] = targets.views_on_cpu(of_one_thread, OURS)
+    return report.page("views_cpu", **parts)
 
 
 def _title(c: Results) -> str:
@@ -393,71 +382,38 @@ def _title(c: Results) -> str:
     return size if c["case"]["threads"] else f"{size}, {c['case']['batch']} images"
 
 
-def _times(cases: list[Results], on_gpu: bool, dry: bool) -> str:
+def _backend_row(c: Results) -> list[str]:
+    ours, roofline = c["seconds_per_view"].get(OURS), c.get("roofline_s")
+    share = percent(spread(ratios(roofline, ours))) if ours and roofline else NONE
+    return [_title(c), c["backend"]["name"], c["backend"]["refusal"] or NONE, share]
+
+
+def _times(cases: list[Results], dry: bool) -> str:
     arms = [name for name in ARMS if any(name in c["seconds_per_view"] for c in cases)]
-    rows = [[name, *(_cell(c["seconds_per_view"], name, on_gpu) for c in cases)] for name in arms]
+    rows = [[name, *(_cell(c, name) for c in cases)] for name in arms]
     return table(["", *map(_title, cases)], rows, dry)
 
 
-def _cell(samples: dict[str, list[float]], name: str, on_gpu: bool) -> str:
+def _cell(c: Results, name: str) -> str:
+    """Microseconds per view on a CPU, views per second on a GPU."""
+    samples = c["seconds_per_view"]
     if name not in samples:
         return ""
-    q1, median, q3 = statistics.quantiles(samples[name], n=4)
-    if on_gpu:
-        text = f"{1 / median:,.0f} ({1 / q3:,.0f}–{1 / q1:,.0f})"
-    else:
-        text = f"{1e6 * median:.0f} ({1e6 * q1:.0f}–{1e6 * q3:.0f})"
+    on_cpu = c["case"]["threads"]
+    figures = [1e6 * s if on_cpu else 1 / s for s in samples[name]]
+    q1, median, q3 = (f"{q:.0f}" if on_cpu else f"{q:,.0f}" for q in quantiles(figures, n=4))
+    text = f"{median} ({q1}–{q3})"
     if name == OURS or OURS not in samples:
         return text
     return f"{text} [{statistics.median(ratios(samples[name], samples[OURS])):.2f}]"
 
 
-def _on_cpu(groups: dict[tuple[int, str], list[Results]]) -> list[str]:
-    of_one_thread = {
-        allocator: {_title(c): c["seconds_per_view"] for c in cases}
-        for (threads, allocator), cases in groups.items()
-        if threads == 1
-    }
-    return [
-        "## Targets\n\nOne thread; the tuned allocator keeps freed memory.\n\n"
-        + targets.views_on_cpu(of_one_thread, OURS)
-    ]
-
-
-def _on_gpu(results: Results) -> list[str]:
-    cases, dry = results["cases"], results["dry"]
-    samples = {_title(c): c["seconds_per_view"] for c in cases}
-    about = [
-        (_title(c), c["backend"]["name"], c["backend"]["refusal"] or "–", _roofline(c))
-        for c in cases
-    ]
-    sizes = {"": list(map(_title, cases))}
-    rows = targets.views_on_gpu(samples, OURS, (KORNIA, RESAMPLED))
-    return [
-        "The roofline is each image read once and each view written once, at the rate of this "
-        "card's copy in the same rounds.\n\n"
-        + table(["", "backend", "why not triton", "of the roofline"], about, dry),
-        f"## Targets\n\n{targets.ON_GPU}\n\n" + targets.targets(rows, dry),
-        "## Kernel launches (and copies) for two views\n\n"
-        + by_arm(cases, "launches", counts, sizes, dry),
-        "## Memory\n\nMiB beyond the images, at the peak.\n\n"
-        + by_arm(cases, "memory", mib, sizes, dry),
-    ]
-
-
-def _roofline(c: Results) -> str:
-    ours = c["seconds_per_view"].get(OURS)
-    return percent(spread(ratios(c["roofline_s"], ours))) if ours and "roofline_s" in c else "–"
-
-
-def _slower(results: Results, on_gpu: bool) -> str:
-    lines = []
-    for c in results["cases"]:
-        samples, case = c["seconds_per_view"], c["case"]
-        where = "" if on_gpu else f", {case['threads']} thread(s), {case['allocator']} allocator"
+def _slower(cases: list[Results]) -> Iterator[str]:
+    for c in cases:
+        samples, threads = c["seconds_per_view"], c["case"]["threads"]
+        where = f", {threads} thread(s), {c['case']['allocator']} allocator" if threads else ""
         for name in samples:
             if not name.startswith("SimCLR") and OURS in samples:
                 ratio = statistics.median(ratios(samples[name], samples[OURS]))
                 if ratio < 1:
-                    lines.append(f"{_title(c)}{where}: {name} takes {ratio:.2f} of the time")
-    return listed([DRY] if results["dry"] else lines, "Nowhere in these measurements.")
+                    yield f"{_title(c)}{where}: {name} takes {ratio:.2f} of the time"

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import trainer
 from benchmarks.claims.plan import SCALES, Claim, Label, Section
-from benchmarks.harness.report import listed, table
+from benchmarks.harness.report import NONE, listed, page, table
 
 Values = Mapping[Label, Sequence[float]]
 
@@ -49,46 +49,36 @@ def judge(claim: Claim, values: Values) -> dict[str, Any]:
     sigma, freedom = spread
     variance = sum(w * w / len(values[label]) for label, w in weights.items())
     error = float(student.ppf(0.975, freedom)) * sigma * math.sqrt(variance)
-    if difference > error:
-        verdict = "reproduced"
-    elif difference < -error:
-        verdict = "contradicted"
-    else:
-        verdict = "undecided"
+    side = (difference > error) - (difference < -error)
+    verdict = {1: "reproduced", 0: "undecided", -1: "contradicted"}[side]
     return {**result, "verdict": verdict, "difference": difference, "error": error}
 
 
 def sentence(judged: Mapping[str, Any]) -> str:
     """A verdict in words."""
+    claim, verdict = judged["claim"], judged["verdict"]
     if "missing" in judged:
-        return (
-            f"{judged['claim']}: open, {judged['missing']} of the {judged['of']} accuracies that "
-            "it needs are missing."
-        )
+        missing, of = judged["missing"], judged["of"]
+        return f"{claim}: open, {missing} of the {of} accuracies that it needs are missing."
     difference = f"{100 * judged['difference']:+.1f}"
     if "rival" in judged:
-        difference += f" against {name_of(judged['rival'])}, the best of the others"
-    if judged["verdict"] == "open":
-        return f"{judged['claim']}: open, {difference}, with one seed a place and so no spread."
-    numbers = f"{difference}, error ± {100 * judged['error']:.1f}, {number(judged['seeds'])}"
+        *parts, feature = judged["rival"]
+        name = " + ".join(dict.fromkeys(parts)) + ("" if feature == "h" else f", {feature}")
+        difference += f" against {name}, the best of the others"
+    if verdict == "open":
+        return f"{claim}: open, {difference}, with one seed a place and so no spread."
     words = {
-        "reproduced": f"reproduced ({numbers}).",
-        "contradicted": f"**not reproduced: here it is the other way round** ({numbers}).",
-        "undecided": f"**not reproduced: no difference beyond the spread** ({numbers}).",
+        "reproduced": "reproduced",
+        "contradicted": "**not reproduced: here it is the other way round**",
+        "undecided": "**not reproduced: no difference beyond the spread**",
     }
-    return f"{judged['claim']}: {words[judged['verdict']]}"
+    error = f"error ± {100 * judged['error']:.1f}, {number(judged['seeds'])}"
+    return f"{claim}: {words[verdict]} ({difference}, {error})."
 
 
 def number(seeds: int) -> str:
     """So many seeds."""
     return "one seed" if seeds == 1 else f"{seeds} seeds"
-
-
-def name_of(label: Label) -> str:
-    """A place in words."""
-    *parts, feature = label
-    names = " + ".join(dict.fromkeys(parts))
-    return names if feature == "h" else f"{names}, {feature}"
 
 
 def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[str, float]]]) -> Any:
@@ -119,61 +109,49 @@ def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[st
 
 def markdown(found: Mapping[str, Any], picture: str) -> str:
     """The whole report."""
-    versions = "; ".join(
-        ", ".join(f"{name} {value}" for name, value in about.items()) for about in found["about"]
-    )
     scale = SCALES[found["scale"]]
-    command = "python -m benchmarks claims"
-    if scale.name != "photos":
-        command += f" --scale {scale.name}" + " --root FOLDER" * scale.needs_root
-    failed = f"; failed: {len(found['failed'])}" if found["failed"] else ""
-    about = [
-        f"{found['finished']} of {found['planned']} runs are finished, "
-        f"{found['seconds'] / 60:.0f} minutes of training and evaluation in all{failed}",
-        f"Base settings: `{trainer.TRAINER} {found['base']}`",
-        versions or "no run is finished",
-        f"{found['machine']['processor']}, {found['machine']['cores']} cores; commit "
-        + (", ".join(found["commits"]) or "unknown"),
-        "Accuracies are percentages on the test images, mean ± standard deviation over "
-        "the seeds, (n) how many where some are missing. Verdicts are on the linear probe: "
-        "the error is the 95 % interval of the difference, from the deviation between "
-        "seeds pooled over the section. Against the best of several others a claim "
-        "has the luck of the draw against it.",
-    ]
-    parts = [f"# The paper's claims: {found['title']}", f"Written by `{command}`."]
-    parts += [listed(about, ""), _overview(found["sections"])]
-    for section in found["sections"]:
-        parts += _section(section, picture)
+    option = "" if scale.name == "photos" else f" --scale {scale.name}"
+    parts = [part for section in found["sections"] for part in _section(section, picture)]
     parts += [f"- failed: `{name}`: {why}" for name, why in found["failed"].items()]
-    return "\n\n".join(parts) + "\n"
+    fields = {
+        "command": f"python -m benchmarks claims{option}{' --root FOLDER' * scale.needs_root}",
+        "minutes": found["seconds"] / 60,
+        "failed": f"; failed: {len(found['failed'])}" if found["failed"] else "",
+        "trainer": trainer.TRAINER,
+        "versions": "; ".join(
+            ", ".join(f"{name} {value}" for name, value in about.items())
+            for about in found["about"]
+        )
+        or "no run is finished",
+        "commits": ", ".join(found["commits"]) or "unknown",
+        "overview": _overview(found["sections"]),
+        "sections": "\n\n".join(parts),
+    }
+    return page("claims", **{**found["machine"], **found, **fields})
 
 
 def _overview(sections: Sequence[Mapping[str, Any]]) -> str:
-    judged = [claim for section in sections for claim in section["claims"]]
-    counts = [
-        (words, sum(claim["verdict"] == verdict for claim in judged))
-        for verdict, words in (
-            ("reproduced", "are reproduced"),
-            ("undecided", "show no difference beyond the spread"),
-            ("contradicted", "are contradicted"),
-            ("open", "are open"),
-        )
-    ]
-    listed = ", ".join(f"{number} {words}" for words, number in counts)
-    return f"Of {len(judged)} claims of the paper, {listed}."
+    verdicts = [claim["verdict"] for section in sections for claim in section["claims"]]
+    words = {
+        "reproduced": "are reproduced",
+        "undecided": "show no difference beyond the spread",
+        "contradicted": "are contradicted",
+        "open": "are open",
+    }
+    counted = ", ".join(f"{verdicts.count(verdict)} {text}" for verdict, text in words.items())
+    return f"Of {len(verdicts)} claims of the paper, {counted}."
 
 
 def _section(section: Mapping[str, Any], picture: str) -> list[str]:
     parts = [f"## {section['title']}", section["question"]]
     if not section["places"]:
         return [*parts, "**No run of this section is finished**: its claims are open."]
-    if section["missing"]:
-        parts.append(
-            f"**{section['missing']} of {section['expected']} accuracies are missing.** "
-            f"Planned: {number(section['seeds'])}."
-        )
+    missing, seeds = section["missing"], number(section["seeds"])
+    if missing:
+        missing = f"**{missing} of {section['expected']} accuracies are missing.** "
+        parts.append(f"{missing}Planned: {seeds}.")
     else:
-        parts.append(f"{number(section['seeds'])}.".capitalize())
+        parts.append(f"{seeds}.".capitalize())
     if section["name"] == "augment":
         parts.append(f"![heat map of the linear probe]({picture})")
     if len(section["axes"]) == 2:
@@ -182,13 +160,13 @@ def _section(section: Mapping[str, Any], picture: str) -> list[str]:
     else:
         parts.append(_list(section))
     if section["claims"]:
-        parts.append("\n".join(f"- {sentence(claim)}" for claim in section["claims"]))
+        parts.append(listed(map(sentence, section["claims"]), ""))
     return parts
 
 
 def _figure(values: Sequence[float] | None, seeds: int) -> str:
     if not values:
-        return "–"
+        return NONE
     text = f"{100 * mean(values):.1f}"
     if len(values) > 1:
         text += f" ± {100 * stdev(values):.1f}"
@@ -240,10 +218,8 @@ def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:
         for j, value in enumerate(row):
             if not math.isnan(value):
                 dark = value < low + 0.6 * (high - low)
-                axes.text(
-                    j, i, f"{value:.1f}", ha="center", va="center",
-                    color="white" if dark else "black",
-                )  # fmt: skip
+                color = "white" if dark else "black"
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.spines[:].set_visible(False)

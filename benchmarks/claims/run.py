@@ -27,20 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import trainer
-from benchmarks.claims.plan import (
-    SCALES,
-    Label,
-    Run,
-    Scale,
-    Section,
-    count,
-    runs,
-    sections,
-)
+from benchmarks.claims.plan import NAMES, SCALES, Label, Run, Scale, Section, runs, sections
 from benchmarks.claims.report import heat_map, markdown, summary
 from benchmarks.harness import machine
 
-NAMES = ("baselines", "augment", "head", "batch", "temperature", "encoder")
 VERSIONS = ("device", "threads", "python", "torch", "torchvision", "kornia", "contrastive_kit")
 
 
@@ -179,7 +169,7 @@ def collect(scale: Scale, out: Path, seeds: int | None, failed: dict[str, str]) 
         "failed": failed,
         "seconds": sum(seconds_of(out / run.key) for run in done),
         "sections": [
-            summary(s, count(s, seeds), read_scores(scale, s, count(s, seeds), out))
+            summary(s, seeds or s.seeds, read_scores(scale, s, seeds or s.seeds, out))
             for s in everything
         ],
         "runs": [shlex.join(run.arguments()) for run in done],

@@ -120,10 +120,9 @@ class Device:
 
     def copy(self) -> tuple[Call, float]:
         """A copy within the device's memory, and the bytes it reads and writes."""
-        n_bytes = 2**12 if self.dry else 2**30
-        source = torch.randint(0, 256, (n_bytes,), device=self.device, dtype=torch.uint8)
+        source = torch.ones(2**12 if self.dry else 2**30, device=self.device, dtype=torch.uint8)
         target = torch.empty_like(source)
-        return lambda: target.copy_(source), 2 * n_bytes
+        return lambda: target.copy_(source), 2 * source.numel()
 
     def describe(self) -> dict[str, Any]:
         """What the figures depend on: device, driver, versions, code."""
@@ -133,14 +132,14 @@ class Device:
             about["device"] = "CPU, dry run"
         elif self.on_gpu:
             properties = torch.cuda.get_device_properties(0)
-            query = ("--query-gpu=driver_version", "--format=csv,noheader", "-i0")
+            query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i0")
             about |= {
                 "device": properties.name,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "multiprocessors": properties.multi_processor_count,
                 "capability": f"{properties.major}.{properties.minor}",
                 "cuda": torch.version.cuda,
-                "driver": machine.output("nvidia-smi", *query),
+                "driver": machine.output(*query),
             }
         return about
 

@@ -45,19 +45,17 @@ def time_interleaved(
     seconds: Callable[[Call, int], float] = wall_seconds,
     failed: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each arm, one number a round.
+    """Seconds per call of each arm, one number a round; each is called twice before the first.
 
     Args:
-        arms: name to what is timed; each is called twice before the first round.
+        arms: name to what is timed.
         budget_s: no round starts after this many seconds, once there are ``min_rounds``.
         sample_s: an arm is called as often within a round as fills this many seconds, so that
             the clock and the loop cost nothing against short calls.
         min_rounds: rounds in any case.
         max_rounds: rounds at most.
-        seconds: the clock: takes what is timed and a number of calls, and gives seconds per call.
-            What runs on a device needs its own.
-        failed: told the name and the error of an arm that raises, which is then left out. Without
-            it the error ends the timing.
+        seconds: the clock: from a call and how often it is made to seconds per call.
+        failed: told of an arm that raises, which is then left out; without it, the error ends all.
     """
     calls: dict[str, int] = {}
     samples: dict[str, list[float]] = {name: [] for name in arms}

@@ -1,12 +1,20 @@
-"""What the reports have in common: how they begin, their tables and how a figure is written."""
+"""What the pages have in common: where a text gets its figures, tables, how a figure is written."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 DRY = "dry run: no figures"
+NONE = "–"
+_PAGES = Path(__file__).parents[1] / "pages"
 
 Results = dict[str, Any]
+Spread = Mapping[str, float]
+
+
+def page(name: str, **parts: object) -> str:
+    """The text of benchmarks/pages/NAME.md with its figures."""
+    return (_PAGES / f"{name}.md").read_text().format(**parts)
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]], dry: bool = False) -> str:
@@ -17,31 +25,29 @@ def table(header: Iterable[object], rows: Iterable[Iterable[object]], dry: bool 
     return f"*{DRY}*\n\n{text}" if dry else text
 
 
-def interval(spread: Mapping[str, float]) -> str:
+def interval(spread: Spread) -> str:
     """Three digits of the median, and of the quartiles in brackets."""
     return f"{spread['median']:.3g} [{spread['q1']:.3g}, {spread['q3']:.3g}]"
 
 
-def times(spread: Mapping[str, float]) -> str:
+def times(spread: Spread) -> str:
     """How many times something is something else."""
     return f"{spread['median']:.2f}× [{spread['q1']:.2f}, {spread['q3']:.2f}]"
 
 
-def percent(spread: Mapping[str, float]) -> str:
+def percent(spread: Spread) -> str:
     """A fraction as a percentage."""
     return f"{spread['median']:.0%} [{spread['q1']:.0%}, {spread['q3']:.0%}]"
 
 
-def mib(memory: Mapping[str, Any] | None) -> str:
-    """Extra memory, or a dash where there is no figure."""
-    extra = memory["extra_mib"] if memory else None
-    return "–" if extra is None else f"{extra:.0f}" if extra >= 10 else f"{extra:.2g}"
+def mib(memory: Mapping[str, Any]) -> str:
+    """Extra memory."""
+    extra = memory["extra_mib"]
+    return f"{extra:.0f}" if extra >= 10 else f"{extra:.2g}"
 
 
-def counts(launches: Mapping[str, int] | None) -> str:
+def counts(launches: Mapping[str, int]) -> str:
     """Kernel launches, with the copies and fills behind a plus."""
-    if launches is None:
-        return "–"
     copies = launches["copies"]
     return f"{launches['kernels']} + {copies}" if copies else str(launches["kernels"])
 
@@ -49,6 +55,54 @@ def counts(launches: Mapping[str, int] | None) -> str:
 def listed(lines: Iterable[str], none: str) -> str:
     """A list, or a sentence where it is empty."""
     return "\n".join(f"- {line}" for line in lines) or none
+
+
+def commit(about: Results) -> str:
+    """Of the code that was measured."""
+    changes = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    return f"{about['commit'] or 'unknown'}{changes}"
+
+
+def on_gpu(results: Results) -> bool:
+    """Whether the results are of a GPU, or of a dry run in its place."""
+    return results["dry"] or "capability" in results["machine"]
+
+
+def about(results: Results) -> str:
+    """What it ran on, and whether that is worth a figure."""
+    found = results["machine"]
+    packages = ", ".join(f"{k} {v or 'not installed'}" for k, v in found["packages"].items())
+    card = [
+        "device",
+        "memory_gib",
+        "multiprocessors",
+        "capability",
+        "cuda",
+        "driver",
+        "version",
+        "source",
+    ]
+    notes = {
+        f"**{DRY}.** Tiny sizes on a CPU, to see that everything runs.": results["dry"],
+        "**Quick mode: too few rounds and sizes to quote.**": results["quick"],
+        "**Incomplete: stopped before its last case.**": not results["complete"],
+    }
+    lines = [
+        f"Date {found['date']}, commit {commit(found)}",
+        f"{found['processor']}, {found['cores']} cores, {found['threads']} threads, "
+        f"BLAS {found['blas']}, {found['system']}",
+        f"Python {found['python']}, {packages}",
+        f"Load average before {found['load_average']}, after {results['load_average_after']}; "
+        f"{results['seconds'] / 60:.0f} minutes in all",
+    ]
+    if "capability" in found:
+        lines.insert(0, ", ".join(f"{name} {found[name]}" for name in card))
+    return "\n\n".join([*(text for text, is_so in notes.items() if is_so), listed(lines, "")])
+
+
+def of_kind(results: Results, key: str) -> list[Results]:
+    """The cases that have a setting of this name."""
+    return [c for c in results["cases"] if key in c["case"]]
 
 
 def by_arm(
@@ -60,7 +114,7 @@ def by_arm(
 ) -> str:
     """A table of one figure for each case and arm, behind columns that tell the cases apart."""
     arms = list(dict.fromkeys(name for c in cases for name in c[key]))
-    figures = [[text(c[key].get(arm)) for arm in arms] for c in cases]
+    figures = [[text(c[key][arm]) if c[key].get(arm) else NONE for arm in arms] for c in cases]
     rows = [[*size, *row] for *size, row in zip(*sizes.values(), figures, strict=True)]
     return table([*sizes, *arms], rows, dry)
 
@@ -76,64 +130,4 @@ def not_measured(
         for name, reason in c["absent"].items():
             found.setdefault((prefix(c) + name, reason), []).append(c)
     lines = [f"{name} at {sizes(where)}: {reason}" for (name, reason), where in found.items()]
-    return "## Not measured\n\n" + listed(lines, "Nothing was left out.")
-
-
-def commit(about: Results) -> str:
-    """Of the code that was measured."""
-    changes = " with uncommitted changes" if about["uncommitted_changes"] else ""
-    return f"{about['commit'] or 'unknown'}{changes}"
-
-
-def introduction(title: str, subject: str, results: Results, text: str = "") -> str:
-    """The heading, the command, and what it ran on."""
-    about = results["machine"]
-    packages = ", ".join(f"{k} {v or 'not installed'}" for k, v in about["packages"].items())
-    on_gpu = "capability" in about
-    option = " --device cuda" if on_gpu or results["dry"] else ""
-    written = f"Written by `python -m benchmarks {subject}{option}`"
-    parts = [f"# {title}", f"{written}; the method is in `benchmarks/README.md`."]
-    if text:
-        parts.append(text)
-    if results["dry"]:
-        parts.append(f"**{DRY}.** Tiny sizes on a CPU, to see that everything runs.")
-    elif results["quick"]:
-        parts.append("**Quick mode: too few rounds and sizes to quote.**")
-    if not results["complete"]:
-        parts.append("**Incomplete: stopped before its last case.**")
-    lines = [
-        f"Date {about['date']}, commit {commit(about)}",
-        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, "
-        f"BLAS {about['blas']}, {about['system']}",
-        f"Python {about['python']}, {packages}",
-        f"Load average before {about['load_average']}, after {results['load_average_after']}; "
-        f"{results['seconds'] / 60:.0f} minutes in all",
-    ]
-    if on_gpu:
-        lines.insert(
-            0,
-            f"{about['device']}, {about['memory_gib']} GiB, {about['multiprocessors']} "
-            f"multiprocessors, compute capability {about['capability']}, CUDA {about['cuda']}, "
-            f"driver {about['driver']}; contrastive-kit {about['version']}, source "
-            f"{about['source']}",
-        )
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)])
-
-
-def of_kind(results: Results, key: str) -> list[Results]:
-    """The cases that have a setting of this name."""
-    return [c for c in results["cases"] if key in c["case"]]
-
-
-def axes(columns: int) -> tuple[Any, Any]:
-    """A figure and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * max(columns, 1.4), 4.5), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def save(figure: Any, results: Results, path: Path) -> None:
-    """Write a picture that names its device."""
-    figure.suptitle(DRY if results["dry"] else results["machine"]["device"], fontsize=10)
-    figure.savefig(path, dpi=110)
+    return listed(lines, "Nothing was left out.")

@@ -25,14 +25,7 @@ _ATTEMPTS = 6
 
 
 def run(
-    subject: str,
-    path: Path,
-    kind: str,
-    *,
-    quick: bool,
-    dry: bool,
-    force: bool,
-    limit_s: float,
+    subject: str, path: Path, kind: str, *, quick: bool, dry: bool, force: bool, limit_s: float
 ) -> int:
     """Measure what is missing, in a process for each environment; returns the exit status.
 

@@ -35,18 +35,13 @@ class Store:
     A case that was cut short leaves a mark, so that the arm which broke the device or hung is left
     out when a later process goes on.
 
-    Args:
-        path: the JSON file; an unfinished one is continued, a finished one of the same machine and
-            source is kept, another finished one is replaced.
-        about: the machine, see ``Device.describe``.
-        quick: whether the sizes are too small for figures.
-        dry: whether a CPU stood in for the device.
-        force: begin again in any case.
-        limit_s: no case starts if it might end after this many seconds.
+    An unfinished file is continued, a finished one of the same machine and source is kept, another
+    finished one is replaced; ``force`` begins again in any case. No case starts if it might end
+    after ``limit_s`` seconds.
 
     Raises:
         ValueError: if the unfinished file was begun on another device, driver or version, or in
-            another mode.
+            another mode: quick (too small for figures), dry (a CPU in place of the device).
     """
 
     def __init__(
@@ -99,7 +94,6 @@ class Store:
         return done
 
     def left_s(self) -> float:
-        """Seconds until the end."""
         return self._end - time.monotonic()
 
     def has(self, case: Case) -> bool:
@@ -194,11 +188,7 @@ class Trial:
     ) -> dict[str, list[float]]:
         """``time_interleaved`` of the arms that survive it; of few rounds in a dry run.
 
-        Args:
-            step: what is timed, for the mark and for the reason if all of it is lost.
-            calls: name to what is timed.
-            label: of an arm in ``absent``.
-            options: of ``time_interleaved``.
+        ``step`` names all of it in ``absent``, ``label`` an arm.
         """
 
         def failed(name: str, error: Exception) -> None:

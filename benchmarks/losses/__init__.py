@@ -3,4 +3,3 @@
 from benchmarks.losses.bench import cases as cases
 from benchmarks.losses.bench import measure as measure
 from benchmarks.losses.report import markdown as markdown
-from benchmarks.losses.report import pictures as pictures

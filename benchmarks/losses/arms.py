@@ -4,7 +4,7 @@ Embeddings come in as a projection head leaves them: not normalized, and bfloat1
 Arms in plain torch run under autocast then, and so do the peers that are plain torch inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,17 +25,10 @@ _PER_LOGIT = {"fp32": 1e-6, "tf32": 1e-3, "bf16": 8e-3}
 
 
 class Setting(NamedTuple):
-    """What an arm is built for.
-
-    Attributes:
-        temperature: τ.
-        precision: "bf16": embeddings in bfloat16, autocast; "fp32": float32 throughout; "tf32":
-            float32 embeddings, products in tf32.
-        device: where it runs.
-    """
+    """What an arm is built for."""
 
     temperature: float
-    precision: str
+    precision: str  # of PRECISIONS; of products in "tf32", of embeddings too in "bf16" (autocast)
     device: Device
 
     @property
@@ -47,22 +40,14 @@ Build = Callable[[Setting], Loss]
 
 
 class Arm(NamedTuple):
-    """One implementation of a loss.
+    """One implementation of a loss."""
 
-    Attributes:
-        build: from the setting to the loss; raises ImportError where it is not installed.
-        formula: what it computes, a subject of ``oracle``.
-        compiled: whether its first call at a size compiles for that size.
-        largest_n: pairs beyond which its memory is out of proportion, or None.
-        operands: the precision of its products where that is coarser than the setting's.
-        gpu_only: whether it is left out on a CPU.
-    """
-
-    build: Build
-    formula: str
-    compiled: bool = False
-    largest_n: int | None = None
-    operands: str | None = None
+    build: Build  # raises ImportError where it is not installed
+    formula: str  # what it computes, a subject of ``oracle``
+    compiled: bool = False  # whether its first call at a size compiles for that size
+    # Pairs beyond which its memory is out of proportion, by kind of device.
+    largest_n: Mapping[str, int] = {}
+    operands: str = "fp32"  # the precision of its products where that is coarser than the setting's
     gpu_only: bool = False
 
 
@@ -238,7 +223,9 @@ SUBJECTS = {
         "FlexAttention": Arm(_flex_attention, "nt_xent", compiled=True, gpu_only=True),
         "lightly": Arm(_lightly, "nt_xent"),
         # Several tensors of 2N × 2N(2N - 2) numbers: 64 MiB each at N = 128, 0.5 GiB at N = 256.
-        "pytorch-metric-learning": Arm(_metric_learning, "nt_xent", largest_n=256),
+        "pytorch-metric-learning": Arm(
+            _metric_learning, "nt_xent", largest_n={"cpu": 128, "cuda": 256}
+        ),
         "inf_cl": _against_itself(_inf_cl),
         "cut-cross-entropy": _against_itself(_cut_cross_entropy),
     },
@@ -259,7 +246,7 @@ def gate(arm: Arm, setting: Setting) -> float:
 
     Wide for half precision: it tells a different loss apart, and the errors stand in the report.
     """
-    coarsest = max(_PER_LOGIT[setting.precision], _PER_LOGIT[arm.operands or "fp32"])
+    coarsest = max(_PER_LOGIT[setting.precision], _PER_LOGIT[arm.operands])
     # Embeddings in bfloat16 take their gradient in bfloat16.
     rounding = 8e-3 if setting.precision == "bf16" else 0.0
     return rounding + coarsest / setting.temperature

@@ -45,33 +45,19 @@ _TINY_N = 16
 
 
 class Case(NamedTuple):
-    """One comparison.
+    """One comparison."""
 
-    Attributes:
-        subject: of ``SUBJECTS``.
-        n: pairs.
-        d: dimension of an embedding.
-        precision: of ``PRECISIONS``.
-        temperature: τ.
-        directions: of ``DIRECTIONS``, which are timed.
-        budget_s: seconds for each, about.
-        allocator: of the process, see ``Environment``.
-        compiled: whether the arms that compile for each size take part.
-        graph: whether CUDA graphs of forward+backward are timed too.
-        memory: whether a CPU's memory is measured; a GPU's always is.
-    """
-
-    subject: str
-    n: int
+    subject: str  # of SUBJECTS
+    n: int  # pairs
     d: int
     precision: str = "bf16"
     temperature: float = 0.1
     directions: tuple[str, ...] = (FORWARD, BOTH)
-    budget_s: float = 1.5
-    allocator: str = "default"
-    compiled: bool = True
-    graph: bool = False
-    memory: bool = False
+    budget_s: float = 1.5  # for each direction, about
+    allocator: str = "default"  # of the process, see ``Environment``
+    compiled: bool = True  # whether the arms that compile for each size take part
+    graph: bool = False  # whether CUDA graphs of forward+backward are timed too
+    memory: bool = False  # whether a CPU's memory is measured; a GPU's always is
 
 
 class AccuracyCase(NamedTuple):
@@ -234,9 +220,8 @@ def _right_losses(
             continue
         if arm.compiled and not case.compiled:
             trial.absent[name] = "compiles for every size: left to fewer cases"
-        elif arm.largest_n is not None and case.n > arm.largest_n:
-            reason = f"memory grows with N³; not run beyond N = {arm.largest_n}"
-            trial.absent[name] = reason
+        elif case.n > (largest := arm.largest_n.get(device.kind, case.n)):
+            trial.absent[name] = f"memory grows with N³; not run beyond N = {largest}"
         elif (loss := trial.run(name, partial(prepare, name))) is not None:
             losses[name] = loss
     return losses
@@ -330,43 +315,35 @@ def _times(
         sample_s=0.01 if trial.device.kind == "cuda" else 0.02,
     )
     arms = [name for name in calls if name in samples]
+    timed = {name: spread([1e3 * s for s in values]) for name, values in samples.items()}
     result: dict[str, Any] = {
         "rounds": len(next(iter(samples.values()), [])),
-        "milliseconds": {
-            n: spread([1e3 * s for s in samples[n]]) for n in (*arms, *rates) if n in samples
-        },
+        "milliseconds": timed,
         "times_ours": {},
         "rates": {},
         "fractions": {},
     }
-    ours = samples.get(OURS)
-    rate = {
-        name: [count / s for s in samples[name]]
-        for name, (_, count) in rates.items()
-        if name in samples
-    }
-    if ours is not None:
+    work = {name: count for name, (_, count) in rates.items() if name in samples}
+    if OURS in samples:
+        ours = samples[OURS]
         result["times_ours"] = {n: spread(ratios(samples[n], ours)) for n in arms if n != OURS}
-        if rate:
-            rate = {OURS: [flops(case, direction) / s for s in ours], **rate}
-            result["fractions"] = {
-                n: spread(ratios(rate[OURS], rate[n])) for n in rate if n not in (OURS, COPY)
-            }
+        work |= {OURS: flops(case, direction)} if work else {}
+    rate = {name: [count / s for s in samples[name]] for name, count in work.items()}
+    result["rates"] = {name: spread([r / 1e9 for r in values]) for name, values in rate.items()}
+    if OURS in rate:
+        others = [name for name in rate if name not in (OURS, COPY)]
+        result["fractions"] = {n: spread(ratios(rate[OURS], rate[n])) for n in others}
         if {GEMM, COPY} <= set(rate):
             floors = map(partial(floor_s, case, direction), rate[GEMM], rate[COPY])
-            result["fractions"][ROOFLINE] = spread(ratios(list(floors), ours))
-    result["rates"] = {name: spread([r / 1e9 for r in values]) for name, values in rate.items()}
+            result["fractions"][ROOFLINE] = spread(ratios(list(floors), samples[OURS]))
     return result
 
 
 def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
     """The median and the largest relative error over the batches, ours beside eager."""
     batches = [
-        [
-            z.detach().to(device.device).requires_grad_()
-            for z in embeddings(case.n, case.d, seed, _NOISE)
-        ]
-        for seed in range(case.seeds)
+        [z.detach().to(device.device).requires_grad_() for z in pair]
+        for pair in (embeddings(case.n, case.d, seed, _NOISE) for seed in range(case.seeds))
     ]
     expected = [oracle("nt_xent", *z, case.temperature) for z in batches]
     result: dict[str, Any] = {}
