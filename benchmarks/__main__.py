@@ -41,26 +41,20 @@ def write(subject: str, path: Path) -> str:
     return page
 
 
-def measure(arguments: argparse.Namespace) -> int:
+def measure(given: argparse.Namespace, out: Path) -> int:
     """Measure a subject, write its page and print it."""
     from benchmarks.harness import stage
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{FILES[arguments.subject][arguments.device]}.json"
+    path = out / f"{FILES[given.subject][given.device]}.json"
     try:
         status = stage.run(
-            arguments.subject,
-            path,
-            arguments.device,
-            quick=arguments.quick,
-            dry=arguments.dry,
-            force=arguments.force,
-            limit_s=arguments.limit,
-        )
+            given.subject, path, given.device, quick=given.quick, dry=given.dry,
+            force=given.force, limit_s=given.limit,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(write(arguments.subject, path))
+    print(write(given.subject, path))
     return status
 
 
@@ -103,22 +97,21 @@ def main(argv: list[str] | None = None) -> int:
 
         return run.main(argv[1:])
     given = parse(argv)
+    out = given.out or RESULTS
     if given.subject == "readme":
-        from benchmarks import readme
-
-        readme.main()
+        import_module("benchmarks.readme").main()
     elif given.subject == "report":
         for subject, names in FILES.items():
-            for path in ((given.out or RESULTS) / f"{name}.json" for name in names.values()):
+            for path in (out / f"{name}.json" for name in names.values()):
                 if path.exists():
                     write(subject, path)
+        import_module("benchmarks.claims.run").write_pages(out)
     elif given.quick and given.out is None:
         with tempfile.TemporaryDirectory() as folder:
-            given.out = Path(folder)
-            return measure(given)
+            return measure(given, Path(folder))
     else:
-        given.out = given.out or RESULTS
-        return measure(given)
+        out.mkdir(parents=True, exist_ok=True)
+        return measure(given, out)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The training program, in the one place that names it: ``python -m benchmarks.trainer OPTIONS``."""
+"""The training program, in the one place that names it: ``python -m benchmarks.trainer …``."""
 
 import os
 import sys

@@ -94,7 +94,7 @@ class Arm(NamedTuple):
 
     note: str
     build: Callable[..., Prepared]
-    options: dict[str, Any] = {}  # noqa: RUF012
+    options: dict[str, Any] = {}
     kinds: tuple[str, ...] = ("cpu",)
 
 

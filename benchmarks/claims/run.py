@@ -180,13 +180,22 @@ def write_report(found: dict[str, Any], folder: Path) -> Path:
     """The three files; returns the path of the page."""
     scale = SCALES[found["scale"]]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{scale.file}.md"
-    path.with_suffix(".json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    path.write_text(markdown(found, f"{scale.file}.png"))
+    path = folder / f"{scale.file}.json"
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_pages(folder)
     augment = next(s for s in found["sections"] if s["name"] == "augment")
     if augment["places"]:
         heat_map(augment, scale.title, path.with_suffix(".png"))
-    return path
+    return path.with_suffix(".md")
+
+
+def write_pages(folder: Path) -> None:
+    """The pages of all scales that have results."""
+    for scale in SCALES.values():
+        path = folder / f"{scale.file}.json"
+        if path.exists():
+            page = markdown(json.loads(path.read_text()), f"{scale.file}.png")
+            path.with_suffix(".md").write_text(page)
 
 
 def positive(text: str) -> float:

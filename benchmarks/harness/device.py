@@ -69,20 +69,15 @@ class Device:
 
     def launches(self, call: Call) -> dict[str, int] | None:
         """Kernels that a call launches, and its copies and fills; None if the profiler saw none."""
-        if self.kind == "cpu":
+        if not self.on_gpu:
             return None
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.on_gpu else [])
-        with profile(activities=activities) as seen:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             call()
-            if self.on_gpu:
-                torch.cuda.synchronize()
-        counts = {event.key: event.count for event in seen.key_averages()}
-
-        def total(prefixes: tuple[str, ...]) -> int:
-            return sum(count for key, count in counts.items() if key.startswith(prefixes))
-
-        kernels = total(_LAUNCHES)
-        return {"kernels": kernels, "copies": total(_COPIES)} if kernels else None
+            torch.cuda.synchronize()
+        events = [(event.key, event.count) for event in seen.key_averages()]
+        kernels = sum(count for key, count in events if key.startswith(_LAUNCHES))
+        copies = sum(count for key, count in events if key.startswith(_COPIES))
+        return {"kernels": kernels, "copies": copies} if kernels else None
 
     def graphed(self, call: Callable[[], Any]) -> tuple[Call, Any]:
         """Capture a call in a CUDA graph; returns the replay and the results that it overwrites.
@@ -126,18 +121,16 @@ class Device:
 
     def describe(self) -> dict[str, Any]:
         """What the figures depend on: device, driver, versions, code."""
-        about = machine.describe()
-        about |= {"version": __version__, "device": about["processor"]}
-        if self.dry:
-            about["device"] = "CPU, dry run"
-        elif self.on_gpu:
-            properties = torch.cuda.get_device_properties(0)
+        about = machine.describe() | {"version": __version__}
+        about["device"] = "CPU, dry run" if self.dry else about["processor"]
+        if self.on_gpu:
+            card = torch.cuda.get_device_properties(0)
             query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i0")
             about |= {
-                "device": properties.name,
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "multiprocessors": properties.multi_processor_count,
-                "capability": f"{properties.major}.{properties.minor}",
+                "device": card.name,
+                "memory_gib": round(card.total_memory / 2**30, 1),
+                "multiprocessors": card.multi_processor_count,
+                "capability": f"{card.major}.{card.minor}",
                 "cuda": torch.version.cuda,
                 "driver": machine.output(*query),
             }

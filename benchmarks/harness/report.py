@@ -72,16 +72,7 @@ def about(results: Results) -> str:
     """What it ran on, and whether that is worth a figure."""
     found = results["machine"]
     packages = ", ".join(f"{k} {v or 'not installed'}" for k, v in found["packages"].items())
-    card = [
-        "device",
-        "memory_gib",
-        "multiprocessors",
-        "capability",
-        "cuda",
-        "driver",
-        "version",
-        "source",
-    ]
+    card = ("device", "memory_gib", "multiprocessors", "capability", "cuda", "driver", "source")
     notes = {
         f"**{DRY}.** Tiny sizes on a CPU, to see that everything runs.": results["dry"],
         "**Quick mode: too few rounds and sizes to quote.**": results["quick"],
@@ -120,9 +111,7 @@ def by_arm(
 
 
 def not_measured(
-    cases: list[Results],
-    prefix: Callable[[Results], str],
-    sizes: Callable[[list[Results]], str],
+    cases: list[Results], prefix: Callable[[Results], str], sizes: Callable[[list[Results]], str]
 ) -> str:
     """What was left out, at which sizes and why."""
     found: dict[tuple[str, str], list[Results]] = {}

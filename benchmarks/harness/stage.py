@@ -41,18 +41,14 @@ def run(
         print(f"{subject}: results are there, --force measures again")
         return _verdict(store)
     store.save()
-    for environment in dict.fromkeys(map(Environment.of, _cases(subject, kind, quick))):
+    cases = import_module(f"benchmarks.{subject}").cases(kind, quick)
+    for environment in dict.fromkeys(map(Environment.of, cases)):
         status = _supervise((subject, path, kind, modes, environment), environment, end)
         if status:
             return status
     store = Store(path, about, **modes)
     store.finish()
     return _verdict(store)
-
-
-def _cases(subject: str, kind: str, quick: bool) -> list[Any]:
-    found: list[Any] = import_module(f"benchmarks.{subject}").cases(kind, quick)
-    return found
 
 
 def _supervise(arguments: tuple[Any, ...], environment: Environment, end: float) -> int:
@@ -80,12 +76,7 @@ def _supervise(arguments: tuple[Any, ...], environment: Environment, end: float)
 
 
 def _measure(
-    subject: str,
-    path: Path,
-    kind: str,
-    modes: dict[str, bool],
-    environment: Environment,
-    limit_s: float,
+    subject: str, path: Path, kind: str, modes: Any, environment: Environment, limit_s: float
 ) -> None:
     """The cases of an environment, in this process."""
     module: Any = import_module(f"benchmarks.{subject}")

@@ -45,15 +45,9 @@ class Store:
     """
 
     def __init__(
-        self,
-        path: Path,
-        about: dict[str, Any],
-        *,
-        quick: bool = False,
-        dry: bool = False,
-        force: bool = False,
-        limit_s: float = float("inf"),
-    ) -> None:
+        self, path: Path, about: dict[str, Any], *, quick: bool = False, dry: bool = False,
+        force: bool = False, limit_s: float = float("inf"),
+    ) -> None:  # fmt: skip
         self._path = path
         self._end = time.monotonic() + limit_s
         self._longest_s = 0.0
@@ -66,26 +60,22 @@ class Store:
         self._done = {_key(case["case"]) for case in self.results["cases"]}
 
     def _continue(self, begun: Results) -> None:
+        now = self.results
         differing = [
-            (name, begun["machine"].get(name), self.results["machine"].get(name))
+            f"{name} {begun['machine'].get(name)!r}, here it is {now['machine'].get(name)!r}"
             for name in _IDENTITY
-            if begun["machine"].get(name) != self.results["machine"].get(name)
+            if begun["machine"].get(name) != now["machine"].get(name)
         ]
-        for mode in ("quick", "dry"):
-            if begun[mode] != self.results[mode]:
-                kind = f"{'a' if begun[mode] else 'not a'} {mode}"
-                raise ValueError(f"{self._path} is of {kind} run: --force begins again")
-        if begun["complete"] and differing:
-            return
-        for name, before, now in differing:
+        differing += [f"{m} {begun[m]}" for m in ("quick", "dry") if begun[m] != now[m]]
+        if differing and (not begun["complete"] or begun["dry"] != now["dry"]):
             raise ValueError(
-                f"{self._path} was begun with {name} {before!r}, here it is {now!r}: --force "
-                "begins again"
+                f"{self._path} was begun with {'; '.join(differing)}: --force begins again"
             )
-        self.results = begun
-        if begun["running"]:
-            begun["broke"].append(begun["running"])
-            begun["running"] = None
+        if not differing:
+            self.results = begun
+            if begun["running"]:
+                begun["broke"].append(begun["running"])
+                begun["running"] = None
 
     @property
     def complete(self) -> bool:
@@ -102,7 +92,7 @@ class Store:
 
     def broke(self, case: Case, arm: str) -> bool:
         """Whether this arm ended an earlier process in this case."""
-        return [_key(case), arm] in [[_key(c), name] for c, name in self.results["broke"]]
+        return any(_key(c) == _key(case) and name == arm for c, name in self.results["broke"])
 
     @contextmanager
     def running(self, case: Case, arm: str) -> Iterator[None]:
@@ -182,6 +172,10 @@ class Trial:
         finally:
             self.device.free()
         return None
+
+    def works(self, name: str, call: Call) -> bool:
+        """Whether a call raises nothing."""
+        return self.run(name, lambda: (call(), True)) is not None
 
     def time(
         self, step: str, calls: Mapping[str, Call], label: str = "{}", **options: Any

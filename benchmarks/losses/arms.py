@@ -5,6 +5,7 @@ Arms in plain torch run under autocast then, and so do the peers that are plain 
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -82,11 +83,7 @@ def _plain(formula: Formula) -> Build:
 
 
 def _compiled(formula: Formula) -> Build:
-    def build(setting: Setting) -> Loss:
-        compiled = torch.compile(formula, dynamic=False, backend=setting.device.compiler)
-        return _with_autocast(lambda z1, z2: compiled(z1, z2, setting.temperature), setting)
-
-    return build
+    return lambda s: _plain(torch.compile(formula, dynamic=False, backend=s.device.compiler))(s)
 
 
 def _with_autocast(loss: Loss, setting: Setting) -> Loss:
@@ -133,53 +130,42 @@ def _flex_attention(setting: Setting) -> Loss:
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     attention = torch.compile(flex_attention, dynamic=False, backend=setting.device.compiler)
-    masks = {}
+    mask_of = cache(lambda m, on: create_block_mask(_not_oneself, None, None, m, m, on))
+    scale = 1 / setting.temperature
 
     def call(z1: Tensor, z2: Tensor) -> Tensor:
         u = _unit_rows(z1, z2)
-        positive = (u * u.roll(len(z1), 0)).sum(1) / setting.temperature
-        m = len(u)
-        if m not in masks:
-            masks[m] = create_block_mask(lambda b, h, q, k: q != k, None, None, m, m, u.device)
+        positive = (u * u.roll(len(z1), 0)).sum(1) * scale
         rows = u.to(setting.dtype)[None, None]
-        _, aux = attention(
-            rows,
-            rows,
-            rows[..., :16].detach(),
-            scale=1 / setting.temperature,
-            block_mask=masks[m],
-            return_aux=AuxRequest(lse=True),
-        )
+        options = {"block_mask": mask_of(len(u), u.device), "return_aux": AuxRequest(lse=True)}
+        _, aux = attention(rows, rows, rows[..., :16].detach(), scale=scale, **options)
         return (aux.lse[0, 0] - positive).mean()
 
     return call
 
 
+def _not_oneself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query != key
+
+
 OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _inf_cl(setting: Setting) -> OneWay:
+def _inf_cl(s: Setting) -> OneWay:
     from inf_cl import cal_flash_loss
 
-    def one_way(rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
-        head = min(rows.shape[1], 128)
-        loss: Tensor = cal_flash_loss(rows, columns, labels, 1 / setting.temperature, head)
-        return loss.mean()
-
-    return one_way
+    return lambda rows, columns, positive: cal_flash_loss(
+        rows, columns, positive, 1 / s.temperature, min(rows.shape[1], 128)
+    ).mean()
 
 
-def _cut_cross_entropy(setting: Setting) -> OneWay:
+def _cut_cross_entropy(s: Setting) -> OneWay:
     from cut_cross_entropy import linear_cross_entropy
 
-    def one_way(rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
-        # The default filter drops gradients below a threshold, which grows wrong with N.
-        loss: Tensor = linear_cross_entropy(
-            rows / setting.temperature, columns, labels, filter_eps=None
-        )
-        return loss
-
-    return one_way
+    # The default filter drops gradients below a threshold, which grows wrong with N.
+    return lambda rows, columns, positive: linear_cross_entropy(
+        rows / s.temperature, columns, positive, filter_eps=None
+    )
 
 
 def _against_itself(peer: Callable[[Setting], OneWay]) -> Arm:

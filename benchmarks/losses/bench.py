@@ -13,24 +13,13 @@ from benchmarks.harness.measure import Call, ratios, spread
 from benchmarks.harness.memory import peak_of
 from benchmarks.harness.processes import fresh
 from benchmarks.harness.store import Store, Trial
-from benchmarks.losses.arms import (
-    EAGER,
-    OURS,
-    SUBJECTS,
-    Loss,
-    Setting,
-    embeddings,
-    forward,
-    forward_backward,
-    gate,
-    our_clip,
-    our_nt_xent,
-)
+from benchmarks.losses import arms
+from benchmarks.losses.arms import EAGER, OURS, SUBJECTS, Loss, Setting, embeddings, gate
 from benchmarks.losses.oracle import Disagreement, Oracle, check, oracle, relative_errors
 from contrastive_kit import which_backend
 
 FORWARD, BOTH, GRAPH = "forward", "forward+backward", "CUDA graph"
-DIRECTIONS: dict[str, Callable[..., object]] = {FORWARD: forward, BOTH: forward_backward}
+DIRECTIONS: dict[str, Callable[..., object]] = {FORWARD: arms.forward, BOTH: arms.forward_backward}
 GEMM_OF_LOGITS, GEMM_SQUARE = "GEMM, M × D × M", "GEMM, 1024³"
 GEMM, COPY, ROOFLINE = "GEMM, 8192³", "copy", "roofline"
 
@@ -169,7 +158,7 @@ def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str
         for direction in case.directions:
             calls = {n: partial(DIRECTIONS[direction], loss, z1, z2) for n, loss in losses.items()}
             # Compiled ones compile here, outside of the timing.
-            works = {n: c for n, c in calls.items() if _ran(trial, f"{n}, {direction}", c)}
+            works = {n: c for n, c in calls.items() if trial.works(f"{n}, {direction}", c)}
             result["times"][direction] = _times(case, direction, works, rates, trial)
         if case.graph:
             graphs = {
@@ -181,10 +170,6 @@ def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str
     if OURS in trial.absent:
         result["failed"] = trial.absent[OURS]
     return result | {"absent": trial.absent}
-
-
-def _ran(trial: Trial, name: str, call: Call) -> bool:
-    return trial.run(name, lambda: (call(), True)) is not None
 
 
 def _right_losses(
@@ -202,7 +187,7 @@ def _right_losses(
             expected[arm.formula] = _expected(arm.formula, *z, case, setting)
         result["errors"][name] = relative_errors(loss, *z, expected[arm.formula])
         check(result["errors"][name], gate(arm, setting))
-        call = partial(forward_backward, loss, *z)
+        call = partial(arms.forward_backward, loss, *z)
         if device.on_gpu:
             result["memory"][name] = {"extra_mib": device.extra_mib(call)}
         elif case.memory:
@@ -235,8 +220,8 @@ def _memory(case: Case, name: str) -> dict[str, Any]:
     """
     arm = SUBJECTS[case.subject][name]
     loss = arm.build(Setting(case.temperature, case.precision, Device("cpu")))
-    forward_backward(loss, *embeddings(case.n if arm.compiled else _TINY_N, case.d))
-    return peak_of(partial(forward_backward, loss, *embeddings(case.n, case.d)))
+    arms.forward_backward(loss, *embeddings(case.n if arm.compiled else _TINY_N, case.d))
+    return peak_of(partial(arms.forward_backward, loss, *embeddings(case.n, case.d)))
 
 
 def _expected(formula: str, z1: Tensor, z2: Tensor, case: Case, setting: Setting) -> Oracle:
@@ -245,7 +230,7 @@ def _expected(formula: str, z1: Tensor, z2: Tensor, case: Case, setting: Setting
     if formula == "nt_xent_with_self":
         raise Disagreement("no oracle for a loss that counts the anchor itself at this size")
     views = [z.detach().float().requires_grad_() for z in (z1, z2)]
-    build = our_nt_xent if formula == "nt_xent" else our_clip
+    build = arms.our_nt_xent if formula == "nt_xent" else arms.our_clip
     loss = build("tiled")(setting)(*views)
     grad = torch.stack(torch.autograd.grad(loss, views))
     return Oracle(loss.detach().double(), grad.double())
@@ -253,7 +238,7 @@ def _expected(formula: str, z1: Tensor, z2: Tensor, case: Case, setting: Setting
 
 def _graph(loss: Loss, z1: Tensor, z2: Tensor, device: Device) -> Call:
     """The replay of forward and backward, which must follow a change of the embeddings."""
-    call = partial(forward_backward, loss, z1, z2)
+    call = partial(arms.forward_backward, loss, z1, z2)
     replay, captured = device.graphed(call)
     with torch.no_grad():
         z1.copy_(z1.flip(0) * 1.5 + 0.1)
@@ -314,7 +299,7 @@ def _times(
         budget_s=case.budget_s,
         sample_s=0.01 if trial.device.kind == "cuda" else 0.02,
     )
-    arms = [name for name in calls if name in samples]
+    peers = [name for name in calls if name in samples and name != OURS]
     timed = {name: spread([1e3 * s for s in values]) for name, values in samples.items()}
     result: dict[str, Any] = {
         "rounds": len(next(iter(samples.values()), [])),
@@ -326,7 +311,7 @@ def _times(
     work = {name: count for name, (_, count) in rates.items() if name in samples}
     if OURS in samples:
         ours = samples[OURS]
-        result["times_ours"] = {n: spread(ratios(samples[n], ours)) for n in arms if n != OURS}
+        result["times_ours"] = {n: spread(ratios(samples[n], ours)) for n in peers}
         work |= {OURS: flops(case, direction)} if work else {}
     rate = {name: [count / s for s in samples[name]] for name, count in work.items()}
     result["rates"] = {name: spread([r / 1e9 for r in values]) for name, values in rate.items()}
