@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.harness import report
+from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.processes import world
 from benchmarks.harness.report import Results, table
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 def cases(kind: str, quick: bool) -> list[Case]:
     """What is measured."""
-    return [Case(2)] if quick else [Case(2), Case(3), Case(4)]
+    return list(plan.read(Case, "ddp", kind, quick))
 
 
 class Arm(NamedTuple):

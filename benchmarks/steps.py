@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.harness import report
+from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread, time_interleaved
 from benchmarks.harness.memory import peak_of
@@ -51,15 +51,7 @@ class Case(NamedTuple):
 
 def cases(kind: str, quick: bool) -> list[Case]:
     """What is measured; right before fast."""
-    steps = ((32, (16,), 2), (64, (16,), 0)) if quick else (
-        (128, (32,), 3), (512, (128, 32), 3), (2048, (128, 32), 0),
-    )  # fmt: skip
-    sizes = (512, 1024) if quick else (2048, 4096, 8192)
-    return [
-        Case("parity", 48, chunks=(10,)),
-        *(Case("step", n, chunks=chunks, rounds=rounds) for n, chunks, rounds in steps),
-        *(Case("loss", n, name) for name in LOSSES for n in sizes),
-    ]
+    return list(plan.read(Case, "steps", kind, quick))
 
 
 def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import targets
-from benchmarks.harness import report
+from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread
 from benchmarks.harness.report import DRY, NONE, Results, percent, table
@@ -37,8 +37,8 @@ class Case(NamedTuple):
 
     source: int
     size: int
-    batch: int
-    budget_s: float
+    batch: int = 64
+    budget_s: float = 20.0
     threads: int | None = None  # of the process, see ``Environment``
     allocator: str = "default"
     compiled: bool = False  # whether arms that compile take part
@@ -50,22 +50,9 @@ class Case(NamedTuple):
 
 
 def cases(kind: str, quick: bool) -> list[Case]:
-    """What is measured, on a GPU the sizes with a target first."""
-    if kind == "cuda":
-        if quick:
-            return [Case(16, 12, 4, 0.0)]
-        sizes = ((256, 224), (32, 32), (96, 96), (256, 96), (256, 32))
-        large = [Case(32, 32, 2048, 8.0), Case(256, 224, 1024, 8.0)]
-        return [Case(*size, 256, 8.0) for size in sizes] + large
-    if quick:
-        return [Case(32, 32, 8, 1.0, 1, "tuned"), Case(96, 96, 8, 1.0, 1, "tuned")]
-    return [
-        Case(source, size, 256 if source == 32 else 64, 20.0, threads, allocator, compiled)
-        for threads, allocator, compiled in (
-            (1, "default", False), (1, "tuned", True), (2, "default", False), (2, "tuned", False),
-        )
-        for source, size in ((32, 32), (256, 32), (96, 96), (256, 96), (256, 224))
-    ]  # fmt: skip
+    """What is measured."""
+    found: list[Case] = list(plan.read(Case, "views", kind, quick))
+    return sorted(found, key=lambda case: (case.threads or 0, case.allocator))
 
 
 class Prepared(NamedTuple):

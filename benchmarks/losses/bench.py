@@ -1,13 +1,14 @@
 """Which losses are measured at which sizes, and how."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import plan
 from benchmarks.harness.device import Device, matmul_precision
 from benchmarks.harness.measure import Call, ratios, spread
 from benchmarks.harness.memory import peak_of
@@ -22,8 +23,6 @@ FORWARD, BOTH, GRAPH = "forward", "forward+backward", "CUDA graph"
 DIRECTIONS: dict[str, Callable[..., object]] = {FORWARD: arms.forward, BOTH: arms.forward_backward}
 GEMM_OF_LOGITS, GEMM_SQUARE = "GEMM, M × D × M", "GEMM, 1024³"
 GEMM, COPY, ROOFLINE = "GEMM, 8192³", "copy", "roofline"
-
-TEMPERATURES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 
 # Logits times dimension beyond which the float64 oracle takes longer than everything else. There
 # the tiled backend judges in float32, which the oracle has judged at the sizes below.
@@ -59,81 +58,10 @@ class AccuracyCase(NamedTuple):
 
 
 def cases(kind: str, quick: bool) -> list[Case | AccuracyCase]:
-    """What is measured, on a GPU the cases with a target first: time may end before the last."""
-    timed = _gpu_cases(quick) if kind == "cuda" else _cpu_cases(quick)
-    temperatures = TEMPERATURES[3:7:3] if quick else TEMPERATURES
-    return [*timed, *map(AccuracyCase, temperatures)]
-
-
-def _cpu_cases(quick: bool) -> list[Case]:
-    def both(n: int, d: int, budget_s: float, temperature: float = 0.1, **options: Any) -> Case:
-        return Case("nt_xent", n, d, "fp32", temperature, (BOTH,), budget_s, **options)
-
-    def only_forward(n: int, budget_s: float) -> Case:
-        return Case("nt_xent", n, 128, "fp32", 0.1, (FORWARD,), budget_s)
-
-    def clip(n: int, budget_s: float) -> Case:
-        return Case("clip", n, 512, "fp32", 0.07, (BOTH,), budget_s)
-
-    if quick:
-        tuned = both(128, 128, 1, allocator="tuned")
-        return [both(128, 128, 1, memory=True), only_forward(512, 1), clip(256, 1), tuned]
-    # Seconds for each N; most for the size that has targets.
-    sizes = {128: 4, 256: 4, 512: 4, 1024: 5, 2048: 8, 4096: 60, 8192: 40}
-    return [
-        *(both(n, 128, s, memory=n >= 1024) for n, s in sizes.items()),
-        *(only_forward(n, s / 2) for n, s in sizes.items() if n < 8192),
-        both(256, 512, 4),
-        both(2048, 512, 8),
-        # 1 / 0.01 is beyond what exp can take unshifted in float32: the loss does more work.
-        both(1024, 128, 5, 0.01),
-        clip(512, 4),
-        clip(2048, 8),
-        *(both(n, 128, s, allocator="tuned") for n, s in sizes.items() if n < 8192),
-    ]
-
-
-def _gpu_cases(quick: bool) -> list[Case]:
-    if quick:
-        return [Case("nt_xent", 8, 16), Case("clip", 6, 16, "fp32", compiled=False, graph=True)]
-    targets = [
-        Case("nt_xent", 8192, 128),
-        Case("nt_xent", 256, 128, graph=True),
-        Case("nt_xent", 8192, 512),
-        Case("nt_xent", 8192, 2048),
-        Case("nt_xent", 65536, 128, compiled=False),
-        Case("nt_xent", 512, 128, graph=True),
-        *(Case("nt_xent", 4096, d) for d in (128, 512, 2048)),
-        Case("clip", 8192, 512, temperature=0.07),
-        Case("nt_xent", 4096, 128, "fp32"),
-    ]
-    sizes = [2**power for power in range(8, 17)]
-    by_n = [Case("nt_xent", n, 128, compiled=n <= 16384, graph=n <= 1024) for n in sizes]
-    by_d = [
-        Case("nt_xent", n, d, compiled=n in (1024, 4096), graph=n <= 1024)
-        for d in (512, 2048, 64, 256)
-        for n in (1024, 4096, 16384, 256)
-    ]
-    other = [
-        # 1 / 0.01 is beyond what exp takes unshifted in float32: more work.
-        Case("nt_xent", 4096, 128, temperature=0.01, compiled=False),
-        *(Case("nt_xent", n, 128, "tf32", compiled=False) for n in (1024, 4096, 16384)),
-        *(Case("nt_xent", n, 128, "fp32", compiled=False) for n in (256, 1024, 16384)),
-        Case("nt_xent", 4096, 512, "fp32", compiled=False),
-        *(Case("clip", n, 512, temperature=0.07, compiled=n < 4096) for n in (512, 2048, 32768)),
-        Case("clip", 2048, 512, "fp32", 0.07, compiled=False),
-        *(Case("nt_xent", 65536, d, compiled=False) for d in (64, 256, 512, 2048)),
-        *(Case("nt_xent", n, 2048, "fp32", compiled=False) for n in (256, 4096)),
-    ]
-    return _once([*targets, *by_n, *by_d, *other])
-
-
-def _once(found: Iterable[Case]) -> list[Case]:
-    """The first case of each size: a later one would differ in its extras only."""
-    kept: dict[tuple[object, ...], Case] = {}
-    for case in found:
-        kept.setdefault(case[:5], case)
-    return list(kept.values())
+    """What is measured."""
+    of_cpu = {"precision": "fp32", "directions": (BOTH,)} if kind == "cpu" else {}
+    timed = plan.read(Case, "losses", kind, quick, of_cpu)
+    return [*timed, *plan.read(AccuracyCase, "accuracy", "any", quick)]
 
 
 def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str, Any]:
