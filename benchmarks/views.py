@@ -7,7 +7,7 @@ images. They do not do the same work: the report says what each leaves out.
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ class Arm(NamedTuple):
 
     note: str
     build: Callable[..., Prepared]
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = {}
     kinds: tuple[str, ...] = ("cpu",)
 
 
@@ -263,9 +263,7 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
     def prepare(name: str) -> Prepared:
         arm = ARMS[name].build(of, **ARMS[name].options)
         check(arm, drawn, expected)
-        if device.on_gpu:
-            result["memory"][name] = {"extra_mib": device.extra_mib(arm.call)}
-        result["launches"][name] = device.launches(arm.call)
+        trial.observe(name, arm.call, result)
         return arm
 
     arms = {

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from benchmarks import trainer
 from benchmarks.claims.plan import NAMES, SCALES, Label, Run, Scale, Section, runs, sections
 from benchmarks.claims.report import heat_map, markdown, summary
 from benchmarks.harness import machine
+from benchmarks.harness.report import commit
 
 VERSIONS = ("device", "threads", "python", "torch", "torchvision", "kornia", "contrastive_kit")
 
@@ -152,11 +153,8 @@ def collect(scale: Scale, out: Path, seeds: int | None, failed: dict[str, str]) 
     for run in done:
         of_run = json.loads((out / run.key / "config.json").read_text())["about"]
         chosen = {name: of_run[name] for name in VERSIONS}
-        commit = str(of_run["commit"] or "unknown")
-        if of_run["uncommitted_changes"]:
-            commit += " with uncommitted changes"
         about += [chosen] if chosen not in about else []
-        commits += [commit] if commit not in commits else []
+        commits += [c] if (c := commit(of_run)) not in commits else []
     return {
         "scale": scale.name,
         "title": scale.title,
@@ -198,11 +196,15 @@ def write_pages(folder: Path) -> None:
             path.with_suffix(".md").write_text(page)
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of an option."""
+
+    def convert(text: str) -> Any:
+        if not kind(text) > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return kind(text)
+
+    return convert
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -218,20 +220,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the baselines in one epoch, not kept")
     parser.add_argument("--out", type=Path, help="kept runs [runs/reproduce/SCALE]")
     parser.add_argument("--results", type=Path, help="for the report [benchmarks/results]")
-    parser.add_argument("--seeds", type=int, help="in place of each section's own number")
-    parser.add_argument("--minutes", type=positive, help="stop training after that, to go on later")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
-    parser.add_argument("--threads", type=int, help="of each run [cores / jobs]")
+    parser.add_argument("--seeds", type=positive(int), help="in place of each section's own number")
+    parser.add_argument(
+        "--minutes", type=positive(float), help="stop training after that, to go on later"
+    )
+    parser.add_argument("--jobs", type=positive(int), default=1, help="runs at a time [1]")
+    parser.add_argument("--threads", type=positive(int), help="of each run [cores / jobs]")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--list", action="store_true", help="print the command lines of the runs")
     given = parser.parse_args(argv)
     unknown = sorted(set(given.sections) - set(NAMES))
     if unknown:
         parser.error(f"SECTION must be one of {', '.join(NAMES)}; got {', '.join(unknown)}")
-    for name in ("seeds", "jobs", "threads"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
     needs = SCALES[given.scale].needs_root
     if needs and given.root is None and not (given.report or given.list):
         parser.error(f"--scale {given.scale} needs --root, a folder with train/ and test/")

@@ -55,10 +55,8 @@ class Device:
         """The call, over when the device is done, for a clock that is not the device's."""
         return (lambda: (call(), torch.cuda.synchronize())) if self.on_gpu else call
 
-    def extra_mib(self, call: Call) -> float | None:
-        """Peak of what tensors take during a call, beyond what they took before; GPU only."""
-        if not self.on_gpu:
-            return None
+    def extra_mib(self, call: Call) -> float:
+        """Peak of what tensors take during a call, beyond what they took before."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -69,8 +67,6 @@ class Device:
 
     def launches(self, call: Call) -> dict[str, int] | None:
         """Kernels that a call launches, and its copies and fills; None if the profiler saw none."""
-        if not self.on_gpu:
-            return None
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             call()
             torch.cuda.synchronize()

@@ -34,30 +34,31 @@ def run(
         ValueError: if the results were begun elsewhere, see ``Store``.
     """
     end = time.monotonic() + limit_s
-    about = Device(kind, dry).describe()
-    modes = {"quick": quick, "dry": dry}
+    about, modes = Device(kind, dry).describe(), {"quick": quick, "dry": dry}
     store = Store(path, about, **modes, force=force)
     if store.complete:
         print(f"{subject}: results are there, --force measures again")
-        return _verdict(store)
-    store.save()
-    cases = import_module(f"benchmarks.{subject}").cases(kind, quick)
-    for environment in dict.fromkeys(map(Environment.of, cases)):
-        status = _supervise((subject, path, kind, modes, environment), environment, end)
-        if status:
-            return status
-    store = Store(path, about, **modes)
-    store.finish()
-    return _verdict(store)
+    else:
+        store.save()
+        cases = import_module(f"benchmarks.{subject}").cases(kind, quick)
+        for environment in dict.fromkeys(map(Environment.of, cases)):
+            status = _supervise((subject, path, kind, modes, environment), environment, end)
+            if status:
+                return status
+        store = Store(path, about, **modes)
+        store.finish()
+    failed = [case for case in store.results["cases"] if case.get("failed")]
+    for case in failed:
+        print(f"FAILED {case['case']}: {case['failed']}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def _supervise(arguments: tuple[Any, ...], environment: Environment, end: float) -> int:
     """Start the process again as long as it breaks; end one that hangs."""
-    status = UNFINISHED
     for _ in range(_ATTEMPTS):
         left_s = end - time.monotonic()
         if left_s <= 0:
-            return UNFINISHED
+            break
         process = SPAWN.Process(target=_measure, args=(*arguments, left_s))
         with mock.patch.dict(os.environ, environment.variables()):
             process.start()
@@ -68,10 +69,9 @@ def _supervise(arguments: tuple[Any, ...], environment: Environment, end: float)
             process.join(10)
             process.kill()
             process.join()
-            return UNFINISHED
-        status = process.exitcode or 0
-        if status not in _GO_ON:
-            return UNFINISHED if status == UNFINISHED else int(status != 0)
+            break
+        if process.exitcode not in _GO_ON:
+            return process.exitcode if process.exitcode in (0, UNFINISHED) else 1
     return UNFINISHED
 
 
@@ -101,10 +101,3 @@ def _measure(
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(_DEVICE_BROKEN)  # without the destructors, which would wait for the device
-
-
-def _verdict(store: Store) -> int:
-    failed = [case for case in store.results["cases"] if case.get("failed")]
-    for case in failed:
-        print(f"FAILED {case['case']}: {case['failed']}", file=sys.stderr)
-    return int(bool(failed))

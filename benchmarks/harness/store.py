@@ -173,9 +173,11 @@ class Trial:
             self.device.free()
         return None
 
-    def works(self, name: str, call: Call) -> bool:
-        """Whether a call raises nothing."""
-        return self.run(name, lambda: (call(), True)) is not None
+    def observe(self, name: str, call: Call, result: dict[str, Any]) -> None:
+        """Keep memory and launches of a call on a GPU."""
+        if self.device.on_gpu:
+            result["memory"][name] = {"extra_mib": self.device.extra_mib(call)}
+            result["launches"][name] = self.device.launches(call)
 
     def time(
         self, step: str, calls: Mapping[str, Call], label: str = "{}", **options: Any

@@ -85,9 +85,7 @@ def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str
         rates = _rates(case, device)
         for direction in case.directions:
             calls = {n: partial(DIRECTIONS[direction], loss, z1, z2) for n, loss in losses.items()}
-            # Compiled ones compile here, outside of the timing.
-            works = {n: c for n, c in calls.items() if trial.works(f"{n}, {direction}", c)}
-            result["times"][direction] = _times(case, direction, works, rates, trial)
+            result["times"][direction] = _times(case, direction, calls, rates, trial)
         if case.graph:
             graphs = {
                 name: replay
@@ -115,12 +113,9 @@ def _right_losses(
             expected[arm.formula] = _expected(arm.formula, *z, case, setting)
         result["errors"][name] = relative_errors(loss, *z, expected[arm.formula])
         check(result["errors"][name], gate(arm, setting))
-        call = partial(arms.forward_backward, loss, *z)
-        if device.on_gpu:
-            result["memory"][name] = {"extra_mib": device.extra_mib(call)}
-        elif case.memory:
+        trial.observe(name, partial(arms.forward_backward, loss, *z), result)
+        if case.memory:
             result["memory"][name] = fresh(_memory, case, name)
-        result["launches"][name] = device.launches(call)
         return loss
 
     if device.kind == "cuda":
@@ -186,10 +181,8 @@ def _rates(case: Case, device: Device) -> dict[str, tuple[Call, float]]:
         return {GEMM: device.product(side, side, dtype), COPY: device.copy()}
     if case.subject != "nt_xent":
         return {}
-    return {
-        GEMM_OF_LOGITS: device.product(2 * case.n, case.d),
-        GEMM_SQUARE: device.product(1024, 1024),
-    }
+    m = 2 * case.n
+    return {GEMM_OF_LOGITS: device.product(m, case.d), GEMM_SQUARE: device.product(1024, 1024)}
 
 
 def flops(case: Case, direction: str) -> float:
@@ -229,13 +222,9 @@ def _times(
     )
     peers = [name for name in calls if name in samples and name != OURS]
     timed = {name: spread([1e3 * s for s in values]) for name, values in samples.items()}
-    result: dict[str, Any] = {
-        "rounds": len(next(iter(samples.values()), [])),
-        "milliseconds": timed,
-        "times_ours": {},
-        "rates": {},
-        "fractions": {},
-    }
+    rounds = len(next(iter(samples.values()), []))
+    result: dict[str, Any] = {"rounds": rounds, "milliseconds": timed}
+    result |= {"times_ours": {}, "rates": {}, "fractions": {}}
     work = {name: count for name, (_, count) in rates.items() if name in samples}
     if OURS in samples:
         ours = samples[OURS]
@@ -263,11 +252,8 @@ def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
     for name in (OURS, EAGER):
         loss = SUBJECTS["nt_xent"][name].build(Setting(case.temperature, "fp32", device))
         errors = [relative_errors(loss, *z, o) for z, o in zip(batches, expected, strict=True)]
-        result[name] = {
-            part: {
-                "median": statistics.median(e[part] for e in errors),
-                "largest": max(e[part] for e in errors),
-            }
-            for part in ("loss", "gradient")
-        }
+        result[name] = {}
+        for part in ("loss", "gradient"):
+            found = [e[part] for e in errors]
+            result[name][part] = {"median": statistics.median(found), "largest": max(found)}
     return result

@@ -44,13 +44,11 @@ def _tuned(results: Results) -> str:
     """What is left of the ratios with targets where peers pay for no page faults."""
     tuned = targets.timed_on_cpu(results, "tuned")["times_ours"]
     left = [f"{times(tuned[peer])} against {peer}" for peer in targets.LOSS_CPU if peer in tuned]
-    return (
-        left
-        and (
-            "\n\nA large part of what the peers take there is fetching pages from the system. With an "
-            f"allocator that keeps freed memory the ratios are {', '.join(left)}."
-        )
-    ) or ""
+    text = (
+        "\n\nA large part of what the peers take there is fetching pages from the system. With an "
+        f"allocator that keeps freed memory the ratios are {', '.join(left)}."
+    )
+    return text if left else ""
 
 
 def _times(cases: list[Results], on_gpu: bool, dry: bool) -> str:
