@@ -4,7 +4,7 @@
     python -m benchmarks views --device cuda    # SimCLR's views on a GPU
     python -m benchmarks steps                  # large batches: GradCache, gathering, memory
     python -m benchmarks ddp                    # gradients under DDP, beside one process
-    python -m benchmarks correctness --device cuda  # pytest -m gpu, what it says is kept
+    python -m benchmarks correctness --device cuda  # pytest -m gpu, and what it said is kept
     python -m benchmarks claims --help          # the claims of the paper, by training
     python -m benchmarks report                 # the pages again, from the JSON files
     python -m benchmarks readme                 # the figures of README.md, from the pages
@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("subject", choices=[*FILES, "claims", "report", "readme"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="[cpu; cuda for correctness]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--quick", action="store_true", help="a few small sizes: does everything run? Printed only"
     )
@@ -79,7 +79,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="measure again what is measured")
     given = parser.parse_args(argv)
     kinds = FILES.get(given.subject, {"cpu": ""})
-    given.device = given.device or next(iter(kinds))
     given.quick = given.quick or given.dry
     if given.device not in kinds:
         parser.error(f"{given.subject} is measured on {' and '.join(kinds)} only")

@@ -88,14 +88,13 @@ def _lightly(rank: int, size: int) -> Iterator[Arm]:
     from lightly.loss import NTXentLoss
 
     for gather in (True, False):
-        loss = NTXentLoss(_TEMPERATURE, gather_distributed=gather)
-        yield Arm(
-            "NT-Xent",
-            f"lightly, `gather_distributed={gather}`",
-            lambda a, b, s, loss=loss: loss(a, b),  # type: ignore[misc]
-            whole=gather,
-            learnable=False,
-        )
+        loss = partial(_without_scale, NTXentLoss(_TEMPERATURE, gather_distributed=gather))
+        name = f"lightly, `gather_distributed={gather}`"
+        yield Arm("NT-Xent", name, loss, whole=gather, learnable=False)
+
+
+def _without_scale(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return loss(a, b)
 
 
 def _metric_learning(rank: int, size: int) -> Iterator[Arm]:
@@ -103,38 +102,32 @@ def _metric_learning(rank: int, size: int) -> Iterator[Arm]:
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
     labels = torch.arange(_PER_PROCESS).repeat(2) + rank * _PER_PROCESS
+
+    def call(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        return loss(torch.cat([a, b]), labels)
+
     for efficient in (False, True):
         loss = DistributedLossWrapper(NTXentLoss(_TEMPERATURE), efficient=efficient)
-        yield Arm(
-            "NT-Xent",
-            f"pytorch-metric-learning, `efficient={efficient}`",
-            lambda a, b, s, loss=loss: loss(torch.cat([a, b]), labels),  # type: ignore[misc]
-            learnable=False,
-        )
+        name = f"pytorch-metric-learning, `efficient={efficient}`"
+        yield Arm("NT-Xent", name, partial(call, loss), learnable=False)
 
 
 def _open_clip(rank: int, size: int) -> Iterator[Arm]:
     from open_clip.loss import ClipLoss, SigLipLoss
 
-    for local_loss in (False, True):
-        for with_grad in (False, True):
-            loss = ClipLoss(
-                local_loss=local_loss, gather_with_grad=with_grad, rank=rank, world_size=size
-            )
-            default = " (the default)" if not (local_loss or with_grad) else ""
-            yield Arm(
-                "CLIP",
-                f"open_clip, `local_loss={local_loss}, gather_with_grad={with_grad}`{default}",
-                lambda a, b, s, loss=loss: loss(a, b, s),  # type: ignore[misc]
-            )
+    where = {"rank": rank, "world_size": size}
+    for local, with_grad in ((False, False), (False, True), (True, False), (True, True)):
+        default = "" if local or with_grad else " (the default)"
+        name = f"open_clip, `local_loss={local}, gather_with_grad={with_grad}`{default}"
+        yield Arm("CLIP", name, ClipLoss(local_loss=local, gather_with_grad=with_grad, **where))
     for exchange in ("bidir", "shift", "reduce", "gather"):
-        sigmoid_loss = SigLipLoss(rank=rank, world_size=size, dist_impl=exchange)
         default = " (the default)" if exchange == "bidir" else ""
-        yield Arm(
-            "SigLIP",
-            f"open_clip, `dist_impl={exchange!r}`{default}",
-            lambda a, b, s, loss=sigmoid_loss: loss(a, b, s, _BIAS),  # type: ignore[misc]
-        )
+        loss = partial(_with_bias, SigLipLoss(dist_impl=exchange, **where))
+        yield Arm("SigLIP", f"open_clip, `dist_impl={exchange!r}`{default}", loss)
+
+
+def _with_bias(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return loss(a, b, s, _BIAS)
 
 
 def truth(subject: str, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:

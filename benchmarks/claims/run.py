@@ -14,6 +14,7 @@ that ``--minutes`` or Ctrl-C interrupted goes on from where it was. From whateve
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -36,38 +37,28 @@ VERSIONS = ("device", "threads", "python", "torch", "torchvision", "kornia", "co
 
 
 class Trainings:
-    """Trainings in processes of their own, which end together.
-
-    Args:
-        threads: of each.
-        deadline: when they stop, to go on later; None for never.
-        device: of the trainer; None for its own choice.
-    """
+    """Trainings in processes of their own, which end together: at the deadline, or when told."""
 
     def __init__(self, threads: int, deadline: float | None, device: str | None = None) -> None:
-        self._threads = threads
-        self._deadline = deadline
-        self._device = [] if device is None else ["--device", device]
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self._deadline = math.inf if deadline is None else deadline
+        self._options = ["--no-pictures", *(["--device", device] if device else [])]
         self._running: set[subprocess.Popen[bytes]] = set()
         self.stopping = threading.Event()
 
     def train(self, arguments: Sequence[str], folder: Path) -> str | None:
         """Train, or go on training, into ``folder``; returns what went wrong, None if nothing."""
+        left = (self._deadline - time.time()) / 60
+        if self.stopping.is_set() or left <= 0:
+            return None
         begun = (folder / "checkpoint.pt").exists()
         options = ["--resume", str(folder)] if begun else [*arguments, "--out", str(folder)]
-        options += ["--no-pictures", *self._device]
-        if self._deadline is not None:
-            left = (self._deadline - time.time()) / 60
-            options += ["--minutes", f"{left:.3f}"]
-        if self.stopping.is_set() or (self._deadline is not None and left <= 0):
-            return None
+        options += [*self._options, *(["--minutes", f"{left:.3f}"] if left < math.inf else [])]
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
         with (folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                trainer.command(*options), stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+            output = {"stdout": log, "stderr": subprocess.STDOUT, "env": self._environment}
+            process = subprocess.Popen(trainer.command(*options), **output)
             self._running.add(process)
             status = process.wait()
             self._running.discard(process)

@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +25,10 @@ _KEEPS_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179
 
 
 class Environment(NamedTuple):
-    """How a process is started in which cases are measured.
+    """How a process is started in which cases are measured."""
 
-    Attributes:
-        allocator: "default", or "tuned": freed memory is kept.
-        threads: of torch; None for its own choice.
-    """
-
-    allocator: str = "default"
-    threads: int | None = None
+    allocator: str = "default"  # or "tuned": freed memory is kept
+    threads: int | None = None  # of torch; None for its own choice
 
     @classmethod
     def of(cls, case: Any) -> "Environment":
@@ -74,12 +70,10 @@ def load_average() -> float:
 def output(*command: str) -> str | None:
     """What a command prints; None if it is not there or fails."""
     try:
-        result = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return done.stdout.strip()
 
 
 def _source_digest() -> str:
@@ -91,12 +85,9 @@ def _source_digest() -> str:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str | None:

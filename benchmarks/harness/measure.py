@@ -52,8 +52,7 @@ def time_interleaved(
         budget_s: no round starts after this many seconds, once there are ``min_rounds``.
         sample_s: an arm is called as often within a round as fills this many seconds, so that
             the clock and the loop cost nothing against short calls.
-        min_rounds: rounds in any case.
-        max_rounds: rounds at most.
+        min_rounds, max_rounds: how many rounds there are.
         seconds: the clock: from a call and how often it is made to seconds per call.
         failed: told of an arm that raises, which is then left out; without it, the error ends all.
     """
