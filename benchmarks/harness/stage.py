@@ -21,7 +21,7 @@ UNFINISHED = 3  # out of time: run it again to go on
 _DEVICE_BROKEN = 75
 # What ended a process under an arm, which the next process leaves out: the device or a crash.
 _GO_ON = (_DEVICE_BROKEN, -signal.SIGABRT, -signal.SIGSEGV)
-_ATTEMPTS = 6
+_ATTEMPTS, _GRACE_S = 6, 25
 
 
 def run(
@@ -63,7 +63,7 @@ def _supervise(arguments: tuple[Any, ...], environment: Environment, end: float)
         with mock.patch.dict(os.environ, environment.variables()):
             process.start()
         # It ends in time by itself; the signals are for one that hangs.
-        process.join(None if left_s == float("inf") else left_s + 25)
+        process.join(None if left_s == float("inf") else left_s + _GRACE_S)
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGINT)
             process.join(10)

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "cifar10_gpu.sh"
-
-sys.path.insert(0, str(ROOT / "examples"))
 
 
 @pytest.fixture
@@ -59,12 +57,20 @@ def test_stages(archive, tmp_path):
 
 
 def test_only_the_recipe_becomes_the_result():
-    from simclr_settings import make_config
+    from benchmarks import trainer
+    from benchmarks.cifar10 import differences, markdown
 
-    from benchmarks.cifar10_gpu import differences, markdown
-
-    given = {"recipe": "cifar10_resnet18", "data": "imagefolder", "root": "elsewhere", "seed": 3}
-    config = json.loads(json.dumps(vars(make_config(given))))
+    options = [
+        "--recipe",
+        "cifar10_resnet18",
+        "--data",
+        "imagefolder",
+        "--root",
+        "x",
+        "--seed",
+        "3",
+    ]
+    config = json.loads(json.dumps(trainer.settings(options)))
     assert differences(config) == []
     assert differences({**config, "batch_size": 64}) == ["batch_size 64 instead of 512"]
     scores = {"knn": 0.83, "linear": 0.849, "l2": 0.1}

@@ -1,26 +1,19 @@
 """The reproduction of the paper's claims: what is run, what is kept, and what is said of it."""
 
 import dataclasses
-import importlib
 import json
 import math
-import signal
 import sys
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-plan = importlib.import_module("benchmarks._reproduce_sections")
-report = importlib.import_module("benchmarks._reproduce_report")
-reproduce = importlib.import_module("benchmarks.reproduce")
-settings = importlib.import_module("simclr_settings")
+from benchmarks import trainer
+from benchmarks.claims import plan, report
+from benchmarks.claims import run as claims
 
 A, B, C = ("a", "h"), ("b", "h"), ("c", "h")
 A_ABOVE_B = plan.Claim("a is above b", {A: 1.0, B: -1.0})
@@ -32,13 +25,12 @@ def section(name, scale="photos"):
 
 
 @pytest.mark.parametrize("scale", plan.SCALES.values(), ids=plan.SCALES)
-def test_the_example_accepts_every_run(scale):
+def test_the_trainer_accepts_every_run(scale):
     root = ["--root", "images"] if scale.needs_root else []
     for run in plan.runs(scale, plan.sections(scale)):
-        given, _ = settings.parse([*run.arguments(), *root])
-        config = settings.make_config(given)
+        config = trainer.settings([*run.arguments(), *root])
         for name, value in run.settings.items():
-            assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
+            assert config[name] == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize("scale", plan.SCALES.values(), ids=plan.SCALES)
@@ -52,14 +44,10 @@ def test_claims_speak_of_places_that_are_run(scale):
             assert balance == pytest.approx(0)  # adding a constant to all accuracies does nothing
 
 
-def test_sections_are_those_of_the_command_line():
-    assert tuple(s.name for s in plan.sections(plan.SCALES["photos"])) == reproduce.NAMES
-
-
 def test_the_matrix_has_every_transform_and_every_pair():
     augment = [frozenset(c.changes["augment"]) for c in section("augment").cells]
     assert len(set(augment)) == len(augment) == 6 + 15
-    assert set().union(*augment) == set(settings.TRANSFORMS)
+    assert set().union(*augment) == set(plan.TRANSFORMS)
     best, *_ = section("augment").claims
     assert len(best.rivals) == 14
     assert ("crop", "colour", "h") not in best.rivals
@@ -180,55 +168,86 @@ def test_a_section_without_runs_makes_no_statement():
     assert "a is above b" not in page
 
 
+TRAINER = """
+import json, pathlib, sys, time
+arguments = sys.argv[1:]
+flag = "--resume" if "--resume" in arguments else "--out"
+folder = pathlib.Path(arguments[arguments.index(flag) + 1])
+with (folder / "commands.txt").open("a") as file:
+    file.write(json.dumps(arguments) + chr(10))
+"""
+
+
 @pytest.fixture
-def example(monkeypatch):
-    """In the place of the example: remembers its command lines, and finishes if it is told to."""
-    fake = SimpleNamespace(commands=[], scores=None, error=None)
+def fake(monkeypatch, tmp_path):
+    """In the place of the trainer: keeps its command lines, then does what it is told."""
 
-    def main(command):
-        fake.commands.append(command)
-        if fake.error:
-            raise fake.error
-        return fake.scores
+    def make(then=""):
+        path = tmp_path / "trainer.py"
+        path.write_text(f"{TRAINER}\n{then}\n")
+        monkeypatch.setattr(trainer, "command", lambda *options: [sys.executable, path, *options])
 
-    fake.main = main
-    monkeypatch.setitem(sys.modules, "simclr", fake)
-    return fake
+    make()
+    return make
 
 
-def test_an_interrupted_run_is_resumed(example, tmp_path):
+def commands(folder):
+    path = folder / "commands.txt"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_an_interrupted_run_is_resumed(fake, tmp_path):
     run = tmp_path / "run"
-    assert reproduce.train(["--epochs", "1"], run, None) is None
+    assert claims.Trainings(1, None).train(["--epochs", "1"], run) is None
     (run / "checkpoint.pt").touch()
-    reproduce.train(["--epochs", "1"], run, time.time() + 600)
-    first, second = example.commands
+    claims.Trainings(1, time.time() + 600, "cpu").train(["--epochs", "1"], run)
+    first, second = commands(run)
     assert first == ["--epochs", "1", "--out", str(run), "--no-pictures"]
-    assert second[:4] == ["--resume", str(run), "--no-pictures", "--minutes"]
-    assert 9.9 < float(second[4]) <= 10
+    assert second[:5] == ["--resume", str(run), "--no-pictures", "--device", "cpu"]
+    assert second[5] == "--minutes"
+    assert 9.5 < float(second[6]) <= 10
     assert (run / "checkpoint.pt").exists()
-    example.scores = {"SimCLR": None}
-    reproduce.train(["--epochs", "1"], run, None)
+    fake('(folder / "results.json").touch()')
+    claims.Trainings(1, None).train(["--epochs", "1"], run)
     assert not (run / "checkpoint.pt").exists()
 
 
-def test_nothing_starts_when_the_time_is_over(example, tmp_path):
-    assert reproduce.train([], tmp_path / "run", time.time() - 1) is None
-    assert example.commands == []
+def test_nothing_starts_when_the_time_is_over(fake, tmp_path):
+    assert claims.Trainings(1, time.time() - 1).train([], tmp_path / "run") is None
+    assert not (tmp_path / "run").exists()
 
 
-def test_nothing_starts_once_it_is_to_stop(example, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce.Worker, "stopping", threading.Event())
-    reproduce.train([], tmp_path / "run", None)
-    assert len(example.commands) == 1
-    reproduce.Worker.stopping.set()
-    assert reproduce.train([], tmp_path / "run", None) is None
-    assert len(example.commands) == 1
+def test_nothing_starts_once_it_is_to_stop(fake, tmp_path):
+    trainings = claims.Trainings(1, None)
+    trainings.train([], tmp_path / "run")
+    trainings.stop()
+    assert trainings.train([], tmp_path / "run") is None
+    assert len(commands(tmp_path / "run")) == 1
 
 
-@pytest.mark.parametrize("error", [SystemExit("no such folder"), ValueError("no such folder")])
-def test_a_failed_run_tells_why(example, tmp_path, error):
-    example.error = error
-    assert reproduce.train([], tmp_path / "run", None) == "no such folder"
+def test_those_that_run_are_told_to_stop(fake, tmp_path):
+    """And are no failures, whatever their status."""
+    fake("time.sleep(120)")
+    trainings = claims.Trainings(1, None)
+    wanted = plan.SCALES["photos"].run({}, 0)
+
+    def when_it_runs():
+        while not commands(tmp_path / wanted.key):
+            time.sleep(0.05)
+        trainings.stop()
+
+    thread = threading.Thread(target=when_it_runs)
+    thread.start()
+    assert trainings.train_all([wanted], tmp_path, [], jobs=1) == {}
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "words", ['sys.exit("no such folder")', 'raise ValueError("no such folder")']
+)
+def test_a_failed_run_tells_why(fake, tmp_path, words):
+    fake(words)
+    assert "no such folder" in claims.Trainings(1, None).train([], tmp_path / "run")
     assert "no such folder" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -236,7 +255,7 @@ def test_a_failed_run_tells_why(example, tmp_path, error):
     ("arguments", "said"),
     [
         (["colours"], "SECTION must be one of"),
-        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--seeds", "0"], "--seeds: must be above 0"),
         (["--minutes", "0"], "must be above 0"),
         (["--scale", "cifar-subset"], "needs --root"),
         (["--root", "x"], "no meaning"),
@@ -244,7 +263,7 @@ def test_a_failed_run_tells_why(example, tmp_path, error):
 )
 def test_bad_options(arguments, said, capsys):
     with pytest.raises(SystemExit):
-        reproduce.parse(arguments)
+        claims.parse(arguments)
     assert said in capsys.readouterr().err
 
 
@@ -261,16 +280,6 @@ def make_images(root):
     return root
 
 
-@pytest.fixture
-def process(monkeypatch):
-    """Puts back what the command changes in its process."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.mark.usefixtures("process")
 def test_a_tiny_run_from_end_to_end(tmp_path, monkeypatch):
     scale = plan.SCALES["cifar-subset"]
     base = {
@@ -282,7 +291,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path, monkeypatch):
         "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--seeds", "1",
         "--threads", "1",
     ]  # fmt: skip
-    reproduce.main(arguments)
+    assert claims.main(arguments) == 0
     found = json.loads((tmp_path / f"{scale.file}.json").read_text())
     assert found["finished"] == 3
     assert found["failed"] == {}
@@ -297,8 +306,8 @@ def test_a_tiny_run_from_end_to_end(tmp_path, monkeypatch):
     def not_again(*_arguments):
         raise AssertionError("finished runs were started again")
 
-    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", not_again)
-    reproduce.main(arguments)
+    monkeypatch.setattr(trainer, "command", not_again)
+    assert claims.main(arguments) == 0
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     page = (tmp_path / f"{scale.file}.md").read_text()
     assert "Projection head" in page

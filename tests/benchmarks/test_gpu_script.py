@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 
-pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
 
 
@@ -46,15 +46,13 @@ def dry(tmp_path_factory):
 
 def test_every_stage_leaves_its_files(dry):
     assert {path.name for path in dry.iterdir()} == {
-        "correctness_gpu.json", "loss_gpu.json", "loss_gpu.md", "loss_gpu.png",
-        "augment_gpu.json", "augment_gpu.md", "augment_gpu.png",
+        f"{stem}_gpu.{kind}" for stem in ("correctness", "loss", "augment") for kind in ("json", "md")
     }  # fmt: skip
     for path in dry.glob("*.json"):
         results = json.loads(path.read_text())
         assert results["complete"]
         assert results["dry"]
         assert results["machine"]["device"] == "CPU, dry run"
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in dry.glob("*.png"))
 
 
 @pytest.mark.parametrize("name", ["loss_gpu.md", "augment_gpu.md"])
@@ -64,9 +62,8 @@ def test_every_table_says_that_it_has_no_figures(dry, name):
     assert len(tables) >= 5
     assert all(lines[i - 3] == "*dry run: no figures*" for i in tables)
     start = lines.index("## Targets")
-    targets = [
-        line for line in lines[start : lines.index("## Correctness")] if line.startswith("| ")
-    ][2:]
+    end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith("## "))
+    targets = [line for line in lines[start:end] if line.startswith("| ")][2:]
     assert len(targets) >= 4
     assert all(line.endswith("| dry run: no figures |  |") for line in targets)
 
@@ -74,27 +71,31 @@ def test_every_table_says_that_it_has_no_figures(dry, name):
 def test_what_is_absent_has_its_reason(dry):
     report = (dry / "loss_gpu.md").read_text()
     for peer in ("lightly", "open_clip", "pytorch-metric-learning", "inf_cl", "cut-cross-entropy"):
-        assert f"- {peer}: not installed (left out by the test)" in report
-    assert "- backend triton: " in report
+        assert re.search(rf"^- .*: {peer} at N = \\d+: not installed \\(left out", report, re.M)
+    assert "backend triton at N = 8: " in report
     assert "CUDA graphs need a CUDA device" in report
 
 
 def test_ours_and_eager_are_checked_and_timed(dry):
-    for c in json.loads((dry / "loss_gpu.json").read_text())["cases"]:
+    for c in json.loads((dry / "loss_gpu.json").read_text())["cases"][:2]:
         for direction in ("forward", "forward+backward"):
             assert {"contrastive-kit", "contrastive-kit, tiled", "eager"} <= set(
                 c["times"][direction]["milliseconds"]
             )
         assert c["errors"]["contrastive-kit"]["gradient"] < 0.02
     (c,) = json.loads((dry / "augment_gpu.json").read_text())["cases"]
-    assert {"SimCLRAugment", "SimCLRAugment, torch", "Kornia"} <= set(c["views_per_second"])
+    assert {"SimCLRAugment, uint8", "SimCLRAugment, torch", "Kornia, uint8"} <= set(
+        c["seconds_per_view"]
+    )
     checks = json.loads((dry / "correctness_gpu.json").read_text())["cases"]
-    assert sum(c["outcome"] == "passed" for c in checks) >= 30
+    passed = [re.match(r"(\d+) passed", c["summary"]) for c in checks]
+    assert sum(int(match[1]) for match in passed if match) >= 30
+    assert not any(c.get("failed") for c in checks)
 
 
 def test_a_stage_that_is_done_is_skipped(dry):
     before = contents(dry)
-    done = run("--dry", "--out", dry, "augment")
+    done = run("--dry", "--out", dry, "views")
     assert done.returncode == 0
     assert "results are there" in done.stdout
     assert contents(dry) == before
@@ -104,7 +105,7 @@ def test_a_stage_that_is_done_is_skipped(dry):
     ("arguments", "message"),
     [
         (["--dry"], "--dry needs --out"),
-        (["--dry", "--out", RESULTS, "loss"], "has no figures, and does not write into"),
+        (["--dry", "--out", RESULTS, "losses"], "have no figures, and do not write into"),
         (["everything"], "unknown argument: everything"),
     ],
 )
@@ -118,7 +119,7 @@ def test_refusals(arguments, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = run("--out", tmp_path, "loss")
+    done = run("--out", tmp_path, "losses")
     assert done.returncode == 1
     assert "there is no CUDA device here" in done.stderr
     assert not list(tmp_path.iterdir())
