@@ -66,9 +66,11 @@ def poisoned_empty(monkeypatch):
 
 # A worker that takes one of these last works alone at the end.
 LONG_FILES = {
+    "test_example.py",
     "test_example_distributed.py",
     "test_example_gpu_script.py",
     "test_gpu_script.py",
+    "test_integration.py",
     "test_triton.py",
     "test_triton_aot.py",
 }
