@@ -98,7 +98,7 @@ def preferring_hard(logsumexp: LogSumExp, hardness: float) -> LogSumExp:
 def _hard_logsumexp(
     logsumexp: LogSumExp, hardness: float, problem: Problem
 ) -> tuple[Tensor, LogitStatistics | None]:
-    n_rows, n_columns, exclusion = len(problem.q), len(problem.keys), problem.exclusion
+    n_rows, n_columns, exclusion = len(problem.q), len(problem.keys()), problem.exclusion
     counts = kept_counts(n_rows, n_columns, exclusion, problem.q.device)
     if problem.both:
         transposed = exclusion.transposed()

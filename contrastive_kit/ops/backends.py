@@ -133,7 +133,7 @@ def _never_refuses(problem: Problem) -> None:
 
 def _reference_logsumexp(problem: Problem) -> tuple[Tensor, LogitStatistics | None]:
     problem = problem.in_compute_dtype()
-    q, keys, left_out = problem.q, problem.keys, problem.mask()
+    q, keys, left_out = problem.q, problem.keys(), problem.mask()
     with torch.autocast(q.device.type, enabled=False):
         parts = [reference.kept_logsumexp(q, keys, left_out)]
         if problem.both:

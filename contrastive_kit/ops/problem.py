@@ -83,6 +83,8 @@ def _swapped(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None
 class Problem(NamedTuple):
     """The kept entries of each row of the logits ``q @ k.T``, and what is asked of them.
 
+    It has methods and no properties, which Dynamo of torch 2.9 does not see through.
+
     Attributes:
         q: rows (R, D), floating.
         k: columns (C, D), or None for ``k = q``.
@@ -102,24 +104,22 @@ class Problem(NamedTuple):
     statistics: bool = False
     mma_dtype: str = "float32"
 
-    @property
     def keys(self) -> Tensor:
         """The columns, which may be the rows."""
         return self.q if self.k is None else self.k
 
-    @property
     def n_results(self) -> int:
         """R, or R + C if columns are asked for too."""
         return self.q.shape[0] + (self.k.shape[0] if self.both and self.k is not None else 0)
 
     def in_compute_dtype(self) -> "Problem":
         """Both matrices in float64 if one is, else in float32."""
-        dtype = compute_dtype(self.q, self.keys)
+        dtype = compute_dtype(self.q, self.keys())
         return self._replace(q=self.q.to(dtype), k=None if self.k is None else self.k.to(dtype))
 
     def mask(self) -> Tensor:
         """Boolean (R, C), True where a pair is left out."""
-        return self.exclusion.mask(len(self.q), len(self.keys), self.q.device)
+        return self.exclusion.mask(len(self.q), len(self.keys()), self.q.device)
 
     def flat(self) -> tuple[Any, ...]:
         """The arguments of ``SCHEMA``; ``of_flat`` is the inverse. Tensors come first."""

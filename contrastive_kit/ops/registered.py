@@ -67,7 +67,7 @@ def register_logsumexp(
 
     def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
         problem = Problem.of_flat(*arguments[:-1])
-        q, length = problem.q, problem.n_results
+        q, length = problem.q, problem.n_results()
         stats = q.new_empty((4, length) if problem.statistics else 0)
         return q.new_empty(length), q.new_empty(length), stats, new_tiles(problem, arguments[-1])
 
@@ -111,7 +111,7 @@ def _logsumexp(backend: str, problem: Problem) -> tuple[Tensor, LogitStatistics 
 
 
 def _wants_gradient(problem: Problem) -> bool:
-    return (problem.q.requires_grad or problem.keys.requires_grad) and torch.is_grad_enabled()
+    return (problem.q.requires_grad or problem.keys().requires_grad) and torch.is_grad_enabled()
 
 
 class _LogSumExp(torch.autograd.Function):

@@ -44,7 +44,7 @@ def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tens
     if _needs_shift(q, bound):
         lse, stats = _running_logsumexp(problem, saved_tiles)
     else:
-        sums = q.new_zeros(problem.n_results, dtype=accumulator_dtype(q))
+        sums = q.new_zeros(problem.n_results(), dtype=accumulator_dtype(q))
         row_sums, column_sums = row_and_column_blocks(sums, problem)
         scale, exponentiate = _exponentials(problem, bound)
         for tile, exps in computed_tiles(problem, exponentiate, scale=scale, saved=saved_tiles):
@@ -59,7 +59,7 @@ def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _running_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor]:
     """The logsumexp where exp of a logit may overflow, equation (8), and its statistics."""
-    q, length, statistics = problem.q, problem.n_results, problem.statistics
+    q, length, statistics = problem.q, problem.n_results(), problem.statistics
     lse = q.new_full((length,), -torch.inf, dtype=accumulator_dtype(q))
     stats = q.new_zeros(4 if statistics else 0, length)
     stats[:1] = -torch.inf
@@ -181,7 +181,7 @@ def _largest_logit(problem: Problem) -> float:
     q, k = problem.q, problem.k
     if problem.bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]:
         return problem.bound
-    if 0 in (len(q), len(problem.keys)):
+    if 0 in (len(q), len(problem.keys())):
         return 0.0
     if q.device.type != "cpu":
         return torch.inf  # reading the norms would wait for the device

@@ -31,7 +31,7 @@ def backward(
     problem: Problem, bias: Tensor, grad: Tensor, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equation (19): gradients of ``bias``, and of ``q`` and ``k``, (0,) for one not needed."""
-    q, keys = problem.q, problem.keys
+    q, keys = problem.q, problem.keys()
     dq = q.new_zeros(q.shape if needs_grad[0] else 0)
     dk = keys.new_zeros(keys.shape if needs_grad[1] else 0)
     dbias = q.new_zeros((), dtype=accumulator_dtype(q))

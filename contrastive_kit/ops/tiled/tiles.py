@@ -55,7 +55,7 @@ def computed_tiles(
     The first tiles are computed into ``saved``, or found there where they are ``known``; all others
     share one buffer.
     """
-    q, k, keys = problem.q, problem.k, problem.keys
+    q, k, keys = problem.q, problem.k, problem.keys()
     if 0 in (len(q), len(keys)):
         return
     size = tile_size(q)
@@ -78,7 +78,7 @@ def computed_tiles(
 
 def new_tiles(problem: Problem, save_tiles: bool) -> Tensor:
     """Room for the tiles that the forward may leave to the backward; also for symbolic sizes."""
-    q, keys = problem.q, problem.keys
+    q, keys = problem.q, problem.keys()
     if not save_tiles:
         return q.new_empty(0, 0, 0)
     size = tile_size(q)
@@ -94,7 +94,7 @@ def new_tiles(problem: Problem, save_tiles: bool) -> Tensor:
 
 def empty_tiles(n_tiles: int | torch.SymInt, problem: Problem) -> Tensor:
     """Room for ``n_tiles``, (n, rows, columns), no larger than the problem needs."""
-    size, n_rows, n_columns = tile_size(problem.q), problem.q.shape[0], problem.keys.shape[0]
+    size, n_rows, n_columns = tile_size(problem.q), problem.q.shape[0], problem.keys().shape[0]
     return problem.q.new_empty(
         n_tiles, torch.sym_min(size, n_rows), torch.sym_min(size, n_columns) + PADDING
     )

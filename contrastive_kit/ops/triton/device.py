@@ -24,7 +24,7 @@ def refusal(problem: Problem) -> str | None:
     device = problem.q.device
     if device.type != "cuda" and not _INTERPRETED:
         return f"it needs tensors on a CUDA device, got {device}"
-    if torch.float64 in (problem.q.dtype, problem.keys.dtype):
+    if torch.float64 in (problem.q.dtype, problem.keys().dtype):
         return "it computes in float32 at most, got float64"
     if _MISSING is not None:
         return _MISSING

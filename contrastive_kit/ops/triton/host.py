@@ -44,7 +44,7 @@ def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tens
 
     Nothing is put into ``saved_tiles``: tensor cores multiply faster than memory is read.
     """
-    q, length = problem.q, problem.n_results
+    q, length = problem.q, problem.n_results()
     lse, lse_lo = q.new_empty(length), q.new_empty(length)
     stats = q.new_empty((4, length) if problem.statistics else 0)
     if length > 0:
