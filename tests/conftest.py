@@ -69,6 +69,7 @@ LONG_FILES = {
     "test_processes.py",
     "test_example_gpu_script.py",
     "test_gpu_script.py",
+    "test_integration.py",
     "test_triton.py",
     "test_triton_aot.py",
 }
