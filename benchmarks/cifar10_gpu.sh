@@ -84,4 +84,4 @@ if [[ ! -f $run/results.json ]]; then
   exit 3
 fi
 cd "$repository"
-"$python" -m benchmarks.cifar10_gpu "$run" --archive "$archive" ${dry:+--dry}
+"$python" -m benchmarks.cifar10 "$run" --archive "$archive" ${dry:+--dry}

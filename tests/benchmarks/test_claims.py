@@ -147,7 +147,7 @@ def test_a_sentence_names_the_rival():
 def summary_of(scores, seeds=2, **changes):
     claims = (A_ABOVE_B,)
     cells = tuple(plan.Cell(label[:-1], {}) for label in (A, B))
-    made = plan.Section("head", "Heads", "Which?", ("head",), cells, seeds, claims)
+    made = plan.Section("head", cells, claims, "Heads", "Which?", ("head",), seeds)
     return report.summary(dataclasses.replace(made, **changes), seeds, scores)
 
 

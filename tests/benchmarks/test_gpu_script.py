@@ -46,8 +46,10 @@ def dry(tmp_path_factory):
 
 def test_every_stage_leaves_its_files(dry):
     assert {path.name for path in dry.iterdir()} == {
-        f"{stem}_gpu.{kind}" for stem in ("correctness", "loss", "augment") for kind in ("json", "md")
-    }  # fmt: skip
+        f"{stem}_gpu.{kind}"
+        for stem in ("correctness", "loss", "augment")
+        for kind in ("json", "md")
+    }
     for path in dry.glob("*.json"):
         results = json.loads(path.read_text())
         assert results["complete"]
@@ -71,7 +73,7 @@ def test_every_table_says_that_it_has_no_figures(dry, name):
 def test_what_is_absent_has_its_reason(dry):
     report = (dry / "loss_gpu.md").read_text()
     for peer in ("lightly", "open_clip", "pytorch-metric-learning", "inf_cl", "cut-cross-entropy"):
-        assert re.search(rf"^- .*: {peer} at N = \\d+: not installed \\(left out", report, re.M)
+        assert re.search(rf"^- .*: {peer} at N = \d+: not installed \(left out", report, re.M)
     assert "backend triton at N = 8: " in report
     assert "CUDA graphs need a CUDA device" in report
 
@@ -105,7 +107,7 @@ def test_a_stage_that_is_done_is_skipped(dry):
     ("arguments", "message"),
     [
         (["--dry"], "--dry needs --out"),
-        (["--dry", "--out", RESULTS, "losses"], "have no figures, and do not write into"),
+        (["--dry", "--out", RESULTS, "losses"], "has no figures, and does not write into"),
         (["everything"], "unknown argument: everything"),
     ],
 )
