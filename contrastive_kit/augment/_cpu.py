@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,17 @@ from contrastive_kit.augment.functional import (
     resize_matrix,
     to_levels,
 )
-from contrastive_kit.augment.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION, unpack
+from contrastive_kit.augment.parameters import (
+    BOX,
+    BRIGHTNESS,
+    CONTRAST,
+    FACTORS,
+    HUE,
+    ORDER,
+    SATURATION,
+    Column,
+    unpack,
+)
 
 _CHUNK_BYTES = 1_800_000
 # Up to so many pixels a crop is two products of small dense matrices for the whole chunk ...
@@ -43,51 +54,16 @@ _BLUR_SHIFTS = 3
 _BLUR_TILE = 16
 
 
-class _Row:
+class _Row(NamedTuple):
     """One sample of one view: its row of the parameter table, as Python numbers."""
 
-    __slots__ = ("hue_place", "number", "values")
-
-    def __init__(self, number: int, values: list[float]) -> None:
-        self.number = number
-        self.values = values
-        self.hue_place = values.index(HUE, 6, 10) - 6 if values[5] else 4
+    number: int
+    values: list[float]
 
     @property
-    def box(self) -> list[int]:
-        return [int(value) for value in self.values[:4]]
-
-    @property
-    def flip(self) -> bool:
-        return self.values[4] != 0
-
-    @property
-    def jitter(self) -> bool:
-        return self.values[5] != 0
-
-    @property
-    def order(self) -> list[int]:
-        return [int(value) for value in self.values[6:10]]
-
-    @property
-    def factors(self) -> list[float]:
-        return self.values[10:14]
-
-    @property
-    def gray(self) -> bool:
-        return self.values[14] != 0
-
-    @property
-    def blur(self) -> bool:
-        return self.values[15] != 0
-
-    @property
-    def sigma(self) -> float:
-        return self.values[16]
-
-    @property
-    def solarize(self) -> bool:
-        return self.values[17] != 0
+    def hue_place(self) -> int:
+        """The place of the hue among the operations; after all where there are none."""
+        return self.values[ORDER].index(HUE) if self.values[Column.JITTER] else 4
 
 
 class _Workspace:
@@ -134,7 +110,7 @@ def _render(
     images: Tensor | Sequence[Tensor], table: Tensor, settings: ViewSettings, out: Tensor
 ) -> None:
     rows = [_Row(number, values) for number, values in enumerate(table.tolist())]
-    rows.sort(key=lambda row: (row.hue_place, row.gray))
+    rows.sort(key=lambda row: (row.hue_place, row.values[Column.GRAYSCALE] != 0))
     pixels = math.prod(settings.size)
     batch = None
     if isinstance(images, Tensor) and max(pixels, images.shape[2:].numel()) <= _CROP_TOGETHER:
@@ -163,7 +139,7 @@ def _render(
         if floats and start < _LOOKED_AT:
             _look_at(x[:_LOOKED_AT], settings)
         _to_unit_range(x, floats, settings)
-        jittered = sum(row.jitter for row in part)
+        jittered = sum(row.values[Column.JITTER] != 0 for row in part)
         if jittered and jitter_together:
             _jitter_together(x[:jittered], part[:jittered], table[numbers[:jittered]], work)
         elif jittered:
@@ -214,7 +190,7 @@ def _crop(
     pack = sources[0].dtype == torch.uint8 and all(image.stride(0) != 1 for image in sources)
     packed: list[Tensor] = []
     for row, image, target in zip(rows, sources, x, strict=True):
-        top, left, height, width = row.box
+        top, left, height, width = map(int, row.values[BOX])
         region = image[:, top : top + height, left : left + width]
         crop = F.interpolate(
             _pack(region, work) if pack else region[None],
@@ -224,7 +200,7 @@ def _crop(
         )
         if pack:
             crop = crop.permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
-        if row.flip:
+        if row.values[Column.FLIP]:
             crop = crop.flip(-1)
         if pack:
             packed.append(crop)
@@ -275,12 +251,12 @@ def _crop_together(sources: Tensor, table: Tensor, x: Tensor, settings: ViewSett
 
 def _jitter_each(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:
     for row, sample in zip(rows, x, strict=True):
-        for operation in row.order[: row.hue_place]:
-            _adjust(sample, operation, row.factors[operation], work, settings)
+        for operation in row.values[ORDER][: row.hue_place]:
+            _adjust(sample, operation, row.values, work, settings)
     _hue(x, rows, work)
     for row, sample in zip(rows, x, strict=True):
-        for operation in row.order[row.hue_place + 1 :]:
-            _adjust(sample, operation, row.factors[operation], work, settings)
+        for operation in row.values[ORDER][row.hue_place + 1 :]:
+            _adjust(sample, operation, row.values, work, settings)
 
 
 def _jitter_together(x: Tensor, rows: list[_Row], table: Tensor, work: _Workspace) -> None:
@@ -291,7 +267,7 @@ def _jitter_together(x: Tensor, rows: list[_Row], table: Tensor, work: _Workspac
     """
     p = unpack(table)
     order = p.order.long()
-    factor = table[:, 10:14].gather(1, order)
+    factor = table[:, FACTORS].gather(1, order)
     rest = 1 - factor
     centre, gray = rest * (order == CONTRAST), rest * (order == SATURATION)
 
@@ -316,9 +292,14 @@ def _jitter_together(x: Tensor, rows: list[_Row], table: Tensor, work: _Workspac
 
 
 def _adjust(
-    sample: Tensor, operation: int, factor: float, work: _Workspace, settings: ViewSettings
+    sample: Tensor,
+    operation: float,
+    values: list[float],
+    work: _Workspace,
+    settings: ViewSettings,
 ) -> None:
     """Brightness, contrast or saturation of one image, in place."""
+    factor = values[FACTORS][int(operation)]
     if operation == BRIGHTNESS:
         sample.mul_(factor)
     elif operation == CONTRAST and settings.contrast_mean == "gray":
@@ -360,7 +341,7 @@ def _hue(x: Tensor, rows: list[_Row], work: _Workspace) -> None:
     torch.minimum(base, red, out=base)
     torch.maximum(spread, red, out=spread).sub_(base).clamp_(min=_TINY)
     hue.sub_(base).div_(spread).add_(1).copysign_(sign)
-    shifts = [row.factors[HUE] for row in rows]
+    shifts = [row.values[Column.HUE] for row in rows]
     if len(shifts) == 1:
         hue.add_(6 * shifts[0])
     else:
@@ -379,7 +360,7 @@ def _hue(x: Tensor, rows: list[_Row], work: _Workspace) -> None:
 def _finish(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSettings) -> None:
     """Grayscale, blur, solarize and normalise, in place."""
     start = 0
-    for gray, run in groupby(rows, key=lambda row: row.gray):
+    for gray, run in groupby(rows, key=lambda row: row.values[Column.GRAYSCALE] != 0):
         stop = start + len(list(run))
         if gray:
             part = x[start:stop]
@@ -387,12 +368,13 @@ def _finish(x: Tensor, rows: list[_Row], work: _Workspace, settings: ViewSetting
         start = stop
     threshold = settings.solarize_threshold
     for row, sample in zip(rows, x, strict=True):
-        result = sample[:1] if row.gray else sample
-        if row.blur and settings.kernel_size:
-            result = _blur(result, row.sigma, work, settings)
-        if row.solarize and threshold is not None:
+        blurred, solarized = row.values[Column.BLUR], row.values[Column.SOLARIZE]
+        result = sample[:1] if row.values[Column.GRAYSCALE] else sample
+        if blurred and settings.kernel_size:
+            result = _blur(result, row.values[Column.SIGMA], work, settings)
+        if solarized and threshold is not None:
             result = torch.where(result >= threshold, 1 - result, result)
-        if row.blur or row.solarize:
+        if blurred or solarized:
             sample.copy_(result)
     if settings.mean is not None and settings.std is not None:
         for channel, mean, std in zip(x.unbind(1), settings.mean, settings.std, strict=True):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from numbers import Complex, Real
 from typing import NamedTuple
 
@@ -19,7 +20,36 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 CROP_TRIES = 10
 N_UNIFORMS = 2 * CROP_TRIES + 16
-N_COLUMNS = 18
+
+
+class Column(IntEnum):
+    """The columns of a parameter table. The tensors of `ViewParameters` are made of these.
+
+    The four columns from ORDER on hold the order of the colour operations, and the factor of an
+    operation stands its number behind BRIGHTNESS.
+    """
+
+    TOP = 0
+    LEFT = 1
+    HEIGHT = 2
+    WIDTH = 3
+    FLIP = 4
+    JITTER = 5
+    ORDER = 6
+    BRIGHTNESS = 10
+    CONTRAST = 11
+    SATURATION = 12
+    HUE = 13
+    GRAYSCALE = 14
+    BLUR = 15
+    SIGMA = 16
+    SOLARIZE = 17
+
+
+N_COLUMNS = max(Column) + 1
+BOX = slice(Column.TOP, Column.FLIP)
+ORDER = slice(Column.ORDER, Column.BRIGHTNESS)
+FACTORS = slice(Column.BRIGHTNESS, Column.GRAYSCALE)
 
 
 class ViewParameters(NamedTuple):
@@ -82,9 +112,9 @@ def unpack(table: Tensor) -> ViewParameters:
         raise ValueError(
             f"table must have {N_COLUMNS} columns in its last dimension, got {tuple(table.shape)}"
         )
-    box, order = table[..., 0:4], table[..., 6:10]
-    flip, jitter = table[..., 4], table[..., 5]
-    return ViewParameters(box, flip, jitter, order, *table[..., 10:].unbind(-1))
+    flip, jitter = table[..., Column.FLIP], table[..., Column.JITTER]
+    scalars = table[..., Column.BRIGHTNESS :].unbind(-1)
+    return ViewParameters(table[..., BOX], flip, jitter, table[..., ORDER], *scalars)
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ from contrastive_kit.augment._random import Draws
 from contrastive_kit.augment.parameters import (
     N_COLUMNS,
     N_UNIFORMS,
+    ORDER,
+    Column,
     ViewDistribution,
     to_device,
     to_number,
@@ -392,23 +394,23 @@ class SimCLRAugment(Draws):
         no_order |= ((p.order < 0) | (p.order > 3)).any(dim=-1)
         if bool(no_order.any()):
             raise ValueError(
-                "params must hold each of 0, 1, 2 and 3 once in the columns of the order, 6 to 9, "
-                f"got {p.order[no_order][0].tolist()}"
+                "params must hold each of 0, 1, 2 and 3 once in the columns of the order, "
+                f"{int(ORDER.start)} to {int(ORDER.stop) - 1}, got {p.order[no_order][0].tolist()}"
             )
         for name, column, asked, made in (
-            ("blur", 15, p.blur, self.settings.kernel_size),
-            ("solarize", 17, p.solarize, self.settings.solarize_threshold is not None),
+            ("blur", Column.BLUR, p.blur, self.settings.kernel_size),
+            ("solarize", Column.SOLARIZE, p.solarize, self.settings.solarize_threshold is not None),
         ):
             if not made and bool(asked.any()):
                 raise ValueError(
-                    f"params must have 0 in column {column}, as this SimCLRAugment has {name}=0; "
+                    f"params must have 0 in column {column:d}, as this SimCLRAugment has {name}=0; "
                     f"got another number for {int(asked.count_nonzero())} of {asked.numel()} views"
                 )
         no_sigma = (p.blur != 0) & (p.sigma <= 0)
         if bool(no_sigma.any()):
             raise ValueError(
-                "params must hold a positive sigma in column 16 where column 15 asks for a blur, "
-                f"got {float(p.sigma[no_sigma][0])}"
+                f"params must hold a positive sigma in column {Column.SIGMA:d} where column "
+                f"{Column.BLUR:d} asks for a blur, got {float(p.sigma[no_sigma][0])}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
