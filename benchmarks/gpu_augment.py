@@ -111,7 +111,7 @@ def _backend(augment: SimCLRAugment, images: Tensor) -> dict[str, Any]:
     """What "auto" takes here, and why not Triton."""
     for name in ("cpu", "triton", "torch"):
         try:
-            SimCLRAugment(augment.settings.size, backend=name)(images[:1])
+            SimCLRAugment(augment.recipe.size, backend=name)(images[:1])
         except ValueError as reason:
             refusal = str(reason)
             continue

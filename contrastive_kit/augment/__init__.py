@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from contrastive_kit.augment.crop import RandomResizedCrop as RandomResizedCrop
     from contrastive_kit.augment.flip import RandomHorizontalFlip as RandomHorizontalFlip
     from contrastive_kit.augment.grayscale import RandomGrayscale as RandomGrayscale
+    from contrastive_kit.augment.recipe import BYOL as BYOL
+    from contrastive_kit.augment.recipe import CIFAR as CIFAR
+    from contrastive_kit.augment.recipe import GOOGLE_RESEARCH as GOOGLE_RESEARCH
+    from contrastive_kit.augment.recipe import IMAGENET as IMAGENET
+    from contrastive_kit.augment.recipe import Recipe as Recipe
     from contrastive_kit.augment.simclr import SimCLRAugment as SimCLRAugment
     from contrastive_kit.augment.solarize import RandomSolarize as RandomSolarize
     from contrastive_kit.augment.view import SimCLRView as SimCLRView
 
 _HOME = {
+    "BYOL": "recipe",
+    "CIFAR": "recipe",
+    "GOOGLE_RESEARCH": "recipe",
+    "IMAGENET": "recipe",
+    "Recipe": "recipe",
     "ColorJitter": "color",
     "GaussianBlur": "blur",
     "RandomGrayscale": "grayscale",

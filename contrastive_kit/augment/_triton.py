@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kit.augment._view import ViewSettings
+from contrastive_kit.augment.recipe import Recipe
 
 # Pixels of a program: two for each thread of four warps, so that they fit into 64 registers.
 BLOCK = 256
@@ -24,17 +24,17 @@ _LARGEST_OFFSET = 2**31 - 1
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def refusal(images: Tensor | Sequence[Tensor], settings: ViewSettings, dtype: torch.dtype) -> str:
+def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtype) -> str:
     """Why these views cannot be made here; empty if they can.
 
     Args:
         images: What is augmented.
-        settings: What the samples share.
+        recipe: What the samples share.
         dtype: Of the views.
     """
     if not isinstance(images, Tensor):
         return "takes one batch tensor, got a list of images"
-    height, width = settings.size
+    height, width = recipe.size
     largest = max(
         sum(n * stride for n, stride in zip(images.shape[1:], images.stride()[1:], strict=True)),
         3 * height * width,
@@ -53,29 +53,28 @@ def refusal(images: Tensor | Sequence[Tensor], settings: ViewSettings, dtype: to
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def render(images: Tensor, table: Tensor, settings: ViewSettings, out: Tensor) -> None:
+def render(images: Tensor, table: Tensor, recipe: Recipe, out: Tensor) -> None:
     """Make views as `_view.render` does, in at most five launches.
 
     Args:
         images: ``(B, 3, H, W)``, uint8, float32, float16 or bfloat16, with any strides.
         table: ``(V, B, 18)`` on the device of the images. A box that is not inside its image is
             moved into it.
-        settings: What the samples share.
+        recipe: What the samples share.
         out: ``(V · B, 3, *size)``, float32, float16 or bfloat16, with any strides; overwritten.
     """
     _op(
         images,
         table,
         out,
-        settings.interpolation == "bicubic",
-        settings.antialias,
-        settings.contrast_mean == "channel",
-        settings.saturation_mode == "hsv",
-        settings.kernel_size,
-        settings.blur_padding == "reflect",
-        math.inf if settings.solarize_threshold is None else settings.solarize_threshold,
-        list(settings.mean or (0.0,) * 3),
-        list(settings.std or (1.0,) * 3),
+        recipe.interpolation == "bicubic",
+        recipe.antialias,
+        recipe.contrast_mean == "channel",
+        recipe.saturation_mode == "hsv",
+        recipe.taps,
+        recipe.blur_padding == "reflect",
+        recipe.solarize_threshold if recipe.solarizes else math.inf,
+        *map(list, recipe.normalize or ((0.0,) * 3, (1.0,) * 3)),
     )
 
 

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_kit import SimCLRAugment
 from contrastive_kit.augment import (
+    BYOL,
+    GOOGLE_RESEARCH,
     ColorJitter,
     GaussianBlur,
     RandomGrayscale,
@@ -69,8 +71,8 @@ RECIPES = {
     "normalised half": lambda **o: SimCLRAugment(
         64, normalize=((0.5,) * 3, (0.2,) * 3), dtype=torch.float16, **o
     ),
-    "google": lambda **o: SimCLRAugment.google_research(64, **o),
-    "byol": lambda **o: SimCLRAugment.byol(64, **o),
+    "google": lambda **o: SimCLRAugment(64, recipe=GOOGLE_RESEARCH, **o),
+    "byol": lambda **o: SimCLRAugment(64, recipe=BYOL, **o),
 }
 
 

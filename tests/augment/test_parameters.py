@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from contrastive_kit.augment.parameters import ViewDistribution, unpack
+from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
+from contrastive_kit.augment.recipe import Recipe
 
 N = 4000
 # Fixed seeds: a test that fails once in a thousand runs does so always or never.
@@ -15,10 +16,13 @@ LEVEL = 1e-3
 
 
 def draw(height=224, width=224, n=N, views=1, **options):
-    generator = torch.Generator().manual_seed(0)
-    return unpack(
-        ViewDistribution(**options).draw(views, n, height=height, width=width, generator=generator)
-    )
+    return unpack(draw_table(Recipe(views=views, **options), n, height, width))
+
+
+def draw_table(recipe, n, height=224, width=224, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(recipe.views, n, N_UNIFORMS, generator=generator)
+    return recipe.table(uniforms, height=height, width=width)
 
 
 def torchvision_boxes(height, width, scale, ratio):
@@ -114,9 +118,7 @@ def test_all_24_orders_are_equally_likely():
 
 
 def test_columns_views_and_samples_are_independent():
-    table = ViewDistribution(solarize=0.5).draw(
-        2, N, height=224, width=224, generator=torch.Generator().manual_seed(0)
-    )
+    table = draw_table(Recipe(solarize=0.5), N)
     names = [0, 2, 4, 5, 6, 10, 11, 12, 13, 14, 15, 16, 17]
     columns = torch.cat([table[0, :, names], table[1, :, names]], dim=1).double()
     correlation = torch.corrcoef(columns.T).abs()
@@ -142,10 +144,7 @@ def test_probabilities_do_not_shift_the_stream():
     low=st.floats(0.01, 1.0),
 )
 def test_boxes_lie_inside(height, width, seed, low):
-    generator = torch.Generator().manual_seed(seed)
-    table = ViewDistribution(scale=(low, 1.0)).draw(
-        1, 64, height=height, width=width, generator=generator
-    )
+    table = draw_table(Recipe(scale=(low, 1.0), views=1), 64, height, width, seed)
     top, left, tall, wide = unpack(table).box.unbind(-1)
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -158,14 +157,14 @@ def test_boxes_lie_inside(height, width, seed, low):
 
 def test_the_largest_uniform_stays_inside():
     last = 1 - 2**-24
-    table = ViewDistribution().table(torch.full((1, 1, 36), last), height=4001, width=4099)
+    table = Recipe().table(torch.full((1, 1, N_UNIFORMS), last), height=4001, width=4099)
     top, left, tall, wide = unpack(table).box[0, 0]
     assert top + tall <= 4001
     assert left + wide <= 4099
 
 
 def test_fields_are_views_of_the_table():
-    table = ViewDistribution().draw(2, 3, height=8, width=8)
+    table = draw_table(Recipe(), 3)
     unpack(table).hue.fill_(0.25)
     assert (table[..., 13] == 0.25).all()
     with pytest.raises(ValueError, match="18 columns"):
@@ -174,4 +173,4 @@ def test_fields_are_views_of_the_table():
 
 def test_number_of_views_must_fit():
     with pytest.raises(ValueError, match="blur must be one probability or one for each of the 2"):
-        ViewDistribution(blur=(0.1, 0.2, 0.3)).draw(2, 3, height=8, width=8)
+        Recipe(blur=(0.1, 0.2, 0.3))
