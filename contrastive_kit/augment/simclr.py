@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from contrastive_kit._checks import check_choice, check_flag
-from contrastive_kit.augment import _cpu, _triton, _view, functional
+from contrastive_kit._checks import check_flag
+from contrastive_kit.augment import functional
 from contrastive_kit.augment._random import Draws
+from contrastive_kit.augment.backends import (
+    BACKENDS,
+    BackendChoice,
+    Images,
+    check_backend,
+    choose,
+)
 from contrastive_kit.augment.parameters import (
     N_COLUMNS,
     N_UNIFORMS,
@@ -25,10 +32,8 @@ from contrastive_kit.augment.recipe import Options, Recipe
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_BACKENDS = ("cpu", "triton", "torch")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-Images = Tensor | Sequence[Tensor]
 Views = tuple[Tensor, ...]
 
 SIMCLR = Recipe()
@@ -102,7 +107,7 @@ class SimCLRAugment(Draws):
         super().__init__()
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
-        check_choice("backend", backend, ("auto", *_BACKENDS))
+        check_backend(backend)
         if dtype not in _DTYPES:
             raise TypeError(
                 f"dtype must be floating: torch.float32, float16, bfloat16 or float64; got {dtype}"
@@ -119,6 +124,23 @@ class SimCLRAugment(Draws):
         self.dtype = dtype
         self.memory_format = memory_format
         self.check_values = check_values
+
+    def which_backend(self, images: Images) -> BackendChoice:
+        """Tell which backend makes the views of these images, and why not those before it.
+
+        Args:
+            images: As for the call.
+
+        Raises:
+            ValueError: If the named backend does not take the images.
+
+        Example:
+            >>> import torch
+            >>> SimCLRAugment(32).which_backend(torch.rand(2, 3, 40, 40))
+            BackendChoice(name='cpu', refusals={})
+        """
+        _check_images(images)
+        return choose(images, self.recipe, self.dtype, self.backend)
 
     def draw(self, images: Images) -> Tensor:
         """Draw the parameters of the views of these images, without making the views.
@@ -227,40 +249,15 @@ class SimCLRAugment(Draws):
             table = self._table(images, by_rank=True)
         else:
             table = self._check_params(params, images)
-        batch = self._render(images, to_device(table.float(), first.device))
+        chosen = BACKENDS[choose(images, self.recipe, self.dtype, self.backend).name]
+        on_device = to_device(table.float(), first.device)
+        batch = chosen.render(images, on_device, self.recipe, self.dtype, self.memory_format)
         views = batch if concat else batch.chunk(self.recipe.views)
         return (views, table) if return_params else views
 
     if TYPE_CHECKING:
         # nn.Module says that a call returns Any.
         __call__ = forward
-
-    def _render(self, images: Images, table: Tensor) -> Tensor:
-        backend: str = self.backend
-        if backend == "auto":
-            backend = next(name for name in _BACKENDS if not self._refusal(name, images))
-        elif refusal := self._refusal(backend, images):
-            raise ValueError(f"backend {backend!r} {refusal}")
-        if backend == "torch":
-            batch = _view.render(images, table, self.recipe)
-            return batch.to(self.dtype, memory_format=self.memory_format)
-        shape = (table.shape[0] * table.shape[1], 3, *self.recipe.size)
-        out = torch.empty(
-            shape, dtype=self.dtype, device=table.device, memory_format=self.memory_format
-        )
-        if isinstance(images, Tensor) and backend == "triton":
-            _triton.render(images, table, self.recipe, out)
-        else:
-            _cpu.render(images, table, self.recipe, out)
-        return out
-
-    def _refusal(self, backend: str, images: Images) -> str:
-        """Why this backend does not take these images; empty if it does."""
-        if backend == "cpu":
-            return _cpu_refusal(images)
-        if backend == "triton":
-            return _triton.refusal(images, self.recipe, self.dtype)
-        return ""
 
     def _check_params(self, params: Tensor, images: Images) -> Tensor:
         expected = (self.recipe.views, len(images), N_COLUMNS)
@@ -355,17 +352,3 @@ def _check_range(images: Images) -> None:
                 raise ValueError(
                     f"images must lie in [0, 1], got values from {low.item()} to {high.item()}"
                 )
-
-
-def _cpu_refusal(images: Images) -> str:
-    """Why the CPU backend does not take these images; empty if it does."""
-    parts = (images,) if isinstance(images, Tensor) else images
-    if parts[0].device.type != "cpu":
-        return f"takes images on the CPU, got them on {parts[0].device}"
-    if parts[0].dtype == torch.float64:
-        return "takes uint8, float32 and half precision, got float64"
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        return "is not differentiable, got images that require a gradient"
-    if torch.compiler.is_compiling():
-        return "cannot be traced by torch.compile"
-    return ""

@@ -211,10 +211,27 @@ def test_gradient_reaches_the_images(make_images):
     torch.cat(augment(images)).square().sum().backward()
     assert images.grad.isfinite().all()
     assert images.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="backend 'cpu' is not differentiable"):
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: it is not differentiable"):
         SimCLRAugment(16, backend="cpu")(images)
     with torch.no_grad():
         SimCLRAugment(16, backend="cpu")(images)
+
+
+def test_which_backend_says_what_runs_and_why(make_images):
+    images = make_images(2, 20, 20)
+    assert SimCLRAugment(16).which_backend(images) == ("cpu", {})
+    name, refusals = SimCLRAugment(16).which_backend(list(images.double()))
+    assert name == "torch"
+    assert refusals == {
+        "cpu": "it takes uint8, float32 and half precision, got float64",
+        "triton": "it takes one batch tensor, got a list of images",
+    }
+    named = SimCLRAugment(16, backend="cpu")
+    assert named.which_backend(images) == ("cpu", {})
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: it takes uint8, float32"):
+        named.which_backend(images.double())
+    with pytest.raises(ValueError, match="images must have 3 channels"):
+        named.which_backend(images[:, :2])
 
 
 def test_autocast_changes_nothing(make_images):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Geometric, Params, beside, crop_matrix, resized_to
+from contrastive_kit.augment.kornia.base import Geometric, Params, beside, crop_matrix, resized_to
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.recipe import Recipe
 

@@ -7,7 +7,7 @@ from kornia.constants import Resample
 from torch import Tensor
 
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import (
+from contrastive_kit.augment.kornia.base import (
     Geometric,
     Params,
     beside,
@@ -15,7 +15,7 @@ from contrastive_kit.augment._kornia import (
     crop_matrix,
     resized_to,
 )
-from contrastive_kit.augment.crop import _MODES, uncrop
+from contrastive_kit.augment.kornia.crop import _MODES, uncrop
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.simclr import SimCLRAugment
 

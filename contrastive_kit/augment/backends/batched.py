@@ -10,17 +10,34 @@ from contrastive_kit.augment.parameters import unpack
 from contrastive_kit.augment.recipe import Recipe
 
 
-def render(images: Tensor | Sequence[Tensor], table: Tensor, recipe: Recipe) -> Tensor:
+def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtype) -> None:
+    """None: it takes all images."""
+
+
+def render(
+    images: Tensor | Sequence[Tensor],
+    table: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
     """Make views with batched torch operations: any device, differentiable, no host sync on CUDA.
 
     Args:
         images: ``(B, 3, H, W)`` or B images ``(3, H_i, W_i)``.
         table: ``(V, B, 18)`` on the device of the images.
         recipe: What the samples share.
+        dtype: Of the views; it computes in float32, or float64 for float64 images.
+        memory_format: Of the views.
 
     Returns:
-        ``(V · B, 3, *size)``, view by view; float32, or float64 for float64 images.
+        ``(V · B, 3, *size)``, view by view.
     """
+    batch = _render(images, table, recipe)
+    return batch.to(dtype, memory_format=memory_format)
+
+
+def _render(images: Tensor | Sequence[Tensor], table: Tensor, recipe: Recipe) -> Tensor:
     if isinstance(images, Tensor):
         x = torch.cat([_crop(_at_least_float32(images), rows, recipe) for rows in table])
     else:

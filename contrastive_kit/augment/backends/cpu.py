@@ -89,19 +89,43 @@ def _floats(values: float | list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-def render(images: Tensor | Sequence[Tensor], table: Tensor, recipe: Recipe, out: Tensor) -> None:
+def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtype) -> str | None:
+    """Why these views cannot be made here, or None if they can."""
+    parts = (images,) if isinstance(images, Tensor) else images
+    if parts[0].device.type != "cpu":
+        return f"it takes images on the CPU, got them on {parts[0].device}"
+    if parts[0].dtype == torch.float64:
+        return "it takes uint8, float32 and half precision, got float64"
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return "it is not differentiable, got images that require a gradient"
+    if torch.compiler.is_compiling():
+        return "it cannot be traced by torch.compile"
+    return None
+
+
+def render(
+    images: Tensor | Sequence[Tensor],
+    table: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
     """Make views of uint8, float32 or half-precision images on the CPU.
 
     Args:
         images: ``(B, 3, H, W)`` or B images ``(3, H_i, W_i)``.
         table: ``(V, B, 18)`` on the CPU.
         recipe: What the samples share.
-        out: ``(V · B, 3, *size)``, floating; overwritten.
+        dtype: Of the views.
+        memory_format: Of the views.
     """
+    shape = (table.shape[0] * table.shape[1], 3, *recipe.size)
+    out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
     if len(images) and images[0].dtype in (torch.float16, torch.bfloat16):
         images = images.float() if isinstance(images, Tensor) else [i.float() for i in images]
     with torch.autocast("cpu", enabled=False):
         _render(images, table.flatten(0, 1), recipe, out)
+    return out
 
 
 def _render(images: Tensor | Sequence[Tensor], table: Tensor, recipe: Recipe, out: Tensor) -> None:

@@ -24,16 +24,10 @@ _LARGEST_OFFSET = 2**31 - 1
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtype) -> str:
-    """Why these views cannot be made here; empty if they can.
-
-    Args:
-        images: What is augmented.
-        recipe: What the samples share.
-        dtype: Of the views.
-    """
+def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtype) -> str | None:
+    """Why these views cannot be made here, or None if they can."""
     if not isinstance(images, Tensor):
-        return "takes one batch tensor, got a list of images"
+        return "it takes one batch tensor, got a list of images"
     height, width = recipe.size
     largest = max(
         sum(n * stride for n, stride in zip(images.shape[1:], images.stride()[1:], strict=True)),
@@ -42,19 +36,34 @@ def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtyp
         2 * width * images.shape[3],
     )
     reasons = {
-        f"takes images on CUDA, got {images.device}": images.device.type != "cuda",
-        "needs the package triton, which is not installed": not _HAS_TRITON,
-        "computes in float32, got float64": torch.float64 in (images.dtype, dtype),
-        "is not differentiable, got images that require grad": (
+        f"it takes images on CUDA, got {images.device}": images.device.type != "cuda",
+        "it needs the package triton, which is not installed": not _HAS_TRITON,
+        "it computes in float32, got float64": torch.float64 in (images.dtype, dtype),
+        "it is not differentiable, got images that require grad": (
             images.requires_grad and torch.is_grad_enabled()
         ),
-        "takes images and makes views of less than 2³¹ elements each": largest > _LARGEST_OFFSET,
+        "it takes images and makes views of less than 2³¹ elements each": largest > _LARGEST_OFFSET,
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def render(images: Tensor, table: Tensor, recipe: Recipe, out: Tensor) -> None:
-    """Make views as `_view.render` does, in at most five launches.
+def render(
+    images: Tensor | Sequence[Tensor],
+    table: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """Make views as the torch backend does, in at most five launches."""
+    assert isinstance(images, Tensor)  # or it would have refused
+    shape = (table.shape[0] * table.shape[1], 3, *recipe.size)
+    out = torch.empty(shape, dtype=dtype, device=table.device, memory_format=memory_format)
+    render_into(images, table, recipe, out)
+    return out
+
+
+def render_into(images: Tensor, table: Tensor, recipe: Recipe, out: Tensor) -> None:
+    """Make views in a tensor that is there.
 
     Args:
         images: ``(B, 3, H, W)``, uint8, float32, float16 or bfloat16, with any strides.
@@ -92,7 +101,7 @@ def _launch(
     mean: list[float],
     std: list[float],
 ) -> None:
-    from contrastive_kit.augment import _triton_kernels as kernels
+    from contrastive_kit.augment.backends import triton_kernels as kernels
 
     if out.numel() == 0:
         return
