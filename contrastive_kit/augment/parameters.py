@@ -16,7 +16,10 @@ from torch import Tensor
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 CROP_TRIES = 10
-N_UNIFORMS = 2 * CROP_TRIES + 16
+# Uniform numbers of a sample of a view. Those of a step never move: a new step takes some of the
+# unused ones at the end, so that the views of a seed stay what they are.
+N_USED = 2 * CROP_TRIES + 16
+N_UNIFORMS = 64
 
 
 class Column(IntEnum):

@@ -16,6 +16,7 @@ from contrastive_kit._checks import check_choice, check_flag
 from contrastive_kit.augment import functional
 from contrastive_kit.augment.parameters import (
     CROP_TRIES,
+    N_USED,
     several,
     to_number,
     to_numbers,
@@ -193,7 +194,7 @@ class Recipe:
         """Turn uniform numbers into a parameter table; deterministic, without a host sync.
 
         Args:
-            uniforms: ``(views, batch, 36)`` float32 in [0, 1).
+            uniforms: ``(views, batch, 64)`` float32 in [0, 1). The last 28 are not used yet.
             height: Height of the images in pixels, or ``(batch,)`` where they differ.
             width: Width of the images in pixels, or ``(batch,)`` where they differ.
 
@@ -204,7 +205,7 @@ class Recipe:
         order_u = uniforms[..., 2 * CROP_TRIES : 2 * CROP_TRIES + 4]
         (
             top_u, left_u, flip_u, jitter_u, *factors_u, grayscale_u, blur_u, sigma_u, solarize_u,
-        ) = uniforms[..., 2 * CROP_TRIES + 4 :].unbind(-1)  # fmt: skip
+        ) = uniforms[..., 2 * CROP_TRIES + 4 : N_USED].unbind(-1)  # fmt: skip
         crop_height, crop_width = self._crop_shape(area_u, ratio_u, height, width)
         fallback_height, fallback_width = self._fallback_shape(height, width)
         missing = crop_height == 0

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
+from contrastive_kit import SimCLRAugment
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.recipe import Recipe
 
@@ -161,6 +162,30 @@ def test_the_largest_uniform_stays_inside():
     top, left, tall, wide = unpack(table).box[0, 0]
     assert top + tall <= 4001
     assert left + wide <= 4099
+
+
+def test_numbers_of_a_step_do_not_move():
+    """A step to come takes unused ones, so that the views of a seed stay what they are."""
+    images = torch.zeros(5, 3, 30, 40)
+    augment = SimCLRAugment(64, solarize=0.5, generator=torch.Generator().manual_seed(4))
+    tables = augment.draw(images), augment.draw(images)
+    generator = torch.Generator().manual_seed(4)
+    for table in tables:
+        u = torch.rand(2, 5, 64, generator=generator)
+        assert torch.equal(augment.recipe.table(u, height=30, width=40), table)
+        p = unpack(table)
+        assert torch.equal(p.order, u[..., 20:24].argsort(dim=-1).float())
+        for number, gate, probability in (
+            (26, p.flip, 0.5),
+            (27, p.jitter, 0.8),
+            (32, p.grayscale, 0.2),
+            (33, p.blur, 0.5),
+            (35, p.solarize, 0.5),
+        ):
+            assert torch.equal(gate, (u[..., number] < probability).float())
+        torch.testing.assert_close(p.hue, u[..., 31] * 0.4 - 0.2)
+        u[..., 36:] = torch.rand(2, 5, 28)
+        assert torch.equal(augment.recipe.table(u, height=30, width=40), table)
 
 
 def test_fields_are_views_of_the_table():
