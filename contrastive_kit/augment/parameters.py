@@ -137,7 +137,8 @@ def to_number(name: str, value: object) -> float:
 
 def several(value: object) -> bool:
     """Whether this holds values, as lists and arrays do, and is not one itself."""
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+    # torch.compile of torch 2.9 cannot trace str | bytes.
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         return False
     return bool(getattr(value, "ndim", 1))
 
