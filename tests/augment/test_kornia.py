@@ -102,11 +102,11 @@ def test_the_view_is_the_recipe(images, torchvision_view):
     view = MODULES["view"]()
     result = view(images)
     expected = [
-        torchvision_view(image, row, view.recipe.settings)
+        torchvision_view(image, row, view.augment.recipe)
         for image, row in zip(images, view._params["table"], strict=True)
     ]
     torch.testing.assert_close(result, torch.stack(expected), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="recipe must make one view, got views=2"):
+    with pytest.raises(ValueError, match="augment must make one view, got views=2"):
         SimCLRView(SimCLRAugment(8))
 
 

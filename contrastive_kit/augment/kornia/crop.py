@@ -10,8 +10,9 @@ from torch import Tensor
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Geometric, Params, beside, crop_matrix, resized_to
-from contrastive_kit.augment.parameters import N_UNIFORMS, ViewDistribution, unpack
+from contrastive_kit.augment.kornia.base import Geometric, Params, beside, crop_matrix, resized_to
+from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
+from contrastive_kit.augment.recipe import Recipe
 
 _MODES: dict[str, functional.Interpolation] = {
     "nearest": "nearest",
@@ -72,7 +73,7 @@ class RandomResizedCrop(Geometric):
         super().__init__(
             N_UNIFORMS, options, same_on_batch=same_on_batch, keepdim=keepdim, generator=generator
         )
-        self.distribution = ViewDistribution(scale=scale, ratio=ratio)
+        self.recipe = Recipe(scale=scale, ratio=ratio)
         self.flags = {
             "size": shape,
             "resample": Resample.get(interpolation),
@@ -81,7 +82,7 @@ class RandomResizedCrop(Geometric):
         }
 
     def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
-        table = self.distribution.table(uniforms[None], height=shape[-2], width=shape[-1])
+        table = self.recipe.table(uniforms[None], height=shape[-2], width=shape[-1])
         return {"box": unpack(table).box[0], **resized_to(self.flags["size"], shape[0])}
 
     def compute_transformation(

@@ -7,7 +7,7 @@ from kornia.constants import Resample
 from torch import Tensor
 
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import (
+from contrastive_kit.augment.kornia.base import (
     Geometric,
     Params,
     beside,
@@ -15,7 +15,7 @@ from contrastive_kit.augment._kornia import (
     crop_matrix,
     resized_to,
 )
-from contrastive_kit.augment.crop import _MODES, uncrop
+from contrastive_kit.augment.kornia.crop import _MODES, uncrop
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.simclr import SimCLRAugment
 
@@ -28,21 +28,21 @@ class SimCLRView(Geometric):
     colours.
 
     Args:
-        recipe: What a view is. It makes one view; its generator and backend are used.
+        augment: Makes one view; its recipe, generator and backend are used.
         same_on_batch: One set of parameters for all samples.
         keepdim: A single ``(3, H, W)`` image stays one.
 
     Shape:
         ``(B, 3, H, W)`` or ``(3, H, W)``, floating in [0, 1] or uint8, to ``(B, 3, *size)`` in the
-        dtype of the recipe.
+        dtype of `augment`.
 
     Raises:
-        ValueError: If the recipe makes more than one view.
+        ValueError: If `augment` makes more than one view.
 
     Example:
         >>> import torch
         >>> from kornia.augmentation import AugmentationSequential
-        >>> view = SimCLRView(SimCLRAugment.cifar(views=1))
+        >>> view = SimCLRView(SimCLRAugment(32, views=1))
         >>> pipeline = AugmentationSequential(view, data_keys=["image", "mask"])
         >>> image, mask = pipeline(torch.rand(2, 3, 40, 40), torch.ones(2, 1, 40, 40))
         >>> image.shape, mask.shape
@@ -50,27 +50,27 @@ class SimCLRView(Geometric):
     """
 
     def __init__(
-        self, recipe: SimCLRAugment, *, same_on_batch: bool = False, keepdim: bool = False
+        self, augment: SimCLRAugment, *, same_on_batch: bool = False, keepdim: bool = False
     ) -> None:
-        if recipe.views != 1:
-            raise ValueError(f"recipe must make one view, got views={recipe.views}")
+        if augment.recipe.views != 1:
+            raise ValueError(f"augment must make one view, got views={augment.recipe.views}")
         super().__init__(
             N_UNIFORMS,
-            recipe.extra_repr(),
+            augment.extra_repr(),
             same_on_batch=same_on_batch,
             keepdim=keepdim,
-            generator=recipe.generator,
+            generator=augment.generator,
         )
-        self.recipe = recipe
+        self.augment = augment
         self.flags = {
-            "size": recipe.settings.size,
-            "resample": Resample.get(recipe.settings.interpolation),
+            "size": augment.recipe.size,
+            "resample": Resample.get(augment.recipe.interpolation),
             "align_corners": False,
-            "antialias": recipe.settings.antialias,
+            "antialias": augment.recipe.antialias,
         }
 
     def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
-        table = self.recipe.distribution.table(uniforms[None], height=shape[-2], width=shape[-1])
+        table = self.augment.recipe.table(uniforms[None], height=shape[-2], width=shape[-1])
         return {"table": table[0], **resized_to(self.flags["size"], shape[0])}
 
     def __unpack_input__(self, input: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class SimCLRView(Geometric):
     ) -> Tensor:
         """Make the views."""
         table = beside(params["table"], input)[None]
-        views: Tensor = self.recipe(input, params=table, concat=True)
+        views: Tensor = self.augment(input, params=table, concat=True)
         return views
 
     def apply_transform_mask(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kit.augment._kornia import Geometric, Params, beside
+from contrastive_kit.augment.kornia.base import Geometric, Params, beside
 from contrastive_kit.augment.parameters import to_probability
 
 

@@ -12,10 +12,26 @@ of each operation are those of `parameters.ViewParameters` and `functional`.
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(18)
-BRIGHTNESS = tl.constexpr(0)
-CONTRAST = tl.constexpr(1)
-HUE = tl.constexpr(3)
+from contrastive_kit.augment import parameters
+from contrastive_kit.augment.parameters import Column
+
+BRIGHTNESS = tl.constexpr(parameters.BRIGHTNESS)
+CONTRAST = tl.constexpr(parameters.CONTRAST)
+HUE = tl.constexpr(parameters.HUE)
+# Plain numbers: Triton compiles no enumeration.
+N_COLUMNS = tl.constexpr(int(parameters.N_COLUMNS))
+COLUMN_TOP = tl.constexpr(int(Column.TOP))
+COLUMN_LEFT = tl.constexpr(int(Column.LEFT))
+COLUMN_HEIGHT = tl.constexpr(int(Column.HEIGHT))
+COLUMN_WIDTH = tl.constexpr(int(Column.WIDTH))
+COLUMN_FLIP = tl.constexpr(int(Column.FLIP))
+COLUMN_JITTER = tl.constexpr(int(Column.JITTER))
+COLUMN_ORDER = tl.constexpr(int(Column.ORDER))
+COLUMN_FACTORS = tl.constexpr(int(Column.BRIGHTNESS))
+COLUMN_GRAYSCALE = tl.constexpr(int(Column.GRAYSCALE))
+COLUMN_BLUR = tl.constexpr(int(Column.BLUR))
+COLUMN_SIGMA = tl.constexpr(int(Column.SIGMA))
+COLUMN_SOLARIZE = tl.constexpr(int(Column.SOLARIZE))
 TINY = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -104,7 +120,7 @@ def _adjust(
     operation, red, green, blue, params, mean_red, mean_green, mean_blue, HSV: tl.constexpr
 ):
     """One operation of the colour jitter; the means are what the contrast moves away from."""
-    factor = tl.load(params + 10 + operation)
+    factor = tl.load(params + COLUMN_FACTORS + operation)
     if operation == HUE:
         red, green, blue = _hue(red, green, blue, factor)
     else:
@@ -164,20 +180,32 @@ def crop_kernel(
     Writes ``crops`` (V · B, 3, HEIGHT · WIDTH), uint8 or float32, and ``sums`` (V · B, 3, tiles).
     """
     image, row, tile = _place(batch, views, tiles)
-    params = table + row * COLUMNS
+    params = table + row * N_COLUMNS
     pixel = tile * BLOCK + tl.arange(0, BLOCK)
     wanted = pixel < HEIGHT * WIDTH
     # The last tile may reach beyond the view: there it repeats the last line.
     line = tl.minimum(pixel // WIDTH, HEIGHT - 1)
     column = pixel % WIDTH
-    column = tl.where(tl.load(params + 4) != 0, WIDTH - 1 - column, column)
+    column = tl.where(tl.load(params + COLUMN_FLIP) != 0, WIDTH - 1 - column, column)
 
     SUPPORT: tl.constexpr = 2 if BICUBIC else 1
     top, height, first_y, away_y, shrink_y, taps_y = _axis(
-        tl.load(params), tl.load(params + 2), source_height, line, HEIGHT, SUPPORT, ANTIALIAS
+        tl.load(params + COLUMN_TOP),
+        tl.load(params + COLUMN_HEIGHT),
+        source_height,
+        line,
+        HEIGHT,
+        SUPPORT,
+        ANTIALIAS,
     )
     left, width, first_x, away_x, shrink_x, taps_x = _axis(
-        tl.load(params + 1), tl.load(params + 3), source_width, column, WIDTH, SUPPORT, ANTIALIAS
+        tl.load(params + COLUMN_LEFT),
+        tl.load(params + COLUMN_WIDTH),
+        source_width,
+        column,
+        WIDTH,
+        SUPPORT,
+        ANTIALIAS,
     )
     images += image.to(tl.int64) * stride_n + top * stride_y + left * stride_x
     WHOLE: tl.constexpr = crops.dtype.element_ty == tl.uint8
@@ -224,9 +252,9 @@ def crop_kernel(
     if WHOLE:
         red, green, blue = red / 255, green / 255, blue / 255
 
-    before_contrast = tl.load(params + 5) != 0
+    before_contrast = tl.load(params + COLUMN_JITTER) != 0
     for slot in range(4):
-        operation = tl.load(params + 6 + slot).to(tl.int32)
+        operation = tl.load(params + COLUMN_ORDER + slot).to(tl.int32)
         before_contrast = before_contrast & (operation != CONTRAST)
         if before_contrast:
             red, green, blue = _adjust(operation, red, green, blue, params, 0.0, 0.0, 0.0, HSV)
@@ -247,7 +275,7 @@ def color_kernel(
 ):  # fmt: skip
     """Colour jitter and grayscale; then to ``sharp`` what will be blurred, the rest to ``out``."""
     _, row, tile = _place(batch, views, tiles)
-    params = table + row * COLUMNS
+    params = table + row * N_COLUMNS
     pixel = tile * BLOCK + tl.arange(0, BLOCK)
     wanted = pixel < HEIGHT * WIDTH
     y, x = pixel // WIDTH, pixel % WIDTH
@@ -258,7 +286,7 @@ def color_kernel(
     if crops.dtype.element_ty == tl.uint8:
         red, green, blue = red / 255, green / 255, blue / 255
 
-    if tl.load(params + 5) != 0:
+    if tl.load(params + COLUMN_JITTER) != 0:
         center_red = tl.load(totals + 3 * row) / (HEIGHT * WIDTH)
         center_green = tl.load(totals + 3 * row + 1) / (HEIGHT * WIDTH)
         center_blue = tl.load(totals + 3 * row + 2) / (HEIGHT * WIDTH)
@@ -267,17 +295,17 @@ def color_kernel(
             center_green = center_red
             center_blue = center_red
         for slot in range(4):
-            operation = tl.load(params + 6 + slot).to(tl.int32)
+            operation = tl.load(params + COLUMN_ORDER + slot).to(tl.int32)
             red, green, blue = _adjust(
                 operation, red, green, blue, params, center_red, center_green, center_blue, HSV
             )
-    if tl.load(params + 14) != 0:
+    if tl.load(params + COLUMN_GRAYSCALE) != 0:
         red = _gray(red, green, blue)
         green = red
         blue = red
 
     if BLUR:
-        if tl.load(params + 15) != 0:
+        if tl.load(params + COLUMN_BLUR) != 0:
             _store(
                 red, green, blue, sharp, row, y, x, wanted,
                 sharp_stride_n, sharp_stride_c, sharp_stride_y, sharp_stride_x,
@@ -285,7 +313,7 @@ def color_kernel(
             return
     _finish(
         red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
-        tl.load(params + 17), threshold,
+        tl.load(params + COLUMN_SOLARIZE), threshold,
         mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
     )  # fmt: skip
 
@@ -301,15 +329,15 @@ def blur_kernel(
 ):  # fmt: skip
     """Blur along one axis the views that are blurred; the vertical pass finishes them."""
     _, row, tile = _place(batch, views, tiles)
-    params = table + row * COLUMNS
-    if tl.load(params + 15) == 0:
+    params = table + row * N_COLUMNS
+    if tl.load(params + COLUMN_BLUR) == 0:
         return
     pixel = tile * BLOCK + tl.arange(0, BLOCK)
     wanted = pixel < HEIGHT * WIDTH
     y, x = pixel // WIDTH, pixel % WIDTH
     image = source + row.to(tl.int64) * source_stride_n
     LAST: tl.constexpr = (HEIGHT if VERTICAL else WIDTH) - 1
-    sigma = tl.load(params + 16)
+    sigma = tl.load(params + COLUMN_SIGMA)
     # What lies beyond five standard deviations is 6e-7 of the whole.
     radius = tl.minimum(tl.ceil(5 * sigma), RADIUS * 1.0).to(tl.int32)
     total = 0.0
@@ -337,7 +365,7 @@ def blur_kernel(
     if VERTICAL:
         _finish(
             red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
-            tl.load(params + 17), threshold,
+            tl.load(params + COLUMN_SOLARIZE), threshold,
             mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
         )  # fmt: skip
     else:

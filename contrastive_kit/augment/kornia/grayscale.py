@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kit.augment import functional
-from contrastive_kit.augment._kornia import Intensity, Params, beside
+from contrastive_kit.augment.kornia.base import Intensity, Params, beside
 from contrastive_kit.augment.parameters import to_probability
 
 

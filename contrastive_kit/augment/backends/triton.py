@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kit.augment._view import ViewSettings
+from contrastive_kit.augment.recipe import Recipe
 
 # Pixels of a program: two for each thread of four warps, so that they fit into 64 registers.
 BLOCK = 256
@@ -24,17 +24,11 @@ _LARGEST_OFFSET = 2**31 - 1
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def refusal(images: Tensor | Sequence[Tensor], settings: ViewSettings, dtype: torch.dtype) -> str:
-    """Why these views cannot be made here; empty if they can.
-
-    Args:
-        images: What is augmented.
-        settings: What the samples share.
-        dtype: Of the views.
-    """
+def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtype) -> str | None:
+    """Why these views cannot be made here, or None if they can."""
     if not isinstance(images, Tensor):
-        return "takes one batch tensor, got a list of images"
-    height, width = settings.size
+        return "it takes one batch tensor, got a list of images"
+    height, width = recipe.size
     largest = max(
         sum(n * stride for n, stride in zip(images.shape[1:], images.stride()[1:], strict=True)),
         3 * height * width,
@@ -42,40 +36,54 @@ def refusal(images: Tensor | Sequence[Tensor], settings: ViewSettings, dtype: to
         2 * width * images.shape[3],
     )
     reasons = {
-        f"takes images on CUDA, got {images.device}": images.device.type != "cuda",
-        "needs the package triton, which is not installed": not _HAS_TRITON,
-        "computes in float32, got float64": torch.float64 in (images.dtype, dtype),
-        "is not differentiable, got images that require grad": (
+        f"it takes images on CUDA, got {images.device}": images.device.type != "cuda",
+        "it needs the package triton, which is not installed": not _HAS_TRITON,
+        "it computes in float32, got float64": torch.float64 in (images.dtype, dtype),
+        "it is not differentiable, got images that require grad": (
             images.requires_grad and torch.is_grad_enabled()
         ),
-        "takes images and makes views of less than 2³¹ elements each": largest > _LARGEST_OFFSET,
+        "it takes images and makes views of less than 2³¹ elements each": largest > _LARGEST_OFFSET,
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def render(images: Tensor, table: Tensor, settings: ViewSettings, out: Tensor) -> None:
-    """Make views as `_view.render` does, in at most five launches.
+def render(
+    images: Tensor | Sequence[Tensor],
+    table: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """Make views as the torch backend does, in at most five launches."""
+    assert isinstance(images, Tensor)  # or it would have refused
+    shape = (table.shape[0] * table.shape[1], 3, *recipe.size)
+    out = torch.empty(shape, dtype=dtype, device=table.device, memory_format=memory_format)
+    render_into(images, table, recipe, out)
+    return out
+
+
+def render_into(images: Tensor, table: Tensor, recipe: Recipe, out: Tensor) -> None:
+    """Make views in a tensor that is there.
 
     Args:
         images: ``(B, 3, H, W)``, uint8, float32, float16 or bfloat16, with any strides.
         table: ``(V, B, 18)`` on the device of the images. A box that is not inside its image is
             moved into it.
-        settings: What the samples share.
+        recipe: What the samples share.
         out: ``(V · B, 3, *size)``, float32, float16 or bfloat16, with any strides; overwritten.
     """
     _op(
         images,
         table,
         out,
-        settings.interpolation == "bicubic",
-        settings.antialias,
-        settings.contrast_mean == "channel",
-        settings.saturation_mode == "hsv",
-        settings.kernel_size,
-        settings.blur_padding == "reflect",
-        math.inf if settings.solarize_threshold is None else settings.solarize_threshold,
-        list(settings.mean or (0.0,) * 3),
-        list(settings.std or (1.0,) * 3),
+        recipe.interpolation == "bicubic",
+        recipe.antialias,
+        recipe.contrast_mean == "channel",
+        recipe.saturation_mode == "hsv",
+        recipe.taps,
+        recipe.blur_padding == "reflect",
+        recipe.solarize_threshold if recipe.solarizes else math.inf,
+        *map(list, recipe.normalize or ((0.0,) * 3, (1.0,) * 3)),
     )
 
 
@@ -93,7 +101,7 @@ def _launch(
     mean: list[float],
     std: list[float],
 ) -> None:
-    from contrastive_kit.augment import _triton_kernels as kernels
+    from contrastive_kit.augment.backends import triton_kernels as kernels
 
     if out.numel() == 0:
         return
