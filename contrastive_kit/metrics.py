@@ -31,7 +31,7 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
         alpha: the exponent α > 0.
 
     Returns:
-        A tensor of no dimension, from 0 (views coincide) to 2\ :sup:`α`; float64 if an embedding
+        A 0-dim tensor, from 0 (views coincide) to 2\ :sup:`α`; float64 if an embedding
         is, float32 otherwise. With α = 2 it is 2 - 2 · ``ContrastiveStats.positive_similarity``.
 
     Raises:
@@ -77,7 +77,7 @@ def uniformity(z: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
         backend: "auto" or a name, see ``which_backend``.
 
     Returns:
-        A tensor of no dimension, from -2t · N / (N - 1), which no N points fall below, to 0,
+        A 0-dim tensor, from -2t · N / (N - 1), which no N points fall below, to 0,
         where all coincide; float64 if ``z`` is, float32 otherwise.
 
     Raises:
@@ -122,7 +122,7 @@ def effective_rank(z: Tensor) -> Tensor:
             times more samples than dimensions (RankMe: 25 600).
 
     Returns:
-        A tensor of no dimension, from 1 (one direction) to min(N, D) (all alike), float64 (float32
+        A 0-dim tensor, from 1 (one direction) to min(N, D) (all alike), float64 (float32
         on devices without it). NaN if ``z`` is all zero, or not finite.
 
     Raises:
@@ -167,7 +167,7 @@ def feature_std(z: Tensor) -> Tensor:
         z: embeddings (N, D), N ≥ 2, any floating dtype; normalised here.
 
     Returns:
-        A tensor of no dimension, in [0, 1]; float64 if ``z`` is, float32 otherwise.
+        A 0-dim tensor, in [0, 1]; float64 if ``z`` is, float32 otherwise.
 
     Raises:
         TypeError: for embeddings that are not a floating tensor.

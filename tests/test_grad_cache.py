@@ -248,13 +248,13 @@ class Clip(nn.Module):
         torch.manual_seed(5)
         self.kind = kind
         self.image, self.text = nn.Linear(6, D), nn.Linear(4, D)
-        self.log_scale = nn.Parameter(torch.tensor(1.5))
+        self.logit_scale = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, image, *, text, power):
         outputs = Outputs(
             self.image(image),
             self.text(text["tokens"]) ** power,
-            self.log_scale.exp(),
+            self.logit_scale.exp(),
             self.image(image).argmax(1),
             None,
         )

@@ -95,7 +95,7 @@ def test_the_first_batch_has_no_negatives_and_no_gradient_but_a_graph():
         loss = loss_fn(query, torch.randn(3, 4), NegativeQueue(4, 5)(query), **options)
         loss = loss[0] if options else loss
         assert loss == 0
-        gradients = torch.autograd.grad(loss, [query, loss_fn.log_scale])
+        gradients = torch.autograd.grad(loss, [query, loss_fn.logit_scale])
         assert all((g == 0).all() for g in gradients)
 
 

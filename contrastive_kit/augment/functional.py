@@ -480,7 +480,7 @@ def crop_resize(
     interpolation: Interpolation = "bilinear",
     antialias: bool = True,
 ) -> Tensor:
-    """Cut a box out of each image, resize it, and mirror it where asked.
+    """Cut a box out of each image, resize it, and flip it horizontally where asked.
 
     Equal to torchvision's ``resized_crop`` and ``hflip``, image by image. Bicubic floats may leave
     [0, 1], as there. uint8 is resized across, rounded and clamped to whole grey levels, and then
@@ -497,7 +497,7 @@ def crop_resize(
             on the CPU.
         box: ``(B, 4)``: top, left, height and width in pixels, whole numbers of any dtype.
         size: Height and width of the result, or both as one number.
-        flip: ``(B,)``; samples where it is not zero are mirrored left to right.
+        flip: ``(B,)``; samples where it is not zero are flipped horizontally.
         interpolation: "bilinear" or "bicubic", or "nearest" for masks: the pixel whose area holds
             the centre, torchvision's NEAREST_EXACT.
         antialias: Low-pass when shrinking. False aliases, as TensorFlow's SimCLR does. Without

@@ -60,7 +60,7 @@ class ViewParameters(NamedTuple):
 
     Attributes:
         box: Top, left, height and width of the crop, in source pixels.
-        flip: 1 where the view is mirrored left to right, else 0.
+        flip: 1 where the view is flipped horizontally, else 0.
         jitter: 1 where the four colour operations apply, else 0.
         order: The order of the colour operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
         brightness: Brightness factor, 1 leaves the image alone.

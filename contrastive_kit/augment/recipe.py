@@ -73,7 +73,7 @@ class Recipe:
             `IMAGENET_NORMALIZATION` for instance. The views stay in [0, 1] if None.
         scale: Range of the crop's area, as a fraction of the image's.
         ratio: Range of the crop's width over its height, log-uniform.
-        flip: Probability of the mirror image.
+        flip: Probability of the horizontal flip.
         jitter: Probability of the four colour operations.
         colors: Brightness, contrast, saturation and hue of the jitter at strength 1.
         grayscale: Probability of losing the colour.

@@ -42,8 +42,8 @@ REDUCTIONS = ("mean", "sum", "none")
 # the other the logits, and with them the gradient that could bring the temperature back, vanish.
 _SMALLEST_LEARNABLE_TEMPERATURE = 0.01
 LARGEST_LEARNABLE_TEMPERATURE = 100.0
-_LARGEST_LOG_SCALE = -math.log(_SMALLEST_LEARNABLE_TEMPERATURE)
-_SMALLEST_LOG_SCALE = -math.log(LARGEST_LEARNABLE_TEMPERATURE)
+_LARGEST_LOGIT_SCALE = -math.log(_SMALLEST_LEARNABLE_TEMPERATURE)
+_SMALLEST_LOGIT_SCALE = -math.log(LARGEST_LEARNABLE_TEMPERATURE)
 
 
 def check_options(
@@ -81,18 +81,18 @@ def check_options(
     return tau, smoothing, beta
 
 
-def check_weights(weights: Tensor, n: int, other_name: str, other: Tensor) -> None:
-    """Raise unless ``weights`` holds ``n`` floating numbers on the device of ``other``."""
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"weights must be a floating point tensor of shape ({n},), got {got}")
-    if weights.shape != (n,):
+def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: Tensor) -> None:
+    """Raise unless ``sample_weight`` holds ``n`` floating numbers on the device of ``other``."""
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        got = getattr(sample_weight, "dtype", type(sample_weight).__name__)
+        raise TypeError(f"sample_weight must be a floating point tensor of shape ({n},), got {got}")
+    if sample_weight.shape != (n,):
         raise ValueError(
-            f"weights must have shape ({n},), one for each row of {other_name}, "
-            f"got {tuple(weights.shape)}"
+            f"sample_weight must have shape ({n},), one for each row of {other_name}, "
+            f"got {tuple(sample_weight.shape)}"
         )
-    check_dense("weights", weights)
-    check_device("weights", weights, other_name, other)
+    check_dense("sample_weight", sample_weight)
+    check_device("sample_weight", sample_weight, other_name, other)
 
 
 def _check_number(name: str, value: object, largest: float) -> float:
@@ -208,50 +208,50 @@ def smoothed(
 def reduce(
     loss: Tensor,
     reduction: str,
-    weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     weight_per_process: float | Tensor | None = None,
 ) -> Tensor:
-    """Mean, sum, or the losses (..., N) as they are; weighted by ``weights`` (N,), equation (14).
+    """Mean, sum, or the losses (..., N) as they are, weighted by ``sample_weight``, equation (14).
 
-    The mean is the sum of the weighted losses over that of the weights, 0 if they are all 0. Where
-    a batch is spread over processes the weights are those of an average process instead, so that
-    the mean over processes is the mean over the whole batch.
+    The weights are (N,). The mean is the sum of the weighted losses over that of the weights, 0 if
+    they are all 0. Where a batch is spread over processes the weights are those of an average
+    process instead, so that the mean over processes is the mean over the whole batch.
     """
-    if weights is not None:
-        loss = loss * weights.to(loss.dtype)
+    if sample_weight is not None:
+        loss = loss * sample_weight.to(loss.dtype)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     if weight_per_process is None:
-        if weights is None:
+        if sample_weight is None:
             return loss.mean()
-        weight_per_process = weights.to(loss.dtype).sum()
+        weight_per_process = sample_weight.to(loss.dtype).sum()
     total = weight_per_process * (loss.numel() // loss.shape[-1])
     if isinstance(total, Tensor):
         total = torch.where(total == 0, 1, total)
     return loss.sum() / total
 
 
-def limited_log_scale(log_scale: Tensor, largest: float = _LARGEST_LOG_SCALE) -> Tensor:
-    """A learnable ``log_scale`` within its bounds, in at least float32.
+def limited_logit_scale(logit_scale: Tensor, largest: float = _LARGEST_LOGIT_SCALE) -> Tensor:
+    """A learnable ``logit_scale`` within its bounds, in at least float32.
 
     Compared in its own dtype, in which a bound may have been rounded away from 0. No clamp, which
     in torch 2.14 has no gradient at a bound: a parameter there would stay for ever.
     """
-    x = at_least_float32(log_scale)
-    x = torch.where(log_scale < _SMALLEST_LOG_SCALE, _SMALLEST_LOG_SCALE, x)
-    return torch.where(log_scale > largest, largest, x)
+    x = at_least_float32(logit_scale)
+    x = torch.where(logit_scale < _SMALLEST_LOGIT_SCALE, _SMALLEST_LOGIT_SCALE, x)
+    return torch.where(logit_scale > largest, largest, x)
 
 
 @torch.no_grad()
-def limit_log_scale_(log_scale: Tensor, largest: float = _LARGEST_LOG_SCALE) -> None:
+def limit_logit_scale_(logit_scale: Tensor, largest: float = _LARGEST_LOGIT_SCALE) -> None:
     """Bring the parameter back to its bounds, beyond which it would get no gradient.
 
     An exported program keeps to the bounds, but writes to no parameter of its own.
     """
     if not torch.compiler.is_exporting():
-        log_scale.clamp_(_SMALLEST_LOG_SCALE, largest)
+        logit_scale.clamp_(_SMALLEST_LOGIT_SCALE, largest)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -271,9 +271,9 @@ def shown(value: float | Tensor) -> str:
 class TemperatureLoss(nn.Module):
     """Base of the losses that divide cosines by a temperature, fixed or learnable.
 
-    A learnable temperature is the parameter ``log_scale`` = log(1 / temperature). Each call brings
-    it back into [-log(100), log(100)]: the upper bound is that of CLIP, the lower one keeps a
-    gradient that it can come back by. With ``gather_distributed`` its gradient is averaged over
+    A learnable temperature is the parameter ``logit_scale`` = log(1 / temperature). Each call
+    brings it back into [-log(100), log(100)]: the upper bound is that of CLIP, the lower one keeps
+    a gradient that it can come back by. With ``gather_distributed`` its gradient is averaged over
     processes, whether or not the loss is inside a ``DistributedDataParallel``.
     """
 
@@ -301,7 +301,7 @@ class TemperatureLoss(nn.Module):
         self.process_group = process_group
         self.reduction = reduction
         self.backend = backend
-        self.log_scale: nn.Parameter | None = None
+        self.logit_scale: nn.Parameter | None = None
         self._fixed_temperature = float(tau)
         if learnable_temperature:
             smallest, largest = _SMALLEST_LEARNABLE_TEMPERATURE, LARGEST_LEARNABLE_TEMPERATURE
@@ -310,24 +310,24 @@ class TemperatureLoss(nn.Module):
                     f"temperature must be at least {smallest} and at most {largest} if it is "
                     f"learnable, got {tau}"
                 )
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)))
+            self.logit_scale = nn.Parameter(torch.tensor(-math.log(tau)))
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature: a number, or a tensor that carries the gradient of ``log_scale``."""
-        if self.log_scale is None:
+        """The temperature: a number, or a tensor that carries the gradient of ``logit_scale``."""
+        if self.logit_scale is None:
             return self._fixed_temperature
-        log_scale = limited_log_scale(self.log_scale)
-        log_scale = own_parameters(log_scale, self.gather_distributed, self.process_group)
-        return (-log_scale).exp()
+        logit_scale = limited_logit_scale(self.logit_scale)
+        logit_scale = own_parameters(logit_scale, self.gather_distributed, self.process_group)
+        return (-logit_scale).exp()
 
-    def _limit_log_scale(self) -> None:
-        if self.log_scale is not None:
-            limit_log_scale_(self.log_scale)
+    def _limit_logit_scale(self) -> None:
+        if self.logit_scale is not None:
+            limit_logit_scale_(self.logit_scale)
 
     def extra_repr(self) -> str:
         """The options, as the constructor takes them."""
-        learnable = ", learnable_temperature=True" if self.log_scale is not None else ""
+        learnable = ", learnable_temperature=True" if self.logit_scale is not None else ""
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         hardness = f", hardness={self.hardness}" if self.hardness else ""
         gathering = ", gather_distributed=True" if self.gather_distributed else ""

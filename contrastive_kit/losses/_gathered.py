@@ -71,7 +71,7 @@ def own_parameters(x: Tensor, gather_distributed: bool, group: "ProcessGroup | N
 def gather_batch(
     rows: Tensor,
     ids: Tensor | None,
-    weights: Tensor | None,
+    sample_weight: Tensor | None,
     group: "ProcessGroup | None",
     settings: str,
 ) -> GatheredBatch:
@@ -89,8 +89,8 @@ def gather_batch(
         own_ids = ids.long()  # gloo and NCCL send no int16
         everyones_ids = gather_rows(own_ids, group, counts)
     weight: float | Tensor = float(sum(counts))
-    if weights is not None:
-        weight = gather_rows(weights.to(rows.dtype), group, counts).sum()
+    if sample_weight is not None:
+        weight = gather_rows(sample_weight.to(rows.dtype), group, counts).sum()
     return GatheredBatch(gather_rows(images, group, counts), everyones_ids, own_ids, weight / size)
 
 

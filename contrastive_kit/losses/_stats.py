@@ -9,7 +9,7 @@ from contrastive_kit.ops import LogitStatistics
 
 
 class ContrastiveStats(NamedTuple):
-    """Detached diagnostics of one call, each a tensor of no dimension, averaged over anchors.
+    """Detached diagnostics of one call, each a 0-dim tensor, averaged over anchors.
 
     All depend on the number of candidates: compare them at one batch size only. The candidates of
     an anchor are the positives and negatives of its loss, so that other codes report other figures

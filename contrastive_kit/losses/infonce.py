@@ -20,7 +20,7 @@ from contrastive_kit.losses._common import (
     LossOutput,
     TemperatureLoss,
     check_options,
-    check_weights,
+    check_sample_weight,
     preferring_hard,
     reduce,
     smoothed,
@@ -56,7 +56,7 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     symmetric: bool = False,
     ids: Tensor | None = None,
-    weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
     reduction: str = "mean",
@@ -89,9 +89,9 @@ def info_nce(
             tiles. Not with ``negatives``.
         ids: integers (N,); pairs of equal id are not negatives of each other. A row left without
             negatives has loss 0 and a zero gradient. Not with ``negatives``.
-        weights: floating numbers (N,) ≥ 0, one for each pair: its losses are multiplied by it, and
-            the mean is weighted, Σ w·ℓ / Σ w; 0 if all are 0. A key of weight 0 stays a negative of
-            others. The sign is not checked.
+        sample_weight: floating numbers (N,) ≥ 0, one for each pair: its losses are multiplied by
+            it, and the mean is weighted, Σ w·ℓ / Σ w; 0 if all are 0. A key of weight 0 stays a
+            negative of others. The sign is not checked.
         label_smoothing: the part of the target, in [0, 1], spread evenly over all candidates of a
             query, its key included: what ``torch.nn.functional.cross_entropy`` calls so. Not with
             ``hardness``.
@@ -114,8 +114,8 @@ def info_nce(
         with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
-        TypeError: for embeddings or weights that are not floating tensors, ids that are not
-            integers.
+        TypeError: for embeddings or a ``sample_weight`` that are not floating tensors, ids that are
+            not integers.
         NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, fewer than two rows without
             ``negatives``, sparse or nested tensors, ``symmetric`` or ``ids`` with ``negatives``,
@@ -150,8 +150,8 @@ def info_nce(
     def check() -> CheckedOptions:
         least = 1 if gather else 2
         _check_inputs(query, key, negatives, symmetric, ids, gather_distributed, least)
-        if weights is not None:
-            check_weights(weights, query.shape[0], "query", query)
+        if sample_weight is not None:
+            check_sample_weight(sample_weight, query.shape[0], "query", query)
         check_flag("return_stats", return_stats)
         return check_options(
             temperature,
@@ -187,12 +187,12 @@ def info_nce(
             temperature=temperature,
             symmetric=symmetric,
             ids=ids,
-            weights=weights,
+            sample_weight=sample_weight,
             label_smoothing=label_smoothing,
             hardness=hardness,
             reduction=reduction,
         )
-        batch = gather_batch(torch.stack(columns), ids, weights, process_group, settings)
+        batch = gather_batch(torch.stack(columns), ids, sample_weight, process_group, settings)
         columns = [x.contiguous() for x in batch.rows.unbind(1)]
         exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
     directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
@@ -223,7 +223,7 @@ def info_nce(
             per_anchor, positive_logits, torch.cat(totals), torch.cat(counts), label_smoothing
         )
     losses = per_anchor.view(2, n) if symmetric else per_anchor
-    loss = reduce(losses, reduction, weights, weight_per_process)
+    loss = reduce(losses, reduction, sample_weight, weight_per_process)
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, statistics, temperature)
@@ -361,8 +361,8 @@ class InfoNCE(TemperatureLoss):
     Args:
         temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
         symmetric: average both directions: the loss of CLIP.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
-            call brings back to within ±log(100). Give it to the optimiser without weight
+        learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
+            each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``hardness``.
@@ -382,7 +382,7 @@ class InfoNCE(TemperatureLoss):
         >>> clip_loss = InfoNCE(symmetric=True, learnable_temperature=True)
         >>> loss = clip_loss(torch.randn(4, 8), torch.randn(4, 8))
         >>> loss.backward()
-        >>> clip_loss.log_scale.grad.shape
+        >>> clip_loss.logit_scale.grad.shape
         torch.Size([])
     """
 
@@ -420,10 +420,10 @@ class InfoNCE(TemperatureLoss):
         ids: Tensor | None = None,
         return_stats: bool = False,
         *,
-        weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> LossOutput:
         """The loss of queries and keys, (N, D) each: see ``info_nce``."""
-        self._limit_log_scale()
+        self._limit_logit_scale()
         return info_nce(
             query,
             key,
@@ -431,7 +431,7 @@ class InfoNCE(TemperatureLoss):
             temperature=self.temperature,
             symmetric=self.symmetric,
             ids=ids,
-            weights=weights,
+            sample_weight=sample_weight,
             label_smoothing=self.label_smoothing,
             hardness=self.hardness,
             reduction=self.reduction,

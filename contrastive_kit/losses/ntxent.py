@@ -18,7 +18,7 @@ from contrastive_kit.losses._common import (
     LossOutput,
     TemperatureLoss,
     check_options,
-    check_weights,
+    check_sample_weight,
     positive_pair_logits,
     preferring_hard,
     reduce,
@@ -51,7 +51,7 @@ def nt_xent(
     *more_views: Tensor,
     temperature: float | Tensor = 0.5,
     ids: Tensor | None = None,
-    weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
@@ -85,9 +85,9 @@ def nt_xent(
         ids: integers (N,); images of equal id (duplicates, known false negatives) are not
             negatives of each other, and no positives either. An anchor left without negatives has
             loss 0 and a zero gradient.
-        weights: floating numbers (N,) ≥ 0, one for each image: the losses of its anchors are
-            multiplied by it, and the mean is weighted, Σ w·ℓ / Σ w; 0 if all are 0. An image of
-            weight 0 stays a negative of others. The sign is not checked.
+        sample_weight: floating numbers (N,) ≥ 0, one for each image: the losses of its anchors
+            are multiplied by it, and the mean is weighted, Σ w·ℓ / Σ w; 0 if all are 0. An image
+            of weight 0 stays a negative of others. The sign is not checked.
         decoupled: leave the positives out of the denominator (DCL, arXiv 2110.06848, equation 6).
         label_smoothing: the part of the target, in [0, 1], spread evenly over all candidates of an
             anchor, its positives included: what ``torch.nn.functional.cross_entropy`` calls so.
@@ -112,8 +112,8 @@ def nt_xent(
         with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
-        TypeError: for embeddings or weights that are not floating tensors, ids that are not
-            integers.
+        TypeError: for embeddings or a ``sample_weight`` that are not floating tensors, ids that are
+            not integers.
         NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, sparse or nested tensors, fewer than
             two rows, a temperature that is not positive and finite, an option out of its range or
@@ -153,8 +153,8 @@ def nt_xent(
             raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
         if ids is not None:
             check_ids("ids", ids, n, "z1", z1)
-        if weights is not None:
-            check_weights(weights, n, "z1", z1)
+        if sample_weight is not None:
+            check_sample_weight(sample_weight, n, "z1", z1)
         options = check_options(
             temperature, reduction, backend, z1, label_smoothing=label_smoothing, hardness=hardness
         )
@@ -168,7 +168,7 @@ def nt_xent(
     options = _Options(
         len(more_views),
         ids is not None,
-        weights is not None,
+        sample_weight is not None,
         decoupled,
         label_smoothing,
         hardness,
@@ -192,13 +192,13 @@ def nt_xent(
             views,
             temperature=temperature,
             ids=ids,
-            weights=weights,
+            sample_weight=sample_weight,
             decoupled=decoupled,
             label_smoothing=label_smoothing,
             hardness=hardness,
             reduction=reduction,
         )
-        batch = gather_batch(views_of_rows, ids, weights, process_group, settings)
+        batch = gather_batch(views_of_rows, ids, sample_weight, process_group, settings)
         columns, weight_per_process = batch.rows.flatten(0, 1), batch.weight_per_process
         exclusion = batch.exclusion(len(views), len(views))
     problem = Problem(
@@ -217,7 +217,7 @@ def nt_xent(
         negative_total = (rows * kept_sums(rows.shape[0], candidates, exclusion)).sum(1)
         counts = kept_counts(rows.shape[0], candidates.shape[0], exclusion, rows.device)
         per_anchor = smoothed(per_anchor, positive_logits, negative_total, counts, label_smoothing)
-    loss = reduce(per_anchor.view(len(views), n), reduction, weights, weight_per_process)
+    loss = reduce(per_anchor.view(len(views), n), reduction, sample_weight, weight_per_process)
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, statistics, temperature)
@@ -231,7 +231,7 @@ class _Options(NamedTuple):
 
     more_views: int = 0
     ids: bool = False
-    weights: bool = False
+    sample_weight: bool = False
     decoupled: bool = False
     label_smoothing: float = 0.0
     hardness: float = 0.0
@@ -254,8 +254,8 @@ class NTXent(TemperatureLoss):
 
     Args:
         temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
-            call brings back to within ±log(100). Give it to the optimiser without weight
+        learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
+            each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
         decoupled: leave the positives out of the denominator.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
@@ -314,18 +314,18 @@ class NTXent(TemperatureLoss):
         z2: Tensor,
         *more_views: Tensor,
         ids: Tensor | None = None,
-        weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossOutput:
         """The loss of two or more views, (N, D) each: see ``nt_xent``."""
-        self._limit_log_scale()
+        self._limit_logit_scale()
         return nt_xent(
             z1,
             z2,
             *more_views,
             temperature=self.temperature,
             ids=ids,
-            weights=weights,
+            sample_weight=sample_weight,
             decoupled=self.decoupled,
             label_smoothing=self.label_smoothing,
             hardness=self.hardness,

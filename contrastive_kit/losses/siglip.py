@@ -24,9 +24,9 @@ from contrastive_kit.losses._common import (
     REDUCTIONS,
     Scalars,
     at_least_float32,
-    check_weights,
-    limit_log_scale_,
-    limited_log_scale,
+    check_sample_weight,
+    limit_logit_scale_,
+    limited_logit_scale,
     reduce,
     shown,
 )
@@ -47,9 +47,9 @@ def siglip(
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.1,
-    bias: float | Tensor = -10.0,
+    logit_bias: float | Tensor = -10.0,
     ids: Tensor | None = None,
-    weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: str = "mean",
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -71,11 +71,11 @@ def siglip(
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient; 1 / τ is the scale t of the paper. The value of a tensor is
             not checked.
-        bias: b, a number, or a tensor of one value, which then receives its gradient. The value
-            of a tensor is not checked.
+        logit_bias: b, a number, or a tensor of one value, which then receives its gradient. The
+            value of a tensor is not checked.
         ids: integers (N,); rows of equal id (duplicates) are no negatives of each other. The pair
             (i, i) stays a match.
-        weights: floating numbers (N,) ≥ 0 that multiply the losses; the mean is weighted,
+        sample_weight: floating numbers (N,) ≥ 0 that multiply the losses; the mean is weighted,
             Σ w·ℓ / Σ w; 0 if all are 0. The sign is not checked.
         reduction: "mean" or "sum" over the rows of ``z1``, or "none" for the losses (N,).
         gather_distributed: compare the rows of ``z1`` with the ``z2`` of all processes. "mean" is
@@ -91,13 +91,13 @@ def siglip(
         The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast.
 
     Raises:
-        TypeError: for embeddings or weights that are not floating tensors, ids that are not
-            integers, a bias that is no number.
+        TypeError: for embeddings or a ``sample_weight`` that are not floating tensors, ids that are
+            not integers, a ``logit_bias`` that is no number.
         NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, sparse or nested tensors, a temperature
-            that is not positive and finite, a bias that is not finite, an unknown ``reduction`` or
-            ``backend``; on every process, if one of them raises, or they differ in embeddings or
-            options.
+            that is not positive and finite, a ``logit_bias`` that is not finite, an unknown
+            ``reduction`` or ``backend``; on every process, if one of them raises, or they differ
+            in embeddings or options.
         RuntimeError: for ``gather_distributed`` without an initialised process group; under
             ``torch.jit.trace``, which would keep the size of the batch.
 
@@ -112,7 +112,8 @@ def siglip(
     Example:
         >>> import torch
         >>> from contrastive_kit.functional import siglip
-        >>> siglip(torch.eye(3), torch.eye(3), temperature=1.0, bias=0.0)  # log(1 + 1/e) + 2 log 2
+        >>> z = torch.eye(3)
+        >>> siglip(z, z, temperature=1.0, logit_bias=0.0)  # log(1 + 1/e) + 2 log 2
         tensor(1.6996)
     """
     gather = several_processes(gather_distributed, process_group)
@@ -125,48 +126,48 @@ def siglip(
         check_reverse_mode("z2", z2)
         if ids is not None:
             check_ids("ids", ids, z1.shape[0], "z1", z1)
-        if weights is not None:
-            check_weights(weights, z1.shape[0], "z1", z1)
+        if sample_weight is not None:
+            check_sample_weight(sample_weight, z1.shape[0], "z1", z1)
         check_choice("reduction", reduction, REDUCTIONS)
         check_backend(backend, "softplus_sum")
-        return check_temperature(temperature, z1), _check_bias(bias, z1)
+        return check_temperature(temperature, z1), _check_bias(logit_bias, z1)
 
-    temperature, bias = checked(check, process_group) if gather else check()
+    temperature, logit_bias = checked(check, process_group) if gather else check()
     rows = scaled_unit_rows((z1,), temperature)[0]
     columns = scaled_unit_rows((z2,), temperature)[0]
-    match = (rows * columns).sum(1) + _as(bias, rows)
+    match = (rows * columns).sum(1) + _as(logit_bias, rows)
     candidates, exclusion, weight_per_process = columns, Exclusion(z1.shape[0], ids), None
     if gather:
         settings = settings_of(
             "siglip",
             (z1, z2),
             temperature=temperature,
-            bias=bias,
+            logit_bias=logit_bias,
             ids=ids,
-            weights=weights,
+            sample_weight=sample_weight,
             reduction=reduction,
         )
-        batch = gather_batch(columns[None], ids, weights, process_group, settings)
+        batch = gather_batch(columns[None], ids, sample_weight, process_group, settings)
         candidates, exclusion = batch.rows.flatten(0, 1), batch.exclusion(1, 1)
         weight_per_process = batch.weight_per_process
-    others = kept_softplus_sum(rows, candidates, bias, exclusion=exclusion, backend=backend)
+    others = kept_softplus_sum(rows, candidates, logit_bias, exclusion=exclusion, backend=backend)
     # By default softplus is linear above 20, which float64 would notice.
     loss = F.softplus(-match, threshold=50) + others
-    return reduce(loss, reduction, weights, weight_per_process)
+    return reduce(loss, reduction, sample_weight, weight_per_process)
 
 
-def _as(bias: float | Tensor, rows: Tensor) -> float | Tensor:
-    return bias.reshape(()).to(rows) if isinstance(bias, Tensor) else bias
+def _as(logit_bias: float | Tensor, rows: Tensor) -> float | Tensor:
+    return logit_bias.reshape(()).to(rows) if isinstance(logit_bias, Tensor) else logit_bias
 
 
-def _check_bias(bias: object, z: Tensor | None = None) -> float | Tensor:
-    if isinstance(bias, Tensor):
-        check_scalar("bias", bias, z)
-        return bias
-    number = check_number("bias", bias)
+def _check_bias(logit_bias: object, z: Tensor | None = None) -> float | Tensor:
+    if isinstance(logit_bias, Tensor):
+        check_scalar("logit_bias", logit_bias, z)
+        return logit_bias
+    number = check_number("logit_bias", logit_bias)
     # Not math.isfinite, which would break the graph of torch.compile(dynamic=True).
     if not -math.inf < number < math.inf:
-        raise ValueError(f"bias must be finite, got {number}")
+        raise ValueError(f"logit_bias must be finite, got {number}")
     return number
 
 
@@ -177,15 +178,15 @@ _LARGEST_MAX_SCALE = 2.0**23
 class SigLIP(nn.Module):
     """SigLIP as a module, with a learnable scale and bias.
 
-    The parameters are ``log_scale`` = log(1 / τ) and ``bias``, from log 10 and -10 as in the paper.
-    Each call brings ``log_scale`` back into [-log(100), log(``max_scale``)]. Give both to the
-    optimiser without weight decay; ``requires_grad_(False)`` on one freezes it. With
+    The parameters are ``logit_scale`` = log(1 / τ) and ``logit_bias``, from log 10 and -10 as in
+    the paper. Each call brings ``logit_scale`` back into [-log(100), log(``max_scale``)]. Give both
+    to the optimizer without weight decay; ``requires_grad_(False)`` on one freezes it. With
     ``gather_distributed`` their gradients are averaged over processes, whether or not the loss is
     inside a ``DistributedDataParallel``.
 
     Args:
         temperature: the initial τ, from 1 / ``max_scale`` to 100.
-        bias: the initial b.
+        logit_bias: the initial b.
         max_scale: the largest scale 1 / τ, from 0.01 to 2²³. The default is far above the scales
             that published models end at, near 100, and far below those at which the loss
             overflows. The paper's code has no bound; open_clip's training bounds it by 100.
@@ -195,7 +196,7 @@ class SigLIP(nn.Module):
         backend: "auto", "tiled" or "reference", see ``siglip``.
 
     Raises:
-        TypeError: for a temperature, a bias or a ``max_scale`` that is no number.
+        TypeError: for a temperature, a ``logit_bias`` or a ``max_scale`` that is no number.
         ValueError: for one out of range, an unknown ``reduction`` or ``backend``.
 
     Example:
@@ -204,13 +205,13 @@ class SigLIP(nn.Module):
         >>> loss_fn = SigLIP()
         >>> loss_fn(torch.randn(4, 8), torch.randn(4, 8)).backward()
         >>> {name: p.grad.shape for name, p in loss_fn.named_parameters()}
-        {'log_scale': torch.Size([]), 'bias': torch.Size([])}
+        {'logit_scale': torch.Size([]), 'logit_bias': torch.Size([])}
     """
 
     def __init__(
         self,
         temperature: float = 0.1,
-        bias: float = -10.0,
+        logit_bias: float = -10.0,
         *,
         max_scale: float = 1000.0,
         reduction: str = "mean",
@@ -219,9 +220,11 @@ class SigLIP(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(temperature, Tensor) or isinstance(bias, Tensor):
-            raise TypeError("temperature and bias must be numbers; both are learnable parameters")
-        tau, b = float(check_temperature(temperature)), float(_check_bias(bias))
+        if isinstance(temperature, Tensor) or isinstance(logit_bias, Tensor):
+            raise TypeError(
+                "temperature and logit_bias must be numbers; both are learnable parameters"
+            )
+        tau, b = float(check_temperature(temperature)), float(_check_bias(logit_bias))
         self.max_scale = check_number("max_scale", max_scale)
         if not 1 / LARGEST_LEARNABLE_TEMPERATURE <= self.max_scale <= _LARGEST_MAX_SCALE:
             raise ValueError(
@@ -240,31 +243,36 @@ class SigLIP(nn.Module):
         self.process_group = process_group
         self.reduction = reduction
         self.backend = backend
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)))
-        self.bias = nn.Parameter(torch.tensor(b))
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(tau)))
+        self.logit_bias = nn.Parameter(torch.tensor(b))
 
     @property
     def temperature(self) -> Tensor:
-        """The temperature, which carries the gradient of ``log_scale``; never in half precision."""
-        return (-limited_log_scale(self.log_scale, math.log(self.max_scale))).exp()
+        """The temperature, with the gradient of ``logit_scale``; never in half precision."""
+        return (-limited_logit_scale(self.logit_scale, math.log(self.max_scale))).exp()
 
     def forward(
-        self, z1: Tensor, z2: Tensor, *, ids: Tensor | None = None, weights: Tensor | None = None
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        ids: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """The loss of two batches of embeddings, (N, D) each: see ``siglip``."""
         largest = math.log(self.max_scale)
-        limit_log_scale_(self.log_scale, largest)
-        log_scale = limited_log_scale(self.log_scale, largest)
-        scalars = torch.stack([log_scale, at_least_float32(self.bias)])
+        limit_logit_scale_(self.logit_scale, largest)
+        logit_scale = limited_logit_scale(self.logit_scale, largest)
+        scalars = torch.stack([logit_scale, at_least_float32(self.logit_bias)])
         scalars = own_parameters(scalars, self.gather_distributed, self.process_group)
-        log_scale, bias = scalars.unbind(0)
+        logit_scale, logit_bias = scalars.unbind(0)
         return siglip(
             z1,
             z2,
-            temperature=(-log_scale).exp(),
-            bias=bias,
+            temperature=(-logit_scale).exp(),
+            logit_bias=logit_bias,
             ids=ids,
-            weights=weights,
+            sample_weight=sample_weight,
             reduction=self.reduction,
             gather_distributed=self.gather_distributed,
             process_group=self.process_group,
@@ -277,6 +285,6 @@ class SigLIP(nn.Module):
         bound = f"max_scale={shown(self.max_scale)}, " if self.max_scale != 1000 else ""
         return (
             f"temperature={shown(self.temperature)}, "
-            f"bias={shown(self.bias)}, {bound}{gathering}"
+            f"logit_bias={shown(self.logit_bias)}, {bound}{gathering}"
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )

@@ -22,7 +22,7 @@ from contrastive_kit.losses._common import (
     Scalar,
     TemperatureLoss,
     check_options,
-    check_weights,
+    check_sample_weight,
     positive_pair_logits,
     reduce,
 )
@@ -49,7 +49,7 @@ def sup_con(
     labels: Tensor,
     temperature: float | Tensor = 0.1,
     variant: str = "out",
-    weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
@@ -79,8 +79,8 @@ def sup_con(
             the loss is NaN.
         variant: "out", the mean of log-probabilities, which the paper recommends; "in", the
             logarithm of the mean probability. They are equal where there is one positive.
-        weights: floating numbers (N,) ≥ 0, one for each image, that multiply the losses of its
-            anchors; the mean is weighted, Σ w·ℓ / Σ w. The sign is not checked.
+        sample_weight: floating numbers (N,) ≥ 0, one for each image, that multiply the losses of
+            its anchors; the mean is weighted, Σ w·ℓ / Σ w. The sign is not checked.
         reduction: "mean" over the anchors that have a positive (0 if none has), "sum", or "none"
             for the losses (V, N), 0 for an anchor without positive.
         return_stats: also return ``ContrastiveStats``: the accuracy over anchors that have a
@@ -101,8 +101,8 @@ def sup_con(
         with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
-        TypeError: for embeddings or weights that are not floating tensors, labels that are not
-            integers.
+        TypeError: for embeddings or a ``sample_weight`` that are not floating tensors, labels that
+            are not integers.
         NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for no view, shapes or devices that do not match, sparse or nested tensors,
             fewer than two rows, a temperature that is not positive and finite, an unknown
@@ -149,8 +149,8 @@ def sup_con(
                 f"views[0] must have at least 2 rows, or there are no negatives; got {n}"
             )
         check_ids("labels", labels, n, "views[0]", views[0])
-        if weights is not None:
-            check_weights(weights, n, "views[0]", views[0])
+        if sample_weight is not None:
+            check_sample_weight(sample_weight, n, "views[0]", views[0])
         check_choice("variant", variant, VARIANTS)
         check_flag("return_stats", return_stats)
         return check_options(temperature, reduction, backend, views[0])[0]
@@ -167,10 +167,10 @@ def sup_con(
             temperature=temperature,
             variant=variant,
             labels=labels,
-            weights=weights,
+            sample_weight=sample_weight,
             reduction=reduction,
         )
-        batch, weight_per_process = _gather(rows, labels, weights, process_group, settings)
+        batch, weight_per_process = _gather(rows, labels, sample_weight, process_group, settings)
     else:
         images = torch.arange(n, device=rows.device)
         batch = _Batch(rows, images.repeat(len(views)), labels.repeat(len(views)), n)
@@ -191,8 +191,8 @@ def sup_con(
     per_anchor = torch.where(n_positives == 0, 0, per_anchor).view(len(views), n)
     if reduction == "mean":
         anchors = (n_positives[:n] > 0).to(rows.dtype)
-        weights = anchors if weights is None else weights.to(rows.dtype) * anchors
-    loss = reduce(per_anchor, reduction, weights, weight_per_process)
+        sample_weight = anchors if sample_weight is None else sample_weight.to(rows.dtype) * anchors
+    loss = reduce(per_anchor, reduction, sample_weight, weight_per_process)
     if not return_stats:
         return loss
     return loss, _statistics(batch, n_positives, logsumexp, temperature)
@@ -201,7 +201,7 @@ def sup_con(
 def _gather(
     rows: Tensor,
     labels: Tensor,
-    weights: Tensor | None,
+    sample_weight: Tensor | None,
     group: "ProcessGroup | None",
     settings: str,
 ) -> tuple["_Batch", Tensor]:
@@ -224,8 +224,8 @@ def _gather(
     )
     has_positive = n_views * equal_id_counts(everyones_labels, everyones_labels) > 1
     anchors = has_positive.to(rows.dtype)
-    if weights is not None:
-        anchors = anchors * gather_rows(weights.to(rows.dtype), group, counts)
+    if sample_weight is not None:
+        anchors = anchors * gather_rows(sample_weight.to(rows.dtype), group, counts)
     return batch, anchors.sum() / size
 
 
@@ -338,8 +338,8 @@ class SupCon(TemperatureLoss):
 
     Args:
         temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
-        learnable_temperature: learn τ through the parameter ``log_scale`` = log(1 / τ), which each
-            call brings back to within ±log(100). Give it to the optimiser without weight
+        learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
+            each call brings back to within ±log(100). Give it to the optimizer without weight
             decay.
         variant: "out" or "in".
         reduction: "mean", "sum" or "none".
@@ -386,17 +386,17 @@ class SupCon(TemperatureLoss):
         self,
         *views: Tensor,
         labels: Tensor,
-        weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossOutput:
         """The loss of one or more views, (N, D) each: see ``sup_con``."""
-        self._limit_log_scale()
+        self._limit_logit_scale()
         return sup_con(
             *views,
             labels=labels,
             temperature=self.temperature,
             variant=self.variant,
-            weights=weights,
+            sample_weight=sample_weight,
             reduction=self.reduction,
             return_stats=return_stats,
             gather_distributed=self.gather_distributed,

@@ -20,12 +20,12 @@ TEMPERATURE = 0.2
 SUP_CON = {
     "out": (2, {}),
     "in": (2, {"variant": "in"}),
-    "out, three views, weights": (3, {"weights": True}),
-    "in, three views, weights": (3, {"variant": "in", "weights": True}),
+    "out, three views, weights": (3, {"sample_weight": True}),
+    "in, three views, weights": (3, {"variant": "in", "sample_weight": True}),
     "out, one view": (1, {}),
-    "in, one view, weights": (1, {"variant": "in", "weights": True}),
+    "in, one view, weights": (1, {"variant": "in", "sample_weight": True}),
 }
-SIGLIP = {"plain": {}, "ids": {"ids": True}, "ids, weights": {"ids": True, "weights": True}}
+SIGLIP = {"plain": {}, "ids": {"ids": True}, "ids, weights": {"ids": True, "sample_weight": True}}
 
 
 def share_of(rank, size, unequal):
@@ -67,7 +67,7 @@ def check_sup_con(rank, size, name, unequal, backend):
     counts, mine = share_of(rank, size, unequal)
     n, variant = sum(counts), options.get("variant", "out")
     labels = labels_of(n)
-    weights = weights_of(n) if "weights" in options else None
+    weights = weights_of(n) if "sample_weight" in options else None
     whole = torch.randn(n_views, n, 5, dtype=torch.float64)
     views = whole.clone().requires_grad_()
     temperature = torch.tensor(TEMPERATURE, dtype=torch.float64, requires_grad=True)
@@ -79,7 +79,7 @@ def check_sup_con(rank, size, name, unequal, backend):
             *z,
             labels=labels[mine],
             variant=variant,
-            weights=None if weights is None else weights[mine],
+            sample_weight=None if weights is None else weights[mine],
             gather_distributed=True,
             backend=backend,
             **more,
@@ -115,7 +115,7 @@ def check_siglip(rank, size, name, unequal, backend):
     counts, mine = share_of(rank, size, unequal)
     n = sum(counts)
     ids = torch.arange(n) * 3 % max(2, n - 3) - 2 if "ids" in SIGLIP[name] else None
-    weights = weights_of(n) if "weights" in SIGLIP[name] else None
+    weights = weights_of(n) if "sample_weight" in SIGLIP[name] else None
     whole = torch.randn(2, n, 5, dtype=torch.float64)
     exact = [whole.clone(), torch.tensor(TEMPERATURE).double(), torch.tensor(-2.0).double()]
     exact = [x.requires_grad_() for x in exact]
@@ -125,19 +125,19 @@ def check_siglip(rank, size, name, unequal, backend):
 
     own = {
         "ids": None if ids is None else ids[mine],
-        "weights": None if weights is None else weights[mine],
+        "sample_weight": None if weights is None else weights[mine],
         "gather_distributed": True,
         "backend": backend,
     }
     inputs = [x.detach().clone().requires_grad_() for x in (*whole[:, mine], *exact[1:])]
-    loss = siglip(*inputs[:2], temperature=inputs[2], bias=inputs[3], **own)
+    loss = siglip(*inputs[:2], temperature=inputs[2], logit_bias=inputs[3], **own)
     *dz, d_tau, d_bias = torch.autograd.grad(loss, inputs)
     budget = 10 * gradient_budget(torch.float64, TEMPERATURE)
     assert_within(mean_over_ranks(loss, size), mean, VALUE[torch.float64])
     assert_within(torch.stack(dz) / size, expected[0][:, mine], budget)
     assert_within(mean_over_ranks(d_tau, size), expected[1], budget)
     assert_within(mean_over_ranks(d_bias, size), expected[2], budget)
-    each = siglip(*inputs[:2], temperature=TEMPERATURE, bias=-2.0, reduction="none", **own)
+    each = siglip(*inputs[:2], temperature=TEMPERATURE, logit_bias=-2.0, reduction="none", **own)
     each_expected = losses if weights is None else losses * weights
     torch.testing.assert_close(each, each_expected[mine].detach())
 
@@ -177,7 +177,7 @@ def check_training(rank, size, family, ddp_around):
     single = copy.deepcopy(step)
     embeddings = [single.encoder(v) for v in images]
     if family == "SigLIP":
-        mean = reference.siglip(*embeddings, single.loss.temperature, single.loss.bias).mean()
+        mean = reference.siglip(*embeddings, single.loss.temperature, single.loss.logit_bias).mean()
     else:
         mean = sup_con_oracle(embeddings, labels_of(n), single.loss.temperature, "out", None)[1]
     expected = torch.autograd.grad(mean, list(single.parameters()))

@@ -26,18 +26,18 @@ LOSSES = {
     "nt_xent": (2, {}),
     "nt_xent of three views": (3, {}),
     "nt_xent, ids": (2, {"ids": True}),
-    "nt_xent of three views, ids, weights": (3, {"ids": True, "weights": True}),
+    "nt_xent of three views, ids, weights": (3, {"ids": True, "sample_weight": True}),
     "nt_xent, decoupled": (2, {"decoupled": True}),
     "nt_xent, decoupled, hardness": (2, {"decoupled": True, "hardness": 0.7}),
     "nt_xent, label smoothing": (2, {"label_smoothing": 0.1, "ids": True}),
-    "nt_xent, weights": (2, {"weights": True}),
+    "nt_xent, weights": (2, {"sample_weight": True}),
     "nt_xent, hardness": (3, {"hardness": 0.5, "ids": True}),
     "info_nce": (2, {}),
-    "info_nce, ids, weights": (2, {"ids": True, "weights": True}),
+    "info_nce, ids, weights": (2, {"ids": True, "sample_weight": True}),
     "info_nce, label smoothing": (2, {"label_smoothing": 0.2, "ids": True}),
     "info_nce, hardness": (2, {"hardness": 0.5}),
     "clip": (2, {"symmetric": True}),
-    "clip, ids, weights": (2, {"symmetric": True, "ids": True, "weights": True}),
+    "clip, ids, weights": (2, {"symmetric": True, "ids": True, "sample_weight": True}),
     "clip, label smoothing": (2, {"symmetric": True, "label_smoothing": 0.1}),
     "clip, hardness": (2, {"symmetric": True, "hardness": 0.5, "ids": True}),
 }
@@ -63,20 +63,20 @@ def extras(options, n):
     options = dict(options)
     if options.pop("ids", False):
         options["ids"] = torch.arange(n) * 3 % max(2, n - 3) - 2
-    if options.pop("weights", False):
-        options["weights"] = torch.rand(n, dtype=torch.float64)
-        options["weights"][1] = 0
+    if options.pop("sample_weight", False):
+        options["sample_weight"] = torch.rand(n, dtype=torch.float64)
+        options["sample_weight"][1] = 0
     return options
 
 
 def per_image(options):
-    return {k: v for k, v in options.items() if k in ("ids", "weights")}
+    return {k: v for k, v in options.items() if k in ("ids", "sample_weight")}
 
 
 def oracle(name, views, temperature, options):
     """Losses of every anchor of the whole batch, and their mean."""
     options = dict(options)
-    weights, ids = options.pop("weights", None), options.pop("ids", None)
+    weights, ids = options.pop("sample_weight", None), options.pop("ids", None)
     if name.startswith("nt_xent"):
         formula = reference.nt_xent
         if options.pop("decoupled", False):
@@ -129,7 +129,7 @@ def check_function(rank, size, name, unequal, backend):
     assert_within(total, losses[..., mine].sum(), VALUE[torch.float64])
     dz = torch.autograd.grad(total, z)
     assert_within(torch.stack(dz), expected_of_sum[0][:, mine], budget)
-    if not unequal and "weights" not in options:
+    if not unequal and "sample_weight" not in options:
         assert_within(loss, losses[..., mine].mean(), VALUE[torch.float64])
 
 
@@ -168,15 +168,15 @@ def training_problem(rank, size, name, unequal, dtype):
     )
     step = Step(loss, dtype)
     if dtype == torch.float64:
-        loss.log_scale.data = loss.log_scale.double()
+        loss.logit_scale.data = loss.logit_scale.double()
     single = Step(None, dtype).double()
     single.encoder.load_state_dict(step.encoder.state_dict())
-    log_scale = step.loss.log_scale.detach().double().requires_grad_()
+    logit_scale = step.loss.logit_scale.detach().double().requires_grad_()
     embeddings = [single.encoder(v.double()) for v in images]
-    value = oracle(name, embeddings, (-log_scale).exp(), options)[1]
+    value = oracle(name, embeddings, (-logit_scale).exp(), options)[1]
     value.backward()
     expected = {f"encoder.{k}": v.grad for k, v in single.encoder.named_parameters()}
-    expected["loss.log_scale"] = log_scale.grad
+    expected["loss.logit_scale"] = logit_scale.grad
     inputs = {k: v[mine] for k, v in per_image(options).items()}
     return step, images[:, mine], inputs, value, expected
 
@@ -228,7 +228,7 @@ def check_fsdp(rank, size, name):
     mesh = init_device_mesh("cpu", (size,))
     for layer in (step.encoder[0], step.encoder[2], step.encoder):
         fully_shard(layer, mesh=mesh)
-    # A parameter of no dimension cannot be sharded.
+    # A 0-dim parameter cannot be sharded.
     loss = DistributedDataParallel(step.loss)
     loss(*step.encoder(views.flatten(0, 1)).view(*views.shape[:2], -1), **options).backward()
     assert_gradients(step.encoder.named_parameters(), expected, torch.float64, "encoder.")
@@ -257,12 +257,12 @@ def check_temperature_outside_ddp(rank, size, name):
     step.loss(*z, **options).backward(retain_graph=True)
     assert_gradients(step.named_parameters(), expected, torch.float64)
     # The function leaves it to its caller.
-    log_scale = step.loss.log_scale.detach().clone().requires_grad_()
-    fixed = {k: v for k, v in LOSSES[name][1].items() if k not in ("ids", "weights")}
+    logit_scale = step.loss.logit_scale.detach().clone().requires_grad_()
+    fixed = {k: v for k, v in LOSSES[name][1].items() if k not in ("ids", "sample_weight")}
     call = partial(function_of(name), *z.detach(), gather_distributed=True, **options, **fixed)
     for prepare, right in ((lambda x: x, False), (average_gradient, True)):
-        (grad,) = torch.autograd.grad(call(temperature=(-prepare(log_scale)).exp()), log_scale)
-        error = float((grad - expected["loss.log_scale"]).abs())
+        (grad,) = torch.autograd.grad(call(temperature=(-prepare(logit_scale)).exp()), logit_scale)
+        error = float((grad - expected["loss.logit_scale"]).abs())
         assert (error < 1e-13) == right, (error, right)
 
 
@@ -329,9 +329,9 @@ def check_one_row_alone(rank, size):
 def check_zero_weights(rank, size):
     z = torch.randn(2, 3, 4, requires_grad=True)
     weights = torch.ones(3) if rank == 0 else torch.zeros(3)
-    loss = nt_xent(*z, weights=weights, gather_distributed=True)
+    loss = nt_xent(*z, sample_weight=weights, gather_distributed=True)
     assert (loss == 0) == (rank > 0)
-    loss = nt_xent(*z, weights=torch.zeros(3), gather_distributed=True)
+    loss = nt_xent(*z, sample_weight=torch.zeros(3), gather_distributed=True)
     assert loss == 0
     assert (torch.autograd.grad(loss, z)[0] == 0).all()
 
@@ -418,9 +418,9 @@ def check_disagreement(rank, size):
         lambda: nt_xent(*[z] * (3 if odd else 2), gather_distributed=True),
         lambda: nt_xent(z, z, ids=ids if odd else None, gather_distributed=True),
         lambda: nt_xent(z, z, ids=ids.int() if odd else ids, gather_distributed=True),
-        lambda: info_nce(z, z, weights=z[:, 0] if odd else None, gather_distributed=True),
+        lambda: info_nce(z, z, sample_weight=z[:, 0] if odd else None, gather_distributed=True),
         lambda: nt_xent(
-            z, z, weights=torch.ones(3).requires_grad_(odd), gather_distributed=True
+            z, z, sample_weight=torch.ones(3).requires_grad_(odd), gather_distributed=True
         ).backward(),
         lambda: info_nce(z, z, symmetric=odd, gather_distributed=True),
         lambda: info_nce(*[z[:, :3] if odd else z] * 2, gather_distributed=True),
@@ -446,7 +446,7 @@ DISAGREEMENTS = {
     ],
     "info_nce": [{"temperature": (0.1, 0.2)}, {"hardness": (0.5, 0.0)}],
     "sup_con": [{"temperature": (0.1, 0.2)}, {"variant": ("out", "in")}],
-    "siglip": [{"temperature": (0.1, 0.2)}, {"bias": (-10.0, -9.0)}],
+    "siglip": [{"temperature": (0.1, 0.2)}, {"logit_bias": (-10.0, -9.0)}],
 }
 
 

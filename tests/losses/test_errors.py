@@ -49,10 +49,30 @@ META = torch.empty(4, 3, device="meta")
         ((Z, Z), {"ids": [1, 2, 3, 4]}, TypeError, "ids must be an integer tensor"),
         ((Z, Z), {"ids": torch.arange(8)}, ValueError, r"ids must have shape \(4,\).*got \(8,\)"),
         ((Z, Z), {"ids": META.long()[:, 0]}, ValueError, "ids must be on the device of z1"),
-        ((Z, Z), {"weights": [1.0] * 4}, TypeError, r"weights must be a .* \(4,\), got list"),
-        ((Z, Z), {"weights": torch.arange(4)}, TypeError, r"weights must be .*got torch.int64"),
-        ((Z, Z), {"weights": torch.ones(8)}, ValueError, r"weights must have .*\(4,\).*got \(8,\)"),
-        ((Z, Z), {"weights": META[:, 0]}, ValueError, "weights must be on the device of z1"),
+        (
+            (Z, Z),
+            {"sample_weight": [1.0] * 4},
+            TypeError,
+            r"sample_weight must be a .* \(4,\), got list",
+        ),
+        (
+            (Z, Z),
+            {"sample_weight": torch.arange(4)},
+            TypeError,
+            r"sample_weight must be .*got torch.int64",
+        ),
+        (
+            (Z, Z),
+            {"sample_weight": torch.ones(8)},
+            ValueError,
+            r"sample_weight must have .*\(4,\).*got \(8,\)",
+        ),
+        (
+            (Z, Z),
+            {"sample_weight": META[:, 0]},
+            ValueError,
+            "sample_weight must be on the device of z1",
+        ),
         ((Z, Z), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
         ((Z, Z), {"label_smoothing": "a"}, TypeError, "label_smoothing must be a number, got 'a'"),
         ((Z, Z), {"hardness": -0.1}, ValueError, "hardness must be a finite number of at least 0"),
@@ -101,7 +121,12 @@ def test_nt_xent(args, options, error, message):
         ((Z, Z, Z), {"ids": torch.arange(4)}, ValueError, "with negatives given, omit ids"),
         ((Z, Z), {"ids": torch.arange(3)}, ValueError, r"ids must have shape \(4,\)"),
         ((Z, Z), {"temperature": 0.0}, ValueError, "temperature must be"),
-        ((Z, Z), {"weights": torch.ones(4, 1)}, ValueError, r"weights must have .*got \(4, 1\)"),
+        (
+            (Z, Z),
+            {"sample_weight": torch.ones(4, 1)},
+            ValueError,
+            r"sample_weight must have .*got \(4, 1\)",
+        ),
         ((Z, Z), {"label_smoothing": float("nan")}, ValueError, "label_smoothing must be .*nan"),
         ((Z, Z), {"hardness": True}, TypeError, "hardness must be a number, got True"),
     ],
@@ -132,7 +157,12 @@ LABELS = torch.arange(4) // 2
         ((Z,), {}, TypeError, "missing .*'labels'"),
         ((Z,), {"labels": LABELS, "variant": "L_in"}, ValueError, "variant must be .*got 'L_in'"),
         ((Z,), {"labels": LABELS, "temperature": 0.0}, ValueError, "temperature must be"),
-        ((Z,), {"labels": LABELS, "weights": Z}, ValueError, r"weights must have shape \(4,\)"),
+        (
+            (Z,),
+            {"labels": LABELS, "sample_weight": Z},
+            ValueError,
+            r"sample_weight must have shape \(4,\)",
+        ),
         ((Z,), {"labels": LABELS, "reduction": ""}, ValueError, "reduction must be"),
         ((Z,), {"labels": LABELS, "backend": ""}, ValueError, "backend must be"),
     ],
@@ -148,12 +178,27 @@ def test_sup_con(args, options, error, message):
         ((Z, Z[:2]), {}, ValueError, "z2 must have the shape of z1"),
         ((Z, [1.0]), {}, TypeError, "z2 must be a tensor"),
         ((Z, Z), {"temperature": -1}, ValueError, "temperature must be .* above 0, got -1"),
-        ((Z, Z), {"bias": "a"}, TypeError, "bias must be a number, got 'a'"),
-        ((Z, Z), {"bias": float("nan")}, ValueError, "bias must be finite, got nan"),
-        ((Z, Z), {"bias": torch.zeros(2)}, ValueError, r"bias must be .*one value, got .*\(2,\)"),
-        ((Z, Z), {"bias": META[0, 0]}, ValueError, "bias must be on the device of the embeddings"),
+        ((Z, Z), {"logit_bias": "a"}, TypeError, "logit_bias must be a number, got 'a'"),
+        ((Z, Z), {"logit_bias": float("nan")}, ValueError, "logit_bias must be finite, got nan"),
+        (
+            (Z, Z),
+            {"logit_bias": torch.zeros(2)},
+            ValueError,
+            r"logit_bias must be .*one value, got .*\(2,\)",
+        ),
+        (
+            (Z, Z),
+            {"logit_bias": META[0, 0]},
+            ValueError,
+            "logit_bias must be on the device of the embeddings",
+        ),
         ((Z, Z), {"ids": torch.arange(3)}, ValueError, r"ids must have shape \(4,\)"),
-        ((Z, Z), {"weights": torch.ones(3)}, ValueError, r"weights must have shape \(4,\)"),
+        (
+            (Z, Z),
+            {"sample_weight": torch.ones(3)},
+            ValueError,
+            r"sample_weight must have shape \(4,\)",
+        ),
         ((Z, Z), {"reduction": "avg"}, ValueError, "reduction must be"),
         ((Z, Z), {"backend": "triton"}, ValueError, "'triton' cannot run.*it has no softplus_sum"),
     ],
@@ -168,7 +213,7 @@ def test_siglip(args, options, error, message):
     [
         ({"temperature": torch.tensor(0.1)}, TypeError, "both are learnable parameters"),
         ({"temperature": 0}, ValueError, "temperature must be"),
-        ({"bias": float("inf")}, ValueError, "bias must be finite"),
+        ({"logit_bias": float("inf")}, ValueError, "logit_bias must be finite"),
         ({"reduction": None}, ValueError, "reduction must be"),
         ({"backend": "triton!"}, ValueError, "backend must be"),
     ],
@@ -256,7 +301,7 @@ def test_rows_that_are_not_dense_are_refused_with_the_way_out(name):
         with pytest.raises(ValueError, match=rf"must be a dense tensor, got .*{way_out}"):
             call(rows)
     if name == "sparse":
-        for options in ({"ids": LABELS.to_sparse()}, {"weights": torch.ones(4).to_sparse()}):
+        for options in ({"ids": LABELS.to_sparse()}, {"sample_weight": torch.ones(4).to_sparse()}):
             with pytest.raises(ValueError, match=r"must be a dense tensor.*to_dense"):
                 nt_xent(Z, Z, **options)
 
@@ -273,8 +318,8 @@ class TestNumbersOfNumPy:
         assert torch.equal(info_nce(Z, Z.flip(0), temperature=half, hardness=quarter), expected)
         expected = sup_con(Z, labels=LABELS, temperature=0.5)
         assert torch.equal(sup_con(Z, labels=LABELS, temperature=half), expected)
-        expected = siglip(Z, Z, temperature=0.5, bias=-0.25)
-        assert torch.equal(siglip(Z, Z, temperature=half, bias=-quarter), expected)
+        expected = siglip(Z, Z, temperature=0.5, logit_bias=-0.25)
+        assert torch.equal(siglip(Z, Z, temperature=half, logit_bias=-quarter), expected)
         for make in (
             lambda t, x: NTXent(t, hardness=x),
             lambda t, x: InfoNCE(t, learnable_temperature=True, label_smoothing=x),
@@ -293,7 +338,7 @@ class TestNumbersOfNumPy:
         for call in (
             lambda x: nt_xent(Z, Z, temperature=x),
             lambda x: nt_xent(Z, Z, hardness=x),
-            lambda x: siglip(Z, Z, bias=x),
+            lambda x: siglip(Z, Z, logit_bias=x),
             lambda x: SigLIP(max_scale=x),
             NTXent,
             lambda x: uniformity(Z, t=x),

@@ -234,8 +234,8 @@ def test_a_temperature_at_its_bound_can_rise_again(dtype):
     """Left beyond the bound, the parameter would get no gradient for the rest of training."""
     loss_fn = InfoNCE(0.01, learnable_temperature=True).to(dtype)
     with torch.no_grad():
-        loss_fn.log_scale += 5
+        loss_fn.logit_scale += 5
     query, key = torch.eye(5), -torch.eye(5)  # every answer is wrong: less scale is better
     loss_fn(query, key).backward()
-    assert loss_fn.log_scale.item() == pytest.approx(math.log(100), rel=torch.finfo(dtype).eps)
-    assert loss_fn.log_scale.grad > 0
+    assert loss_fn.logit_scale.item() == pytest.approx(math.log(100), rel=torch.finfo(dtype).eps)
+    assert loss_fn.logit_scale.grad > 0

@@ -27,7 +27,7 @@ LOSSES = {
         b,
         temperature=t,
         ids=torch.arange(len(a)) // 2,
-        weights=torch.arange(len(a)) / 2,
+        sample_weight=torch.arange(len(a)) / 2,
         label_smoothing=0.1,
     ),
     "hardness": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True, hardness=0.5),
@@ -39,7 +39,7 @@ LOSSES = {
     "sup_con in": lambda a, b, t: sup_con(
         a, b, labels=torch.arange(len(a)) // 2, temperature=t, variant="in"
     ),
-    "siglip": lambda a, b, t: siglip(a, b, temperature=t, bias=-10 * t),
+    "siglip": lambda a, b, t: siglip(a, b, temperature=t, logit_bias=-10 * t),
     "reference": lambda a, b, t: nt_xent(a, b, temperature=t, backend="reference"),
 }
 
@@ -88,9 +88,9 @@ def test_a_learnable_module_trains_compiled_as_it_does_eagerly(module):
             optimiser.zero_grad()
             call(a, b).backward()
             optimiser.step()
-        results.append((call(a, b).detach(), loss_fn.log_scale.detach()))
+        results.append((call(a, b).detach(), loss_fn.logit_scale.detach()))
     torch.testing.assert_close(results[1], results[0])
-    assert abs(results[0][1] - module.log_scale) > 1e-3
+    assert abs(results[0][1] - module.logit_scale) > 1e-3
 
 
 @pytest.mark.parametrize("module", [SigLIP(), SupCon(learnable_temperature=True, variant="in")])
@@ -292,14 +292,14 @@ def test_jit_trace_is_refused(loss_fn):
         torch.jit.trace(loss_fn, tuple(torch.randn(2, 6, 4)))
 
 
-@pytest.mark.parametrize("what", ["embeddings", "temperature", "negatives", "bias"])
+@pytest.mark.parametrize("what", ["embeddings", "temperature", "negatives", "logit_bias"])
 def test_forward_mode_is_refused_with_the_way_out(what):
     a, b, q = torch.randn(3, 6, 4)
     calls = {
         "embeddings": lambda x: nt_xent(a, x),
         "temperature": lambda x: info_nce(a, b, temperature=x[0, 0].exp()),
         "negatives": lambda x: info_nce(a, b, x),
-        "bias": lambda x: siglip(a, b, bias=x[0, 0]),
+        "logit_bias": lambda x: siglip(a, b, logit_bias=x[0, 0]),
     }
     name = "z2" if what == "embeddings" else what
     for derivative in (

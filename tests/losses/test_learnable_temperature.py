@@ -20,12 +20,12 @@ FAR_UP = [20.0, 88.0, 89.0, 100.0, 1e4, math.inf]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def made(name, log_scale=None, dtype=torch.float32, **more):
+def made(name, logit_scale=None, dtype=torch.float32, **more):
     module, options, inputs = LOSSES[name]
     loss_fn = module(0.1, **options, **more).to(dtype)
-    if log_scale is not None:
+    if logit_scale is not None:
         with torch.no_grad():
-            loss_fn.log_scale.fill_(log_scale)
+            loss_fn.logit_scale.fill_(logit_scale)
     return loss_fn, inputs
 
 
@@ -34,7 +34,7 @@ def step(loss_fn, inputs):
     z1, z2 = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1))
     z1.requires_grad_()
     loss = loss_fn(z1, z2, **inputs)
-    return (loss, *torch.autograd.grad(loss, [z1, loss_fn.log_scale]))
+    return (loss, *torch.autograd.grad(loss, [z1, loss_fn.logit_scale]))
 
 
 def largest_scale(name):
@@ -43,10 +43,10 @@ def largest_scale(name):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", list(LOSSES))
-@pytest.mark.parametrize("log_scale", FAR_DOWN + FAR_UP)
-def test_far_out_it_is_that_at_the_bound(name, log_scale, dtype):
-    bound = -math.log(100) if log_scale < 0 else math.log(largest_scale(name))
-    actual = step(*made(name, log_scale, dtype))
+@pytest.mark.parametrize("logit_scale", FAR_DOWN + FAR_UP)
+def test_far_out_it_is_that_at_the_bound(name, logit_scale, dtype):
+    bound = -math.log(100) if logit_scale < 0 else math.log(largest_scale(name))
+    actual = step(*made(name, logit_scale, dtype))
     expected = step(*made(name, bound, dtype))
     for x, y in zip(actual, expected, strict=True):
         assert x.isfinite().all()
@@ -56,12 +56,12 @@ def test_far_out_it_is_that_at_the_bound(name, log_scale, dtype):
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-@pytest.mark.parametrize("log_scale", [-1e4, 1e4])
-def test_a_call_brings_the_parameter_back(name, log_scale):
-    loss_fn, inputs = made(name, log_scale)
+@pytest.mark.parametrize("logit_scale", [-1e4, 1e4])
+def test_a_call_brings_the_parameter_back(name, logit_scale):
+    loss_fn, inputs = made(name, logit_scale)
     low, high = 1 / largest_scale(name), 100.0
-    assert loss_fn.temperature.item() == pytest.approx(high if log_scale < 0 else low)
-    assert loss_fn.log_scale.item() == log_scale  # reading writes nothing
+    assert loss_fn.temperature.item() == pytest.approx(high if logit_scale < 0 else low)
+    assert loss_fn.logit_scale.item() == logit_scale  # reading writes nothing
     optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.1)
     before = copy.deepcopy(loss_fn.state_dict())
     for _ in range(3):
@@ -70,8 +70,8 @@ def test_a_call_brings_the_parameter_back(name, log_scale):
         loss_fn(z1, z2, **inputs).backward()
         optimizer.step()
     assert all(x.isfinite() for x in loss_fn.parameters())
-    assert not torch.equal(loss_fn.log_scale, before["log_scale"])
-    assert -5 < loss_fn.log_scale < 7
+    assert not torch.equal(loss_fn.logit_scale, before["logit_scale"])
+    assert -5 < loss_fn.logit_scale < 7
 
 
 @pytest.mark.parametrize("temperature", [100.0, 10.0, 0.01])
@@ -79,11 +79,11 @@ def test_within_its_bounds_value_and_gradient_are_those_of_the_formula(temperatu
     z1, z2 = torch.randn(2, 7, 5, dtype=torch.float64)
     loss_fn = NTXent(temperature, learnable_temperature=True).double()
     loss = loss_fn(z1, z2)
-    log_scale = loss_fn.log_scale.detach().clone().requires_grad_()
-    expected = reference.nt_xent(torch.stack([z1, z2]), (-log_scale).exp()).mean()
+    logit_scale = loss_fn.logit_scale.detach().clone().requires_grad_()
+    expected = reference.nt_xent(torch.stack([z1, z2]), (-logit_scale).exp()).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(loss, loss_fn.log_scale), torch.autograd.grad(expected, log_scale)
+        torch.autograd.grad(loss, loss_fn.logit_scale), torch.autograd.grad(expected, logit_scale)
     )
 
 
@@ -97,17 +97,17 @@ class TestMaxScale:
         loss_fn, inputs = made("SigLIP", 10.0, max_scale=100)
         expected, _ = made("SigLIP", math.log(100))
         assert torch.equal(step(loss_fn, inputs)[0], step(expected, inputs)[0])
-        assert loss_fn.log_scale.item() == pytest.approx(math.log(100))
+        assert loss_fn.logit_scale.item() == pytest.approx(math.log(100))
 
     def test_the_default_leaves_published_scales_alone(self):
         """They end near a scale of 100, above the bound of CLIP."""
         loss_fn, inputs = made("SigLIP", math.log(120))
         step(loss_fn, inputs)
-        assert loss_fn.log_scale.item() == pytest.approx(math.log(120), rel=1e-6)
+        assert loss_fn.logit_scale.item() == pytest.approx(math.log(120), rel=1e-6)
 
     def test_it_is_shown_where_it_is_not_the_default(self):
         assert "max_scale" not in repr(SigLIP())
-        assert "bias=-10, max_scale=100, reduction" in repr(SigLIP(max_scale=100))
+        assert "logit_bias=-10, max_scale=100, reduction" in repr(SigLIP(max_scale=100))
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),

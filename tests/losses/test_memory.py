@@ -9,7 +9,7 @@ from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 LOSSES = {
     "nt_xent": nt_xent,
     "info_nce": info_nce,
-    "smoothed": lambda a, b, **k: nt_xent(a, b, label_smoothing=0.1, weights=a[:, 0], **k),
+    "smoothed": lambda a, b, **k: nt_xent(a, b, label_smoothing=0.1, sample_weight=a[:, 0], **k),
     "hardness": lambda a, b, **k: nt_xent(a, b, hardness=0.5, **k),
     "sup_con": lambda a, b, **k: sup_con(a, b, labels=torch.arange(len(a)) // 4, **k),
     "sup_con in": lambda a, b, **k: sup_con(

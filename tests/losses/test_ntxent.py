@@ -366,19 +366,19 @@ class TestModule:
     def test_reading_the_temperature_writes_nothing(self):
         loss_fn = NTXent(0.011, learnable_temperature=True)
         with torch.no_grad():
-            loss_fn.log_scale += 5
-        before = loss_fn.log_scale.item()
+            loss_fn.logit_scale += 5
+        before = loss_fn.logit_scale.item()
         repr(loss_fn)
         assert loss_fn.temperature.item() == pytest.approx(0.01)
-        assert loss_fn.log_scale.item() == before
+        assert loss_fn.logit_scale.item() == before
         loss_fn(*random_views(2, 4, 3))
-        assert loss_fn.log_scale.item() == pytest.approx(math.log(100))
+        assert loss_fn.logit_scale.item() == pytest.approx(math.log(100))
 
     def test_double_precision_modules_learn_in_double(self):
         loss_fn = NTXent(0.3, learnable_temperature=True).double()
         assert loss_fn.temperature.dtype == torch.float64
         views = random_views(2, 4, 3)
-        expected = nt_xent(*views, temperature=loss_fn.log_scale.detach().neg().exp())
+        expected = nt_xent(*views, temperature=loss_fn.logit_scale.detach().neg().exp())
         torch.testing.assert_close(loss_fn(*views).detach(), expected, rtol=1e-14, atol=0)
 
     def test_half_precision_modules_keep_their_temperature_in_float32(self):

@@ -193,7 +193,7 @@ FAMILY = {
         1.0,
     ),
     "siglip": (
-        lambda a, b, temperature: siglip(a, b, temperature=temperature, bias=-5.0),
+        lambda a, b, temperature: siglip(a, b, temperature=temperature, logit_bias=-5.0),
         lambda a, b, temperature: binary(a, b, temperature, -5.0),
         1.0,
     ),

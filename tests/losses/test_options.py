@@ -98,7 +98,7 @@ def test_value_and_gradients_at_odd_sizes(n, d, dtype, options, backend):
     )
     expected_grads = torch.autograd.grad(expected, inputs)
     inputs = wanting(*views)
-    loss = nt_xent(*inputs, temperature=0.2, weights=weights, backend=backend, **options)
+    loss = nt_xent(*inputs, temperature=0.2, sample_weight=weights, backend=backend, **options)
     # The dtype is that of the embeddings, whatever that of the weights is.
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_within(loss, expected, 1e-13 if dtype == torch.float64 else 2e-6)
@@ -137,7 +137,7 @@ def test_gradcheck_with_a_learned_temperature_and_learned_weights(options):
     weights = torch.rand(4, dtype=torch.float64, requires_grad=True)
 
     def loss(t, w, *views):
-        return nt_xent(*views, temperature=t, weights=w, **options)
+        return nt_xent(*views, temperature=t, sample_weight=w, **options)
 
     assert torch.autograd.gradcheck(loss, (temperature, weights, *views))
 
@@ -217,25 +217,27 @@ class TestWeights:
             "sum": (each * weights).sum(),
             "mean": reference.weighted_mean(each, weights),
         }[reduction]
-        torch.testing.assert_close(nt_xent(*views, weights=weights, reduction=reduction), expected)
+        torch.testing.assert_close(
+            nt_xent(*views, sample_weight=weights, reduction=reduction), expected
+        )
 
     def test_both_directions_of_a_pair_have_its_weight(self):
         q, k = random_views(2, 5, 4)
         weights = torch.rand(5, dtype=torch.float64)
         each = info_nce(q, k, symmetric=True, reduction="none")
         expected = reference.weighted_mean(each, weights)
-        torch.testing.assert_close(info_nce(q, k, symmetric=True, weights=weights), expected)
+        torch.testing.assert_close(info_nce(q, k, symmetric=True, sample_weight=weights), expected)
 
     @pytest.mark.parametrize("factor", [1.0, 3.0, 1e-20])
     def test_equal_weights_are_no_weights(self, factor):
         views = random_views(2, 9, 5, torch.float32)
         weights = torch.full((9,), factor)
-        torch.testing.assert_close(nt_xent(*views, weights=weights), nt_xent(*views))
+        torch.testing.assert_close(nt_xent(*views, sample_weight=weights), nt_xent(*views))
 
     def test_no_weight_at_all_is_a_loss_of_zero(self):
         views = wanting(*random_views(2, 5, 4))
         for reduction in ("mean", "sum"):
-            loss = nt_xent(*views, weights=torch.zeros(5), reduction=reduction)
+            loss = nt_xent(*views, sample_weight=torch.zeros(5), reduction=reduction)
             assert loss == 0
             for grad in torch.autograd.grad(loss, views):
                 assert torch.equal(grad, torch.zeros(5, 4, dtype=torch.float64))
@@ -244,7 +246,7 @@ class TestWeights:
         views = random_views(2, 5, 4)
         weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
         expected = nt_xent(*views, reduction="none")[:, :4].mean()
-        torch.testing.assert_close(nt_xent(*views, weights=weights), expected)
+        torch.testing.assert_close(nt_xent(*views, sample_weight=weights), expected)
         assert not torch.isclose(nt_xent(*views[:, :4]), expected)
 
     def test_integer_weights_repeat_anchors(self):
@@ -252,7 +254,7 @@ class TestWeights:
         queue = torch.randn(9, 4, dtype=torch.float64)
         counts = torch.tensor([1, 2, 0, 3, 1])
         expected = info_nce(q.repeat_interleave(counts, 0), k.repeat_interleave(counts, 0), queue)
-        torch.testing.assert_close(info_nce(q, k, queue, weights=counts.double()), expected)
+        torch.testing.assert_close(info_nce(q, k, queue, sample_weight=counts.double()), expected)
 
 
 @options
@@ -275,9 +277,9 @@ def test_nan_shows_in_the_loss(options):
 def test_statistics_are_of_the_softmax_without_options(options):
     views, weights = random_views(3, 9, 5), torch.rand(9)
     plain = nt_xent(*views, return_stats=True)[1]
-    loss, stats = nt_xent(*views, weights=weights, return_stats=True, **options)
+    loss, stats = nt_xent(*views, sample_weight=weights, return_stats=True, **options)
     torch.testing.assert_close(torch.stack(stats), torch.stack(plain))
-    torch.testing.assert_close(loss, nt_xent(*views, weights=weights, **options))
+    torch.testing.assert_close(loss, nt_xent(*views, sample_weight=weights, **options))
     q, k = views[:2]
     for negatives in (None, torch.randn(20, 5), torch.randn(9, 4, 5)):
         plain = info_nce(q, k, negatives, return_stats=True)[1]
@@ -291,8 +293,8 @@ def test_modules_pass_their_options_on(options):
     ids = torch.arange(9) // 2
     for module, function in ((NTXent, nt_xent), (InfoNCE, info_nce)):
         loss_fn = module(0.2, **options)
-        expected = function(*views, temperature=0.2, ids=ids, weights=weights, **options)
-        torch.testing.assert_close(loss_fn(*views, ids=ids, weights=weights), expected)
+        expected = function(*views, temperature=0.2, ids=ids, sample_weight=weights, **options)
+        torch.testing.assert_close(loss_fn(*views, ids=ids, sample_weight=weights), expected)
         name, value = next(iter(options.items()))
         assert f"temperature=0.2, {name}={value}, reduction='mean'" in repr(loss_fn)
 

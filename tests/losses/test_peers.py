@@ -102,11 +102,11 @@ def test_symmetric_info_nce_is_the_loss_of_open_clip(n, d, temperature):
 def test_a_learnable_temperature_gets_the_gradient_it_gets_from_open_clip():
     theirs = open_clip_losses().ClipLoss()
     image, text = views(63, 60)
-    log_scale = torch.tensor(math.log(1 / 0.07), dtype=torch.float64, requires_grad=True)
+    logit_scale = torch.tensor(math.log(1 / 0.07), dtype=torch.float64, requires_grad=True)
     assert_same(
-        info_nce(image, text, temperature=(-log_scale).exp(), symmetric=True),
-        theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), log_scale.exp()),
-        (image, text, log_scale),
+        info_nce(image, text, temperature=(-logit_scale).exp(), symmetric=True),
+        theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale.exp()),
+        (image, text, logit_scale),
     )
 
 
@@ -149,12 +149,12 @@ def test_sup_con_is_that_of_pytorch_metric_learning(n_views, temperature):
 def test_siglip_is_that_of_open_clip(n, d, temperature):
     theirs = open_clip_losses().SigLipLoss()
     image, text = views(n, d)
-    log_scale = torch.tensor(math.log(1 / temperature), dtype=torch.float64, requires_grad=True)
+    logit_scale = torch.tensor(math.log(1 / temperature), dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
     assert_same(
-        siglip(image, text, temperature=(-log_scale).exp(), bias=bias),
-        theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), log_scale.exp(), bias),
-        (image, text, log_scale, bias),
+        siglip(image, text, temperature=(-logit_scale).exp(), logit_bias=bias),
+        theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale.exp(), bias),
+        (image, text, logit_scale, bias),
     )
 
 

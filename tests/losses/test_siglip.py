@@ -44,14 +44,14 @@ def wanting(*tensors):
 def test_equals_its_loop(bias, ids, backend):
     z1, z2 = random_pairs(7, 5)
     expected = torch.from_numpy(algorithm1.siglip(z1, z2, 0.2, bias, ids))
-    call = {"temperature": 0.2, "bias": bias, "ids": ids, "backend": backend}
+    call = {"temperature": 0.2, "logit_bias": bias, "ids": ids, "backend": backend}
     each = siglip(z1, z2, reduction="none", **call)
     torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(siglip(z1, z2, reduction="sum", **call), expected.sum())
     torch.testing.assert_close(siglip(z1, z2, **call), expected.mean())
     weights = torch.rand(7, dtype=torch.float64)
     torch.testing.assert_close(
-        siglip(z1, z2, weights=weights, **call), reference.weighted_mean(expected, weights)
+        siglip(z1, z2, sample_weight=weights, **call), reference.weighted_mean(expected, weights)
     )
 
 
@@ -61,7 +61,7 @@ def test_float64_where_softplus_is_nearly_linear(logit, backend):
     """Both rows are 1, both keys -1 or 1: the pair, or else the negative, is as wrong as can be."""
     wrong, right = math.log1p(math.exp(-logit)) + logit, math.log1p(math.exp(-logit))
     ones = torch.ones(2, 1, dtype=torch.float64)
-    call = {"temperature": 1 / logit, "bias": 0.0, "backend": backend}
+    call = {"temperature": 1 / logit, "logit_bias": 0.0, "backend": backend}
     for keys in (ones, -ones):
         torch.testing.assert_close(
             siglip(ones, keys, **call).item(), wrong + right, rtol=1e-15, atol=0
@@ -81,8 +81,10 @@ def test_value_and_every_gradient_at_odd_sizes(temperature, n, d, dtype, backend
     expected_grads = torch.autograd.grad(expected, exact)
     inputs = wanting(*pair, *scalars)
     # The temperature is exact: what is tested is not how float32 rounds an exponential.
-    log_scale = inputs[2].double()
-    loss = siglip(*inputs[:2], temperature=(-log_scale).exp(), bias=inputs[3], backend=backend)
+    logit_scale = inputs[2].double()
+    loss = siglip(
+        *inputs[:2], temperature=(-logit_scale).exp(), logit_bias=inputs[3], backend=backend
+    )
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # A logit of size 1 / temperature brings its rounding into the exponential.
     assert_within(loss, expected, 0.2 / temperature * VALUE[dtype])
@@ -103,7 +105,7 @@ def test_gradcheck():
     inputs = wanting(*(x.double() for x in inputs))
 
     def losses(z1, z2, t, b):
-        return siglip(z1, z2, temperature=t, bias=b, reduction="none")
+        return siglip(z1, z2, temperature=t, logit_bias=b, reduction="none")
 
     assert torch.autograd.gradcheck(losses, inputs)
 
@@ -125,10 +127,10 @@ def test_one_pair_is_a_binary_cross_entropy():
 def test_a_weight_of_zero_takes_a_row_out_but_not_its_column():
     z1, z2 = random_pairs(5, 4)
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
-    each = siglip(z1, z2, bias=-1.0, reduction="none")
+    each = siglip(z1, z2, logit_bias=-1.0, reduction="none")
     expected = each[[0, 2, 3, 4]].mean()
-    torch.testing.assert_close(siglip(z1, z2, bias=-1.0, weights=weights), expected)
-    assert siglip(z1, z2, weights=torch.zeros(5)) == 0
+    torch.testing.assert_close(siglip(z1, z2, logit_bias=-1.0, sample_weight=weights), expected)
+    assert siglip(z1, z2, sample_weight=torch.zeros(5)) == 0
 
 
 @pytest.mark.parametrize("weight", [1e-12, 1e12])
@@ -161,7 +163,7 @@ def test_zero_rows_have_a_zero_gradient():
 def test_large_logits_neither_overflow_nor_saturate():
     z1, z2 = torch.eye(4), -torch.eye(4)
     inputs = wanting(z1, z2)
-    loss = siglip(*inputs, temperature=0.005, bias=0.0)
+    loss = siglip(*inputs, temperature=0.005, logit_bias=0.0)
     assert loss.item() == pytest.approx(200 + 3 * math.log(2), rel=1e-6)
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, inputs))
 
@@ -243,8 +245,8 @@ class TestPrimitive:
 class TestModule:
     def test_starts_as_the_paper_does(self):
         loss_fn = SigLIP()
-        assert loss_fn.log_scale.item() == pytest.approx(math.log(10))
-        assert loss_fn.bias.item() == -10
+        assert loss_fn.logit_scale.item() == pytest.approx(math.log(10))
+        assert loss_fn.logit_bias.item() == -10
         z1, z2 = random_pairs(9, 5)
         torch.testing.assert_close(loss_fn(z1, z2), siglip(z1, z2), rtol=1e-6, atol=0)
 
@@ -253,10 +255,16 @@ class TestModule:
         weights = torch.rand(7)
         loss_fn = SigLIP(0.5, -1.0, reduction="sum", backend="reference")
         expected = siglip(
-            z1, z2, temperature=0.5, bias=-1.0, ids=IDS, weights=weights, reduction="sum"
+            z1,
+            z2,
+            temperature=0.5,
+            logit_bias=-1.0,
+            ids=IDS,
+            sample_weight=weights,
+            reduction="sum",
         )
         torch.testing.assert_close(
-            loss_fn(z1, z2, ids=IDS, weights=weights), expected, rtol=1e-6, atol=0
+            loss_fn(z1, z2, ids=IDS, sample_weight=weights), expected, rtol=1e-6, atol=0
         )
 
     def test_scale_and_bias_learn_and_are_saved(self):
@@ -271,7 +279,7 @@ class TestModule:
             optimiser.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
-        assert loss_fn.bias.item() != -10
+        assert loss_fn.logit_bias.item() != -10
         restored = SigLIP()
         restored.load_state_dict(loss_fn.state_dict())
         assert torch.equal(restored(z1, z2), loss_fn(z1, z2))
@@ -279,7 +287,7 @@ class TestModule:
 
     def test_repr_tells_the_present_values(self):
         assert repr(SigLIP()) == (
-            "SigLIP(temperature=0.1, bias=-10, reduction='mean', backend='auto')"
+            "SigLIP(temperature=0.1, logit_bias=-10, reduction='mean', backend='auto')"
         )
 
     def test_half_precision_modules_keep_their_scalars_in_float32(self):

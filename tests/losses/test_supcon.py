@@ -81,7 +81,12 @@ def test_gradients_with_labels_that_occur_once(n_views, variant, backend):
     expected_grads = torch.autograd.grad((each[has_positive] * shares).sum() / shares.sum(), inputs)
     inputs = wanting(*views)
     loss = sup_con(
-        *inputs, labels=LABELS, temperature=0.2, variant=variant, weights=weights, backend=backend
+        *inputs,
+        labels=LABELS,
+        temperature=0.2,
+        variant=variant,
+        sample_weight=weights,
+        backend=backend,
     )
     for grad, expected_grad in zip(torch.autograd.grad(loss, inputs), expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
@@ -313,11 +318,11 @@ class TestModule:
             labels=LABELS,
             temperature=0.2,
             variant=variant,
-            weights=weights,
+            sample_weight=weights,
             reduction="sum",
         )
-        torch.testing.assert_close(loss_fn(*views, labels=LABELS, weights=weights), expected)
-        loss, stats = loss_fn(*views, labels=LABELS, weights=weights, return_stats=True)
+        torch.testing.assert_close(loss_fn(*views, labels=LABELS, sample_weight=weights), expected)
+        loss, stats = loss_fn(*views, labels=LABELS, sample_weight=weights, return_stats=True)
         torch.testing.assert_close(loss, expected)
         assert 0 <= stats.accuracy <= 1
 
@@ -330,17 +335,17 @@ class TestModule:
         views = random_views(2, 7, 5, torch.float32)
         loss_fn = SupCon(0.2, learnable_temperature=True)
         loss_fn(*views, labels=LABELS).backward()
-        log_scale = loss_fn.log_scale.detach().double().requires_grad_()
-        loss = reference.sup_con(views.double(), LABELS, (-log_scale).exp()).mean()
-        (expected,) = torch.autograd.grad(loss, log_scale)
-        assert_within(loss_fn.log_scale.grad, expected, 1e-5)
+        logit_scale = loss_fn.logit_scale.detach().double().requires_grad_()
+        loss = reference.sup_con(views.double(), LABELS, (-logit_scale).exp()).mean()
+        (expected,) = torch.autograd.grad(loss, logit_scale)
+        assert_within(loss_fn.logit_scale.grad, expected, 1e-5)
 
     def test_a_temperature_at_its_bound_can_rise_again(self):
         """Left beyond the bound, the parameter would get no gradient for the rest of training."""
         loss_fn = SupCon(0.01, learnable_temperature=True)
         with torch.no_grad():
-            loss_fn.log_scale += 5
+            loss_fn.logit_scale += 5
         # Positives are opposed: less scale is better.
         loss_fn(torch.eye(5), -torch.eye(5), labels=torch.arange(5)).backward()
-        assert loss_fn.log_scale.item() == pytest.approx(math.log(100))
-        assert loss_fn.log_scale.grad > 0
+        assert loss_fn.logit_scale.item() == pytest.approx(math.log(100))
+        assert loss_fn.logit_scale.grad > 0

@@ -1,4 +1,4 @@
-"""Random mirror images in Kornia's pipelines."""
+"""Random horizontal flips in Kornia's pipelines."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from contrastive_kit.augment.parameters import to_probability
 
 
 class RandomHorizontalFlip(Geometric):
-    """Mirror samples left to right, each with probability p.
+    """Flip samples horizontally, each with probability p.
 
     Args:
-        p: Probability of the mirror image.
+        p: Probability of the flip.
         same_on_batch: One decision for all samples.
         keepdim: A single ``(C, H, W)`` image stays one.
         generator: Where the random numbers come from; the default CPU generator if None.
@@ -62,7 +62,7 @@ class RandomHorizontalFlip(Geometric):
     def apply_transform(
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
-        """Mirror the chosen samples."""
+        """Flip the chosen samples."""
         return _flip(input, beside(params["apply"], input))
 
     def inverse_transform(
@@ -72,7 +72,7 @@ class RandomHorizontalFlip(Geometric):
         transform: Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Mirror the same samples again."""
+        """Flip the same samples again."""
         if transform is None:
             raise ValueError("inverse needs the transform, got None")
         return _flip(input, transform[:, 0, 0] < 0)

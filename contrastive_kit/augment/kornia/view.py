@@ -23,7 +23,7 @@ from contrastive_kit.augment.simclr import SimCLRAugment
 class SimCLRView(Geometric):
     """One view of `SimCLRAugment`, fused, as a single module of an ``AugmentationSequential``.
 
-    Crop, mirror image, colours and blur in one step. Masks are cropped and mirrored with the
+    Crop, horizontal flip, colours and blur in one step. Masks are cropped and mirrored with the
     nearest pixel, boxes and keypoints move along, and `inverse` undoes the geometry and leaves the
     colours.
 
@@ -126,7 +126,7 @@ class SimCLRView(Geometric):
     def apply_transform_mask(
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
-        """Crop and mirror, nothing else."""
+        """Crop and flip, nothing else."""
         p = unpack(beside(params["table"], input))
         chosen = flags["resample"].name.lower()
         # Kornia 0.7 leaves the choice of "nearest" to this method, later releases make it before.
