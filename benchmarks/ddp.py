@@ -66,9 +66,7 @@ class Model(nn.Module):
 _OURS: dict[str, Callable[..., Tensor]] = {
     "NT-Xent": lambda a, b, s, **gather: nt_xent(a, b, temperature=1 / s, **gather),
     "CLIP": lambda a, b, s, **gather: info_nce(a, b, temperature=1 / s, symmetric=True, **gather),
-    "SigLIP": lambda a, b, s, **gather: siglip(
-        a, b, temperature=1 / s, logit_bias=_BIAS, **gather
-    ),
+    "SigLIP": lambda a, b, s, **gather: siglip(a, b, temperature=1 / s, logit_bias=_BIAS, **gather),
 }
 
 
