@@ -63,10 +63,11 @@ class Model(nn.Module):
         return *z.chunk(2), self.log_scale.exp()
 
 
+_siglip = partial(siglip, logit_bias=_BIAS)
 _OURS: dict[str, Callable[..., Tensor]] = {
     "NT-Xent": lambda a, b, s, **gather: nt_xent(a, b, temperature=1 / s, **gather),
     "CLIP": lambda a, b, s, **gather: info_nce(a, b, temperature=1 / s, symmetric=True, **gather),
-    "SigLIP": lambda a, b, s, **gather: siglip(a, b, temperature=1 / s, logit_bias=_BIAS, **gather),
+    "SigLIP": lambda a, b, s, **gather: _siglip(a, b, temperature=1 / s, **gather),
 }
 
 
