@@ -43,10 +43,10 @@ class SimCLRAugment(Draws):
     r"""Independent random views of each image: crop, flip, colour jitter, grayscale, blur.
 
     The augmentation of SimCLR (Chen et al., 2020, appendix A), with torchvision's definition of
-    each operation: an antialiased bilinear ``RandomResizedCrop``, a horizontal flip with probability
-    0.5, ``ColorJitter(0.8s, 0.8s, 0.8s, 0.2s)`` with probability 0.8, grayscale with probability
-    0.2, and a Gaussian blur over 10 % of the side with probability 0.5. Every sample has parameters
-    of its own, the order of its colour operations included.
+    each operation: an antialiased bilinear ``RandomResizedCrop``, a horizontal flip with
+    probability 0.5, ``ColorJitter(0.8s, 0.8s, 0.8s, 0.2s)`` with probability 0.8, grayscale
+    with probability 0.2, and a Gaussian blur over 10 % of the side with probability 0.5. Every
+    sample has parameters of its own, the order of its colour operations included.
 
     uint8 images are cropped in uint8 and coloured in floats, as torchvision's tensor transforms do;
     feed uint8 where you can, for it is 4 times less to move and faster to crop.

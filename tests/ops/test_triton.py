@@ -366,7 +366,7 @@ def test_losses_equal_the_formula_triton(name):
 NT_XENT_OPTIONS = {
     "more_views": None,  # given as views
     "ids": torch.arange(40) // 2,
-    "weights": (torch.arange(40) < 5).float(),
+    "sample_weight": (torch.arange(40) < 5).float(),
     "decoupled": True,
     "label_smoothing": 0.2,
     "hardness": 0.5,
