@@ -3,7 +3,7 @@
 #
 #   benchmarks/cifar10_gpu.sh ARCHIVE [--wheels FOLDER] [--work FOLDER] [--minutes M] [--dry] [-- OPTIONS]
 #
-# ARCHIVE unpacks to train/CLASS/* and test/CLASS/*. OPTIONS are those of examples/train, after
+# ARCHIVE unpacks to train/CLASS/* and test/CLASS/*. OPTIONS are those of the trainer, after
 # --recipe cifar10_resnet18; only the first call takes them. A call ends by itself after about M
 # (8.5) minutes; while there is more to do it says so and exits with status 3: call it again with
 # the same arguments, and it goes on from where it was. The run is in --work (runs/cifar10_gpu), the
@@ -76,7 +76,7 @@ else
     fi
     arguments+=("${options[@]}")
   fi
-  "$python" "$repository/examples/train" "${arguments[@]}"
+  "$python" -m benchmarks.trainer "${arguments[@]}"
 fi
 
 if [[ ! -f $run/results.json ]]; then
@@ -84,4 +84,4 @@ if [[ ! -f $run/results.json ]]; then
   exit 3
 fi
 cd "$repository"
-"$python" -m benchmarks.cifar10_gpu "$run" --archive "$archive" ${dry:+--dry}
+"$python" -m benchmarks.cifar10 "$run" --archive "$archive" ${dry:+--dry}

@@ -3,9 +3,9 @@
 #
 #   benchmarks/gpu.sh [--wheels DIR] [--out DIR] [--limit S] [--force] [--dry] [stage ...]
 #
-#   stage     correctness, loss, augment, tables; all of them in this order by default. A stage that
-#             is done is skipped, one that was interrupted goes on where it stopped.
-#   --wheels  folder of wheels that are installed for this run only: kornia, the peers
+#   stage     correctness, losses, views; all of them in this order by default. A stage that is
+#             done is skipped, one that was interrupted goes on where it stopped.
+#   --wheels  folder of wheels that are installed for this run only: kornia, the peers (.gpu/wheels)
 #   --out     folder of the results (benchmarks/results)
 #   --limit   seconds that a stage may take (500); what it has measured by then is kept
 #   --force   measure again what is measured
@@ -18,30 +18,29 @@ repository=$(cd "$(dirname "$(realpath "$0")")/.." && pwd)
 python=${PYTHON:-python3}
 usage() { sed -n '2,/^set -euo/{/^#/{s/^# \{0,1\}//;p}}' "$0"; }
 
-wheels="" out="" limit=500 force=() dry=() stages=()
+wheels=$repository/.gpu/wheels out=$repository/benchmarks/results limit=500 dry="" options=() stages=()
 while (($#)); do
   case $1 in
     --wheels) wheels=$(cd "$2" && pwd); shift ;;
     --out) mkdir -p "$2"; out=$(cd "$2" && pwd); shift ;;
     --limit) limit=$2; shift ;;
-    --force) force=(--force) ;;
-    --dry) dry=(--dry) ;;
+    --force) options+=(--force) ;;
+    --dry) dry=1; options+=(--dry) ;;
     -h | --help) usage; exit 0 ;;
-    correctness | loss | augment | tables) stages+=("$1") ;;
+    correctness | losses | views) stages+=("$1") ;;
     *) echo "unknown argument: $1" >&2; usage >&2; exit 2 ;;
   esac
   shift
 done
-if [[ ${dry[*]-} && -z $out ]]; then
-  echo "--dry needs --out: it writes no figures into benchmarks/results" >&2
+if [[ $dry && $out == "$repository/benchmarks/results" ]]; then
+  echo "--dry needs --out: it has no figures, and does not write into benchmarks/results" >&2
   exit 2
 fi
-out=${out:-$repository/benchmarks/results}
-((${#stages[@]})) || stages=(correctness loss augment tables)
+((${#stages[@]})) || stages=(correctness losses views)
 
 cd "$repository"
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-if [[ $wheels ]]; then
+if compgen -G "$wheels/*.whl" > /dev/null; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
   # No dependencies: the machine's own torch and its companions are the ones to measure.
@@ -51,25 +50,9 @@ fi
 
 worst=0
 for stage in "${stages[@]}"; do
-  end=$((SECONDS + limit))
-  once=(${force[@]+"${force[@]}"})
-  for _ in 1 2 3 4 5 6; do
-    echo "stage $stage: up to $((end - SECONDS)) s"
-    # The stage ends in time by itself; the signal is for one that hangs.
-    status=0
-    # In the foreground, where Ctrl-C reaches it.
-    timeout --foreground --signal=INT --kill-after=10 $((end - SECONDS + 25)) \
-      "$python" -m benchmarks.gpu_run "$stage" --out "$out" --limit $((end - SECONDS)) \
-      ${once[@]+"${once[@]}"} ${dry[@]+"${dry[@]}"} || status=$?
-    once=()
-    # The device broke (75) or the process crashed (134, 139) under an arm, which the next leaves out.
-    (((status == 75 || status == 134 || status == 139) && SECONDS < end)) || break
-  done
-  case $status in
-    0) ;;
-    3 | 75 | 124 | 137) echo "stage $stage is not complete: run it again to go on" >&2
-      ((worst == 1)) || worst=3 ;;
-    *) echo "stage $stage failed" >&2; worst=1 ;;
-  esac
+  status=0
+  "$python" -m benchmarks "$stage" --device cuda --out "$out" --limit "$limit" \
+    ${options[@]+"${options[@]}"} || status=$?
+  ((status == 3 && worst == 1)) || ((status == 0)) || worst=$status
 done
 exit $worst

@@ -1,51 +1,40 @@
-"""Copy the figures that README.md shows from the results: ``python -m benchmarks.readme``."""
+"""Copy the figures that README.md shows from the results: ``python -m benchmarks readme``."""
 
 import re
 
-from benchmarks import machine
-
-_RESULTS = machine.REPOSITORY / "benchmarks" / "results"
-_README = machine.REPOSITORY / "README.md"
+from benchmarks.harness.machine import REPOSITORY, RESULTS
 
 
 def _section(report: str, title: str) -> str:
     """The text below a heading, up to the next one."""
-    match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", report, re.DOTALL | re.MULTILINE)
-    if match is None:
-        raise SystemExit(f"no section {title!r} in the results")
-    return match[1].strip()
+    return re.split(r"^## ", report.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0].strip()
 
 
 def numbers() -> str:
-    loss = (_RESULTS / "loss_cpu.md").read_text()
-    views = (_RESULTS / "augment_cpu.md").read_text()
+    """What README.md shows, from the pages of the results."""
+    loss = (RESULTS / "loss_cpu.md").read_text()
+    views = (RESULTS / "augment_cpu.md").read_text()
     described = [line[2:] for line in loss.splitlines() if line.startswith("- ")][1]
-    return "\n".join(
-        [
-            f"On a CPU ({described}), beside the targets set before anything was measured.",
-            "All sizes, spreads and the cases where others are faster are in",
-            "`benchmarks/results/loss_cpu.md` and `benchmarks/results/augment_cpu.md`.",
-            "",
-            "**Losses** (`python -m benchmarks.run`)",
-            "",
-            _section(loss, "Targets"),
-            "",
-            "**Views** (`python -m benchmarks.bench_augment`), times as long as `SimCLRAugment`",
-            "",
-            _section(views, "Targets"),
-        ]
-    )
+    return f"""\
+On a CPU ({described}), beside the targets set before anything was measured.
+All sizes, spreads and the cases where others are faster are in
+`benchmarks/results/loss_cpu.md` and `benchmarks/results/augment_cpu.md`.
+
+**Losses** (`python -m benchmarks losses`)
+
+{_section(loss, "Targets")}
+
+**Views** (`python -m benchmarks views`), times as long as `SimCLRAugment`
+
+{_section(views, "Targets")}"""
 
 
 def main() -> None:
-    text = _README.read_text()
+    path = REPOSITORY / "README.md"
+    text = path.read_text()
     start, end = "<!-- numbers start -->", "<!-- numbers end -->"
     head, _, rest = text.partition(start)
     _, _, tail = rest.partition(end)
     if not tail:
         raise SystemExit(f"README.md has no {start} … {end}")
-    _README.write_text(f"{head}{start}\n{numbers()}\n{end}{tail}")
-
-
-if __name__ == "__main__":
-    main()
+    path.write_text(f"{head}{start}\n{numbers()}\n{end}{tail}")

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from contrastive_kit.augment.recipe import BYOL, CIFAR, GOOGLE_RESEARCH, IMAGENET, Options
 from contrastive_kit.augment.simclr import SimCLRAugment
 
 if TYPE_CHECKING:
     from PIL import Image
 
 RECIPES = {
-    "simclr": SimCLRAugment.imagenet,
-    "cifar": SimCLRAugment.cifar,
-    "google-research": SimCLRAugment.google_research,
-    "byol": SimCLRAugment.byol,
+    "simclr": IMAGENET,
+    "cifar": CIFAR,
+    "google-research": GOOGLE_RESEARCH,
+    "byol": BYOL,
 }
 _MARGIN = 4
 
@@ -49,10 +50,10 @@ def contact_sheet(images: Sequence[Tensor], augment: SimCLRAugment) -> Tensor:
 
     if not images:
         raise ValueError("images must hold at least one image, got none")
-    if augment.settings.mean is not None:
+    if augment.recipe.normalize is not None:
         raise ValueError("augment must not normalise, got normalize in the recipe")
-    originals = torch.stack([_fit(image, augment.settings.size) for image in images])
-    views: tuple[Tensor, ...] = augment(images)
+    originals = torch.stack([_fit(image, augment.recipe.size) for image in images])
+    views = augment(images)
     rows = torch.stack((originals, *(view.to(originals.dtype) for view in views)), dim=1)
     grid = make_grid(rows.flatten(0, 1), nrow=rows.shape[1], padding=_MARGIN, pad_value=1.0)
     sheet: Tensor = grid.clamp(0, 1).mul(255).round().byte()
@@ -151,13 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         views = 2 if options.recipe == "byol" else 6
     # Any whole number is a seed; torch takes those of 64 bits.
     generator = torch.Generator().manual_seed(options.seed % 2**64)
-    chosen = {"views": views, "generator": generator}
+    chosen: Options = {"views": views}
     if options.strength is not None:
         chosen["strength"] = options.strength
     try:
         _check_out(options.out, options.images)
         images = [read_image(path) for path in options.images]
-        sheet = contact_sheet(images, RECIPES[options.recipe](options.size, **chosen))
+        recipe = RECIPES[options.recipe]
+        augment = SimCLRAugment(options.size, recipe=recipe, generator=generator, **chosen)
+        sheet = contact_sheet(images, augment)
         _write(sheet, options.out)
     # Torch has a RuntimeError where memory does not suffice for a sheet.
     except (OSError, ValueError, MemoryError, RuntimeError) as error:

@@ -67,8 +67,10 @@ def poisoned_empty(monkeypatch):
 # A worker that takes one of these last works alone at the end.
 LONG_FILES = {
     "test_processes.py",
-    "test_example_gpu_script.py",
+    "test_cifar10_script.py",
+    "test_claims.py",
     "test_gpu_script.py",
+    "test_integration.py",
     "test_triton.py",
     "test_triton_aot.py",
 }

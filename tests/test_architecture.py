@@ -63,6 +63,14 @@ def test_imports_follow_the_arrows(path):
     assert used <= ROOMS[room(path)]
 
 
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_a_backend_knows_the_problem_and_neither_the_table_nor_another_backend(backend):
+    known = {"problem", "registered", "statistics", "unit_rows", "differentiable_once", backend}
+    for path in (PACKAGE / "ops" / backend).glob("*.py"):
+        used = {m.split(".")[2] for m in imports(path) if m.startswith("contrastive_kit.ops.")}
+        assert used <= known, path
+
+
 def test_the_reference_imports_torch_only():
     assert {m.split(".")[0] for m in imports(PACKAGE / "reference.py")} == {"torch"}
 

@@ -9,24 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from contrastive_kit.augment.blur import GaussianBlur as GaussianBlur
-    from contrastive_kit.augment.color import ColorJitter as ColorJitter
-    from contrastive_kit.augment.crop import RandomResizedCrop as RandomResizedCrop
-    from contrastive_kit.augment.flip import RandomHorizontalFlip as RandomHorizontalFlip
-    from contrastive_kit.augment.grayscale import RandomGrayscale as RandomGrayscale
+    from contrastive_kit.augment.kornia.blur import GaussianBlur as GaussianBlur
+    from contrastive_kit.augment.kornia.color import ColorJitter as ColorJitter
+    from contrastive_kit.augment.kornia.crop import RandomResizedCrop as RandomResizedCrop
+    from contrastive_kit.augment.kornia.flip import RandomHorizontalFlip as RandomHorizontalFlip
+    from contrastive_kit.augment.kornia.grayscale import RandomGrayscale as RandomGrayscale
+    from contrastive_kit.augment.kornia.solarize import RandomSolarize as RandomSolarize
+    from contrastive_kit.augment.kornia.view import SimCLRView as SimCLRView
+    from contrastive_kit.augment.recipe import BYOL as BYOL
+    from contrastive_kit.augment.recipe import CIFAR as CIFAR
+    from contrastive_kit.augment.recipe import GOOGLE_RESEARCH as GOOGLE_RESEARCH
+    from contrastive_kit.augment.recipe import IMAGENET as IMAGENET
+    from contrastive_kit.augment.recipe import Recipe as Recipe
     from contrastive_kit.augment.simclr import SimCLRAugment as SimCLRAugment
-    from contrastive_kit.augment.solarize import RandomSolarize as RandomSolarize
-    from contrastive_kit.augment.view import SimCLRView as SimCLRView
 
 _HOME = {
-    "ColorJitter": "color",
-    "GaussianBlur": "blur",
-    "RandomGrayscale": "grayscale",
-    "RandomHorizontalFlip": "flip",
-    "RandomResizedCrop": "crop",
-    "RandomSolarize": "solarize",
+    "BYOL": "recipe",
+    "CIFAR": "recipe",
+    "GOOGLE_RESEARCH": "recipe",
+    "IMAGENET": "recipe",
+    "Recipe": "recipe",
+    "ColorJitter": "kornia.color",
+    "GaussianBlur": "kornia.blur",
+    "RandomGrayscale": "kornia.grayscale",
+    "RandomHorizontalFlip": "kornia.flip",
+    "RandomResizedCrop": "kornia.crop",
+    "RandomSolarize": "kornia.solarize",
     "SimCLRAugment": "simclr",
-    "SimCLRView": "view",
+    "SimCLRView": "kornia.view",
 }
 
 __all__ = list(_HOME)

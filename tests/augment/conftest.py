@@ -42,20 +42,20 @@ def torchvision_jitter(x, order, factors):
     return x
 
 
-def torchvision_view(image, row, settings):
+def torchvision_view(image, row, recipe):
     """One view of one image by torchvision, from its row of the parameter table."""
     p = unpack(row)
     box = [int(value) for value in p.box]
-    size, mode = list(settings.size), MODES[settings.interpolation]
+    size, mode = list(recipe.size), MODES[recipe.interpolation]
     if image.dtype == torch.uint8 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         # Without AVX2 torchvision resizes in floats, and not by torch's operation for uint8.
         crop = v2.crop(image, *box)[None]
-        x = F.interpolate(crop, size, mode=settings.interpolation, antialias=settings.antialias)[0]
+        x = F.interpolate(crop, size, mode=recipe.interpolation, antialias=recipe.antialias)[0]
     else:
-        x = v2.resized_crop(image, *box, size, mode, antialias=settings.antialias)
+        x = v2.resized_crop(image, *box, size, mode, antialias=recipe.antialias)
     if image.dtype == torch.uint8:
         x = x.float() / 255
-    elif settings.interpolation == "bicubic":
+    elif recipe.interpolation == "bicubic":
         x = x.clamp(0, 1)
     if p.flip:
         x = v1.hflip(x)
@@ -63,12 +63,12 @@ def torchvision_view(image, row, settings):
         x = torchvision_jitter(x, p.order, (p.brightness, p.contrast, p.saturation, p.hue))
     if p.grayscale:
         x = v1.rgb_to_grayscale(x, 3)
-    if p.blur and settings.kernel_size:
-        x = v1.gaussian_blur(x, [settings.kernel_size] * 2, [float(p.sigma)] * 2)
-    if p.solarize and settings.solarize_threshold is not None:
-        x = v1.solarize(x, settings.solarize_threshold)
-    if settings.mean is not None:
-        x = v1.normalize(x, list(settings.mean), list(settings.std))
+    if p.blur and recipe.taps:
+        x = v1.gaussian_blur(x, [recipe.taps] * 2, [float(p.sigma)] * 2)
+    if p.solarize:
+        x = v1.solarize(x, recipe.solarize_threshold)
+    if recipe.normalize is not None:
+        x = v1.normalize(x, *map(list, recipe.normalize))
     return x
 
 

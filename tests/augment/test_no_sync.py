@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_kit import SimCLRAugment
 from contrastive_kit.augment import (
+    BYOL,
+    GOOGLE_RESEARCH,
     ColorJitter,
     GaussianBlur,
     RandomGrayscale,
@@ -20,8 +22,8 @@ from contrastive_kit.augment import (
     RandomResizedCrop,
     RandomSolarize,
     SimCLRView,
-    _triton,
 )
+from contrastive_kit.augment.backends import triton
 
 VIEWS = {"view", "expand", "slice", "select", "unsqueeze", "permute", "transpose", "t", "alias"}
 VIEWS |= {"unbind", "split", "squeeze", "_unsafe_view", "detach", "empty", "as_strided"}
@@ -69,8 +71,8 @@ RECIPES = {
     "normalised half": lambda **o: SimCLRAugment(
         64, normalize=((0.5,) * 3, (0.2,) * 3), dtype=torch.float16, **o
     ),
-    "google": lambda **o: SimCLRAugment.google_research(64, **o),
-    "byol": lambda **o: SimCLRAugment.byol(64, **o),
+    "google": lambda **o: SimCLRAugment(64, recipe=GOOGLE_RESEARCH, **o),
+    "byol": lambda **o: SimCLRAugment(64, recipe=BYOL, **o),
 }
 
 
@@ -87,9 +89,9 @@ def test_views_are_made_without_waiting(name, dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_kernels_are_few_and_do_not_wait(name, monkeypatch):
-    kernels = pytest.importorskip("contrastive_kit.augment._triton_kernels")
+    kernels = pytest.importorskip("contrastive_kit.augment.backends.triton_kernels")
     # Under fake tensors the op would not run its body.
-    monkeypatch.setattr(_triton, "_op", _triton._launch)
+    monkeypatch.setattr(triton, "_op", triton._launch)
     launched = []
 
     class Kernel:
@@ -108,7 +110,7 @@ def test_kernels_are_few_and_do_not_wait(name, monkeypatch):
     assert [kernel for kernel, _ in launched] == [
         "crop_kernel", "color_kernel", "blur_kernel", "blur_kernel"
     ]  # fmt: skip
-    assert launched[0][1] == (16 * 64 * 64 // _triton.BLOCK,)
+    assert launched[0][1] == (16 * 64 * 64 // triton.BLOCK,)
     assert len(launched) + len(record.launches) <= 7
 
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from contrastive_kit.augment.parameters import ViewDistribution, unpack
+from contrastive_kit import SimCLRAugment
+from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
+from contrastive_kit.augment.recipe import Recipe
 
 N = 4000
 # Fixed seeds: a test that fails once in a thousand runs does so always or never.
@@ -15,10 +17,13 @@ LEVEL = 1e-3
 
 
 def draw(height=224, width=224, n=N, views=1, **options):
-    generator = torch.Generator().manual_seed(0)
-    return unpack(
-        ViewDistribution(**options).draw(views, n, height=height, width=width, generator=generator)
-    )
+    return unpack(draw_table(Recipe(views=views, **options), n, height, width))
+
+
+def draw_table(recipe, n, height=224, width=224, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(recipe.views, n, N_UNIFORMS, generator=generator)
+    return recipe.table(uniforms, height=height, width=width)
 
 
 def torchvision_boxes(height, width, scale, ratio):
@@ -114,9 +119,7 @@ def test_all_24_orders_are_equally_likely():
 
 
 def test_columns_views_and_samples_are_independent():
-    table = ViewDistribution(solarize=0.5).draw(
-        2, N, height=224, width=224, generator=torch.Generator().manual_seed(0)
-    )
+    table = draw_table(Recipe(solarize=0.5), N)
     names = [0, 2, 4, 5, 6, 10, 11, 12, 13, 14, 15, 16, 17]
     columns = torch.cat([table[0, :, names], table[1, :, names]], dim=1).double()
     correlation = torch.corrcoef(columns.T).abs()
@@ -142,10 +145,7 @@ def test_probabilities_do_not_shift_the_stream():
     low=st.floats(0.01, 1.0),
 )
 def test_boxes_lie_inside(height, width, seed, low):
-    generator = torch.Generator().manual_seed(seed)
-    table = ViewDistribution(scale=(low, 1.0)).draw(
-        1, 64, height=height, width=width, generator=generator
-    )
+    table = draw_table(Recipe(scale=(low, 1.0), views=1), 64, height, width, seed)
     top, left, tall, wide = unpack(table).box.unbind(-1)
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -158,14 +158,38 @@ def test_boxes_lie_inside(height, width, seed, low):
 
 def test_the_largest_uniform_stays_inside():
     last = 1 - 2**-24
-    table = ViewDistribution().table(torch.full((1, 1, 36), last), height=4001, width=4099)
+    table = Recipe().table(torch.full((1, 1, N_UNIFORMS), last), height=4001, width=4099)
     top, left, tall, wide = unpack(table).box[0, 0]
     assert top + tall <= 4001
     assert left + wide <= 4099
 
 
+def test_numbers_of_a_step_do_not_move():
+    """A step to come takes unused ones, so that the views of a seed stay what they are."""
+    images = torch.zeros(5, 3, 30, 40)
+    augment = SimCLRAugment(64, solarize=0.5, generator=torch.Generator().manual_seed(4))
+    tables = augment.draw(images), augment.draw(images)
+    generator = torch.Generator().manual_seed(4)
+    for table in tables:
+        u = torch.rand(2, 5, 64, generator=generator)
+        assert torch.equal(augment.recipe.table(u, height=30, width=40), table)
+        p = unpack(table)
+        assert torch.equal(p.order, u[..., 20:24].argsort(dim=-1).float())
+        for number, gate, probability in (
+            (26, p.flip, 0.5),
+            (27, p.jitter, 0.8),
+            (32, p.grayscale, 0.2),
+            (33, p.blur, 0.5),
+            (35, p.solarize, 0.5),
+        ):
+            assert torch.equal(gate, (u[..., number] < probability).float())
+        torch.testing.assert_close(p.hue, u[..., 31] * 0.4 - 0.2)
+        u[..., 36:] = torch.rand(2, 5, 28)
+        assert torch.equal(augment.recipe.table(u, height=30, width=40), table)
+
+
 def test_fields_are_views_of_the_table():
-    table = ViewDistribution().draw(2, 3, height=8, width=8)
+    table = draw_table(Recipe(), 3)
     unpack(table).hue.fill_(0.25)
     assert (table[..., 13] == 0.25).all()
     with pytest.raises(ValueError, match="18 columns"):
@@ -174,4 +198,4 @@ def test_fields_are_views_of_the_table():
 
 def test_number_of_views_must_fit():
     with pytest.raises(ValueError, match="blur must be one probability or one for each of the 2"):
-        ViewDistribution(blur=(0.1, 0.2, 0.3)).draw(2, 3, height=8, width=8)
+        Recipe(blur=(0.1, 0.2, 0.3))

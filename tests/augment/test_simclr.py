@@ -1,6 +1,7 @@
 """The whole view against torchvision's pipeline, and what the module promises around it."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 
@@ -12,12 +13,19 @@ from torchvision.transforms import InterpolationMode
 
 from contrastive_kit import SimCLRAugment
 from contrastive_kit.augment.parameters import unpack
-from contrastive_kit.augment.simclr import IMAGENET_NORMALIZATION
+from contrastive_kit.augment.recipe import (
+    BYOL,
+    CIFAR,
+    GOOGLE_RESEARCH,
+    IMAGENET,
+    IMAGENET_NORMALIZATION,
+    Recipe,
+)
 
 
 def expected_views(augment, images, params, oracle):
     rows = params.flatten(0, 1)
-    views = [oracle(images[i % len(images)], row, augment.settings) for i, row in enumerate(rows)]
+    views = [oracle(images[i % len(images)], row, augment.recipe) for i, row in enumerate(rows)]
     return torch.stack(views)
 
 
@@ -52,7 +60,7 @@ def test_equals_torchvision(case, dtype, backend, make_images, torchvision_view,
         # Half a grey level may round the other way, and the colours may amplify that 1.8^3 times.
         assert (result - expected).abs().mean() < 1e-3
     else:
-        atol = 1e-5 / (0.225 if augment.settings.std else 1)
+        atol = 1e-5 / (0.225 if augment.recipe.normalize else 1)
         torch.testing.assert_close(result, expected, atol=atol, rtol=0)
 
 
@@ -87,7 +95,7 @@ def test_google_research_flavour(backend, make_images):
     """Its operations one by one through `functional`, which has its own oracles."""
     from contrastive_kit.augment import functional as ck
 
-    augment = SimCLRAugment.google_research(32, blur=True, backend=backend)
+    augment = SimCLRAugment(32, recipe=GOOGLE_RESEARCH, blur=True, backend=backend)
     images = make_images(10, 50, 44)
     result, params = augment(images, return_params=True, concat=True)
     for number, row in enumerate(params.flatten(0, 1)):
@@ -203,10 +211,27 @@ def test_gradient_reaches_the_images(make_images):
     torch.cat(augment(images)).square().sum().backward()
     assert images.grad.isfinite().all()
     assert images.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="backend 'cpu' is not differentiable"):
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: it is not differentiable"):
         SimCLRAugment(16, backend="cpu")(images)
     with torch.no_grad():
         SimCLRAugment(16, backend="cpu")(images)
+
+
+def test_which_backend_says_what_runs_and_why(make_images):
+    images = make_images(2, 20, 20)
+    assert SimCLRAugment(16).which_backend(images) == ("cpu", {})
+    name, refusals = SimCLRAugment(16).which_backend(list(images.double()))
+    assert name == "torch"
+    assert refusals == {
+        "cpu": "it takes uint8, float32 and half precision, got float64",
+        "triton": "it takes one batch tensor, got a list of images",
+    }
+    named = SimCLRAugment(16, backend="cpu")
+    assert named.which_backend(images) == ("cpu", {})
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: it takes uint8, float32"):
+        named.which_backend(images.double())
+    with pytest.raises(ValueError, match="images must have 3 channels"):
+        named.which_backend(images[:, :2])
 
 
 def test_autocast_changes_nothing(make_images):
@@ -282,23 +307,32 @@ def test_fullgraph_compile(make_images):
 
 
 def test_recipes():
-    assert SimCLRAugment(32).settings.kernel_size == 0
-    assert SimCLRAugment(63).settings.kernel_size == 0
-    assert SimCLRAugment(64).settings.kernel_size == 7
-    assert [SimCLRAugment(s).settings.kernel_size for s in (96, 224)] == [9, 23]
-    assert SimCLRAugment.imagenet().settings.size == (224, 224)
-    assert SimCLRAugment.imagenet().distribution.brightness == pytest.approx((0.2, 1.8))
-    cifar = SimCLRAugment.cifar()
-    assert cifar.distribution.hue == pytest.approx((-0.1, 0.1))
-    assert cifar.settings.kernel_size == 0
-    assert SimCLRAugment.cifar(strength=1.0).strength == 1.0
-    assert SimCLRAugment(8, strength=2.0).distribution.contrast == (0.0, 2.6)
-    with pytest.raises(TypeError, match="colour"):
-        SimCLRAugment.imagenet(colour=1)
+    assert [SimCLRAugment(s).recipe.taps for s in (32, 63, 64, 96, 224)] == [0, 0, 7, 9, 23]
+    assert IMAGENET.size == (224, 224)
+    assert IMAGENET.color_ranges[0] == pytest.approx((0.2, 1.8))
+    assert CIFAR.color_ranges[3] == pytest.approx((-0.1, 0.1))
+    assert CIFAR.taps == 0
+    assert SimCLRAugment(8, strength=2.0).recipe.color_ranges[1] == (0.0, 2.6)
+    for make in (SimCLRAugment, lambda *_, **options: Recipe(**options)):
+        with pytest.raises(TypeError, match="colour"):
+            make(8, colour=1)
+
+
+def test_options_replace_those_of_the_recipe():
+    augment = SimCLRAugment(32, recipe=BYOL, strength=0.5, solarize=0.1)
+    expected = dataclasses.replace(BYOL, size=32, strength=0.5, solarize=0.1)
+    assert augment.recipe == expected
+    assert expected.blur == BYOL.blur
+    assert expected.color_ranges[3] == (-0.05, 0.05)
+    assert dataclasses.replace(CIFAR, size=64, blur="auto").taps == 7, "decided by the new size"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        expected.strength = 1.0
+    with pytest.raises(TypeError, match="recipe must be a Recipe, got str"):
+        SimCLRAugment(32, recipe="cifar")
 
 
 def test_byol_pair_is_asymmetric(make_images):
-    augment = SimCLRAugment.byol(64)
+    augment = SimCLRAugment(64, recipe=BYOL)
     p = unpack(augment.draw(make_images(1, 64, 64).expand(4000, -1, -1, -1)))
     assert p.blur[0].mean() == 1
     assert p.blur[1].mean() == pytest.approx(0.1, abs=0.03)
@@ -307,20 +341,29 @@ def test_byol_pair_is_asymmetric(make_images):
 
 
 def test_repr_tells_the_recipe():
-    text = repr(SimCLRAugment.byol(96, normalize=IMAGENET_NORMALIZATION, dtype=torch.float16))
+    text = repr(
+        SimCLRAugment(
+            96,
+            recipe=BYOL,
+            kernel_size=9,
+            normalize=IMAGENET_NORMALIZATION,
+            dtype=torch.float16,
+        )
+    )
     for part in (
         "size=(96, 96)",
         "views=2",
         "blur=(1.0, 0.1)",
         "kernel_size=9",
         "solarize=(0.0, 0.2)",
-        "hue=(-0.1, 0.1)",
+        "colors=(0.4, 0.4, 0.2, 0.1)",
         "interpolation='bicubic'",
         "0.485",
         "torch.float16",
     ):
         assert part in text
-    assert "blur=False" in repr(SimCLRAugment.cifar())
+    text = repr(SimCLRAugment(32, recipe=CIFAR))
+    assert "size=(32, 32), strength=0.5, views=2, blur=0.0, dtype" in text
 
 
 def test_empty_batch():
@@ -552,7 +595,13 @@ def test_numbers_of_any_kind():
     """NumPy's and tensors make the recipe that floats make."""
     expected = repr(
         SimCLRAugment(
-            32, scale=(0.5, 1.0), flip=0.25, blur=(0.25, 0.5), strength=0.5, colors=[1] * 4
+            32,
+            scale=(0.5, 1.0),
+            flip=0.25,
+            blur=(0.25, 0.5),
+            strength=0.5,
+            colors=[1] * 4,
+            kernel_size=3,
         )
     )
     for array in (np.array, torch.tensor):

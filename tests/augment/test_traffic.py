@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_kit import SimCLRAugment
+from contrastive_kit.augment import CIFAR
 
 VIEWS = {"view", "expand", "slice", "select", "unsqueeze", "permute", "transpose", "t", "unbind"}
 VIEWS |= {"split", "squeeze", "as_strided", "alias", "detach", "_unsafe_view", "empty"}
@@ -68,6 +69,6 @@ def test_views_move_a_fraction_of_what_kornia_moves(size, source, budget_mb):
 
 def test_small_views_share_their_operations():
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
-    augment = SimCLRAugment.cifar()
+    augment = SimCLRAugment(32, recipe=CIFAR)
     _, operations = traffic(lambda: augment(images), 256)
     assert operations < 8

@@ -19,9 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_kit import SimCLRAugment
-from contrastive_kit.augment import _view
+from contrastive_kit.augment.backends import batched
 from contrastive_kit.augment.parameters import unpack
-from contrastive_kit.augment.simclr import IMAGENET_NORMALIZATION
+from contrastive_kit.augment.recipe import BYOL, GOOGLE_RESEARCH, IMAGENET_NORMALIZATION
 
 pytest.importorskip("triton")
 
@@ -36,10 +36,10 @@ def on_device(test):
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch):
     """The interpreter's time goes by programs, not by pixels."""
-    from contrastive_kit.augment import _triton
+    from contrastive_kit.augment.backends import triton
 
     if INTERPRETED:
-        monkeypatch.setattr(_triton, "BLOCK", 4096)
+        monkeypatch.setattr(triton, "BLOCK", 4096)
         allow_runtime_bounds(monkeypatch)
 
 
@@ -73,11 +73,11 @@ def test_in_the_interpreter():
 
 
 def make_views(images, table, augment):
-    from contrastive_kit.augment import _triton
+    from contrastive_kit.augment.backends import triton
 
-    out = torch.full((table[..., 0].numel(), 3, *augment.settings.size), math.nan)
+    out = torch.full((table[..., 0].numel(), 3, *augment.recipe.size), math.nan)
     out = out.to(DEVICE, augment.dtype, memory_format=augment.memory_format)
-    _triton.render(images.to(DEVICE), table.to(DEVICE), augment.settings, out)
+    triton.render_into(images.to(DEVICE), table.to(DEVICE), augment.recipe, out)
     return out.cpu()
 
 
@@ -90,18 +90,20 @@ def without_gates(table):
     return bare
 
 
-def in_float64(images, table, settings):
+def in_float64(images, table, recipe):
     """The views of floating images by the torch backend in float64."""
-    return _view.render(images.double(), table.double(), settings)
+    return batched.render(
+        images.double(), table.double(), recipe, torch.float64, torch.contiguous_format
+    )
 
 
-def after_the_crop(crops, table, settings):
+def after_the_crop(crops, table, recipe):
     """The views of images that are already cropped and mirrored, one for each row of the table."""
     rows = table.flatten(0, 1)[None].clone()
     box = unpack(rows).box
     box[..., :2], box[..., 2], box[..., 3] = 0, crops.shape[-2], crops.shape[-1]
     unpack(rows).flip.zero_()
-    return in_float64(crops, rows, settings)
+    return in_float64(crops, rows, recipe)
 
 
 CASES = {
@@ -127,14 +129,14 @@ def test_floats_equal_float64(case, make_images, poisoned_empty):
     images = make_images(*shape)
     table = augment.draw(images)
     result = make_views(images, table, augment)
-    atol = 1e-5 / (0.225 if augment.settings.std else 1)
-    expected = in_float64(images, table, augment.settings).float()
+    atol = 1e-5 / (0.225 if augment.recipe.normalize else 1)
+    expected = in_float64(images, table, augment.recipe).float()
     torch.testing.assert_close(result, expected, atol=atol, rtol=0)
 
 
 RECIPES = {
-    "google": SimCLRAugment.google_research(24, blur=True),
-    "byol": SimCLRAugment.byol(24, solarize=0.5, sigma=(0.1, 3.0), kernel_size=11),
+    "google": SimCLRAugment(24, recipe=GOOGLE_RESEARCH, blur=True),
+    "byol": SimCLRAugment(24, recipe=BYOL, solarize=0.5, sigma=(0.1, 3.0), kernel_size=11),
 }
 
 
@@ -145,7 +147,7 @@ def test_recipes_equal_float64(name, make_images, poisoned_empty):
     images = make_images(6, 50, 40)
     table = augment.draw(images)
     result = make_views(images, table, augment)
-    expected = in_float64(images, table, augment.settings).float()
+    expected = in_float64(images, table, augment.recipe).float()
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
@@ -165,12 +167,12 @@ def test_uint8_is_cropped_in_levels_then_equals_float64(
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
 
     theirs = [
-        torchvision_view(images[number % len(images)], row, augment.settings) * 255
+        torchvision_view(images[number % len(images)], row, augment.recipe) * 255
         for number, row in enumerate(bare.flatten(0, 1))
     ]
     # torchvision's weights are whole numbers of 15 bits: half a level may round the other way.
     off = (levels - torch.stack(theirs)).abs()
-    if augment.settings.interpolation == "bicubic":
+    if augment.recipe.interpolation == "bicubic":
         assert off.max() < 2.01
         assert off.mean() < 0.05
     else:
@@ -178,7 +180,7 @@ def test_uint8_is_cropped_in_levels_then_equals_float64(
         assert off.max() < 1.01
 
     result = make_views(images, table, augment)
-    expected = after_the_crop(levels.round() / 255, table, augment.settings).float()
+    expected = after_the_crop(levels.round() / 255, table, augment.recipe).float()
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
@@ -189,7 +191,7 @@ def test_floats_equal_torchvision(make_images, torchvision_view):
     table = augment.draw(images)
     result = make_views(images, table, augment)
     for number, row in enumerate(table.flatten(0, 1)):
-        expected = torchvision_view(images[number % 6], row, augment.settings)
+        expected = torchvision_view(images[number % 6], row, augment.recipe)
         torch.testing.assert_close(result[number], expected, atol=1e-5, rtol=0)
 
 
@@ -207,7 +209,7 @@ def test_crops_of_one_pixel_and_every_order_of_the_colours(make_images):
     p.box[0, ::4] = torch.tensor([11.0, 12.0, 1.0, 1.0])
     p.box[0, 1::4] = torch.tensor([0.0, 3.0, 1.0, 7.0])
     result = make_views(images, table, augment)
-    expected = in_float64(images, table, augment.settings).float()
+    expected = in_float64(images, table, augment.recipe).float()
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
@@ -265,7 +267,7 @@ def test_boxes_outside_the_image_are_moved_into_it(make_images):
 
 @on_device
 def test_op_is_well_registered_and_runs_under_compile(make_images):
-    from contrastive_kit.augment import _triton
+    from contrastive_kit.augment.backends import triton
 
     augment = SimCLRAugment(8, blur=True, dtype=torch.float16)
     images = make_images(2, 12, 12)
@@ -274,15 +276,15 @@ def test_op_is_well_registered_and_runs_under_compile(make_images):
     images, table = images.to(DEVICE), table.to(DEVICE)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        op = _triton._op
-        patch.setattr(_triton, "_op", lambda *args: calls.append(args))
+        op = triton._op
+        patch.setattr(triton, "_op", lambda *args: calls.append(args))
         out = torch.zeros(expected.shape, dtype=torch.float16, device=DEVICE)
-        _triton.render(images, table, augment.settings, out)
+        triton.render_into(images, table, augment.recipe, out)
     torch.library.opcheck(op, calls[0])
 
     def run(images, table):
         out = torch.empty(expected.shape, dtype=torch.float16, device=images.device)
-        _triton.render(images, table, augment.settings, out)
+        triton.render_into(images, table, augment.recipe, out)
         return out
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -314,7 +316,9 @@ def test_module_takes_this_backend_on_cuda(make_images):
 
 def test_named_backend_says_why_it_refuses(make_images):
     augment = SimCLRAugment(16, backend="triton")
-    with pytest.raises(ValueError, match="backend 'triton' takes images on CUDA, got cpu"):
+    with pytest.raises(
+        ValueError, match="backend 'triton' cannot run here: it takes images on CUDA, got cpu"
+    ):
         augment(make_images(2, 20, 20))
 
 
@@ -330,7 +334,7 @@ class Operations(TorchDispatchMode):
 
 def launches(monkeypatch, batch, size, **options):
     """Names of the kernels and torch operations that views take, and the kernels' grids."""
-    from contrastive_kit.augment import _triton, _triton_kernels
+    from contrastive_kit.augment.backends import triton, triton_kernels
 
     kernels, grids = [], []
 
@@ -344,15 +348,15 @@ def launches(monkeypatch, batch, size, **options):
             return lambda *args, **kwargs: None
 
     for name in ("crop_kernel", "color_kernel", "blur_kernel"):
-        monkeypatch.setattr(_triton_kernels, name, Recorded(name))
+        monkeypatch.setattr(triton_kernels, name, Recorded(name))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    settings = SimCLRAugment(size, **options).settings
-    monkeypatch.setattr(_triton, "_op", _triton._launch)
+    recipe = SimCLRAugment(size, **options).recipe
+    monkeypatch.setattr(triton, "_op", triton._launch)
     with FakeTensorMode(), Operations() as operations:
         images = torch.empty(batch, 3, 80, 72, dtype=torch.uint8, device="cuda")
         table = torch.empty(2, batch, 18, device="cuda")
         out = torch.empty(2 * batch, 3, size, size, dtype=torch.float16, device="cuda")
-        _triton.render(images, table, settings, out)
+        triton.render_into(images, table, recipe, out)
     return kernels, grids, [name for name in operations.names if name != "empty"]
 
 
@@ -371,15 +375,15 @@ def test_launches_do_not_depend_on_the_batch_and_nothing_waits(blur, monkeypatch
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is run here")
 def test_reasons_to_refuse():
-    from contrastive_kit.augment import _triton
+    from contrastive_kit.augment.backends import triton
 
-    settings = SimCLRAugment(8).settings
+    recipe = SimCLRAugment(8).recipe
     with FakeTensorMode():
         images = torch.empty(2, 3, 9, 9, device="cuda")
-        assert _triton.refusal(images, settings, torch.float16) == ""
+        assert triton.refusal(images, recipe, torch.float16) is None
         needs_grad = images.clone().requires_grad_()
         with torch.no_grad():
-            assert _triton.refusal(needs_grad, settings, torch.float32) == ""
+            assert triton.refusal(needs_grad, recipe, torch.float32) is None
         huge = torch.empty(1, 3, 30000, 30000, dtype=torch.uint8, device="cuda")
         for refused, dtype, words in (
             (list(images), torch.float32, "takes one batch tensor, got a list"),
@@ -389,18 +393,18 @@ def test_reasons_to_refuse():
             (needs_grad, torch.float32, "is not differentiable"),
             (huge, torch.float32, "less than 2³¹"),
         ):
-            assert words in _triton.refusal(refused, settings, dtype)
+            assert words in triton.refusal(refused, recipe, dtype)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is run here")
 def test_without_triton(monkeypatch):
-    from contrastive_kit.augment import _triton
+    from contrastive_kit.augment.backends import triton
 
-    monkeypatch.setattr(_triton, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton, "_HAS_TRITON", False)
     with FakeTensorMode():
         images = torch.empty(2, 3, 9, 9, device="cuda")
-        reason = _triton.refusal(images, SimCLRAugment(8).settings, torch.float32)
-    assert reason == "needs the package triton, which is not installed"
+        reason = triton.refusal(images, SimCLRAugment(8).recipe, torch.float32)
+    assert reason == "it needs the package triton, which is not installed"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is run here")
@@ -408,6 +412,6 @@ def test_views_on_the_cpu_do_not_import_triton():
     code = (
         "import sys, torch, contrastive_kit.augment as a; from contrastive_kit import "
         "SimCLRAugment as S; before = 'triton' in sys.modules; S(8)(torch.rand(2, 3, 9, 9));"
-        "assert not before and 'contrastive_kit.augment._triton_kernels' not in sys.modules"
+        "assert not before and 'contrastive_kit.augment.backends.triton_kernels' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

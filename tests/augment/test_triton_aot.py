@@ -50,14 +50,15 @@ def compile_all(target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from contrastive_kit.augment import _triton, _triton_kernels
+    from contrastive_kit.augment.backends import triton as host
+    from contrastive_kit.augment.backends import triton_kernels
 
     capability = int(target.removeprefix("sm_"))
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     report = []
     for name, source, result, last, flags in variants():
-        kernel = getattr(_triton_kernels, name)
-        constants = {**flags, "BLOCK": _triton.BLOCK}
+        kernel = getattr(triton_kernels, name)
+        constants = {**flags, "BLOCK": host.BLOCK}
         first = "source" if name == "blur_kernel" else "images"
         pointers = {
             "images": source, "source": source, "crops": "u8" if source == "u8" else "fp32",

@@ -56,9 +56,9 @@ def check_open_clip(rank, size, local_loss, gather_with_grad):
 
 @pytest.mark.parametrize("gather_with_grad", [False, True])
 @pytest.mark.parametrize("local_loss", [False, True])
-def test_clip_is_that_of_open_clip_with_gather_with_grad(several, local_loss, gather_with_grad):
+def test_clip_is_that_of_open_clip_with_gather_with_grad(pair, local_loss, gather_with_grad):
     pytest.importorskip("open_clip.loss")
-    several.run(check_open_clip, local_loss, gather_with_grad)
+    pair.run(check_open_clip, local_loss, gather_with_grad)
 
 
 def check_lightly(rank, size):
@@ -74,9 +74,9 @@ def check_lightly(rank, size):
     torch.testing.assert_close(grad, expected)
 
 
-def test_nt_xent_is_that_of_lightly(several):
+def test_nt_xent_is_that_of_lightly(pair):
     pytest.importorskip("lightly.loss")
-    several.run(check_lightly)
+    pair.run(check_lightly)
 
 
 def check_metric_learning(rank, size):
@@ -95,6 +95,6 @@ def check_metric_learning(rank, size):
     torch.testing.assert_close(grad, expected)
 
 
-def test_nt_xent_is_that_of_pytorch_metric_learning(several):
+def test_nt_xent_is_that_of_pytorch_metric_learning(pair):
     pytest.importorskip("pytorch_metric_learning.losses")
-    several.run(check_metric_learning)
+    pair.run(check_metric_learning)

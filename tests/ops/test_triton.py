@@ -363,6 +363,51 @@ def test_losses_equal_the_formula_triton(name):
         assert_within(actual.cpu(), wanted, budget("float32", 0.2))
 
 
+NT_XENT_OPTIONS = {
+    "more_views": None,  # given as views
+    "ids": torch.arange(40) // 2,
+    "sample_weight": (torch.arange(40) < 5).float(),
+    "decoupled": True,
+    "label_smoothing": 0.2,
+    "hardness": 0.5,
+    "reduction": "sum",
+    "return_stats": True,
+}
+
+
+@on_device
+@pytest.mark.parametrize("name", NT_XENT_OPTIONS)
+def test_every_option_counts_where_one_op_takes_the_views_triton(name):
+    """None is lost on the way that is for the defaults alone."""
+    a, b = (x.half() for x in pairs("related", 40, 45))
+    assert pair.pair_loss(to_device(a), to_device(b), 0.2) is not None
+    options = {} if name == "more_views" else {name: NT_XENT_OPTIONS[name]}
+    views = [a, b, a + b] if name == "more_views" else [a, b]
+
+    def results(backend, *views, **options):
+        result = nt_xent(*views, temperature=0.2, backend=backend, **options)
+        return (
+            torch.stack([x.double().cpu() for x in (result[0], *result[1])])
+            if isinstance(result, tuple)
+            else result.double().cpu()[None]
+        )
+
+    expected = results("reference", *views, **options)
+    on_there = {k: to_device(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    actual = results("triton", *map(to_device, views), **on_there)
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
+    plain = results("reference", a, b)
+    assert actual.shape != plain.shape or not torch.allclose(actual, plain, rtol=1e-2)
+
+
+@not_interpreted
+def test_no_option_of_nt_xent_is_missing_above():
+    import inspect
+
+    others = {"z1", "z2", "temperature", "gather_distributed", "process_group", "backend"}
+    assert set(inspect.signature(nt_xent).parameters) - others == set(NT_XENT_OPTIONS)
+
+
 @pytest.fixture
 def tf32():
     before = torch.get_float32_matmul_precision()

@@ -1,0 +1,118 @@
+"""Measure, and report what was measured.
+
+    python -m benchmarks losses                 # time, memory and errors of the losses on a CPU
+    python -m benchmarks views --device cuda    # SimCLR's views on a GPU
+    python -m benchmarks steps                  # large batches: GradCache, gathering, memory
+    python -m benchmarks ddp                    # gradients under DDP, beside one process
+    python -m benchmarks correctness --device cuda  # pytest -m gpu, and what it said is kept
+    python -m benchmarks claims --help          # the claims of the paper, by training
+    python -m benchmarks report                 # the pages again, from the JSON files
+    python -m benchmarks readme                 # the figures of README.md, from the pages
+
+Results are JSON files in benchmarks/results, whole after every case, and pages made from them. What
+was interrupted goes on where it stopped; what is complete for the same machine and source is kept.
+The exit status is 0 if all is complete and right, 3 if time ran out, 1 if something failed.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import RESULTS
+
+FILES = {
+    "losses": {"cpu": "loss_cpu", "cuda": "loss_gpu"},
+    "views": {"cpu": "augment_cpu", "cuda": "augment_gpu"},
+    "steps": {"cpu": "large_batches_cpu"},
+    "ddp": {"cpu": "ddp_truth"},
+    "correctness": {"cuda": "correctness_gpu"},
+}
+
+
+def write(subject: str, path: Path) -> str:
+    """Write the page of a JSON file; returns it."""
+    module: Any = import_module(f"benchmarks.{subject}")
+    page: str = module.markdown(json.loads(path.read_text()))
+    path.with_suffix(".md").write_text(page)
+    return page
+
+
+def measure(given: argparse.Namespace, out: Path) -> int:
+    """Measure a subject, write its page and print it."""
+    from benchmarks.harness import stage
+
+    path = out / f"{FILES[given.subject][given.device]}.json"
+    try:
+        status = stage.run(
+            given.subject, path, given.device, quick=given.quick, dry=given.dry,
+            force=given.force, limit_s=given.limit,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(write(given.subject, path))
+    return status
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("subject", choices=[*FILES, "claims", "report", "readme"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few small sizes: does everything run? Printed only"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="--quick for a GPU, with the CPU in its place"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/results]")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="seconds; what is measured is kept"
+    )
+    parser.add_argument("--force", action="store_true", help="measure again what is measured")
+    given = parser.parse_args(argv)
+    kinds = FILES.get(given.subject, {"cpu": ""})
+    given.quick = given.quick or given.dry
+    if given.device not in kinds:
+        parser.error(f"{given.subject} is measured on {' and '.join(kinds)} only")
+    if given.dry and given.device != "cuda":
+        parser.error("--dry needs --device cuda: on a CPU, --quick is enough")
+    if given.quick and given.out and given.out.resolve().is_relative_to(RESULTS):
+        parser.error(f"--quick and --dry have no figures, and do not write into {RESULTS}")
+    return given
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["claims"]:
+        from benchmarks.claims import run
+
+        return run.main(argv[1:])
+    given = parse(argv)
+    out = given.out or RESULTS
+    if given.subject == "readme":
+        import_module("benchmarks.readme").main()
+    elif given.subject == "report":
+        for subject, names in FILES.items():
+            for path in (out / f"{name}.json" for name in names.values()):
+                if path.exists():
+                    write(subject, path)
+        import_module("benchmarks.claims.run").write_pages(out)
+    elif given.quick and given.out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return measure(given, Path(folder))
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        return measure(given, out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

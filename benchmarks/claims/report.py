@@ -1,0 +1,229 @@
+"""Tables, verdicts and pictures of the claims, computed from finished runs."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks import trainer
+from benchmarks.claims.plan import SCALES, Claim, Label, Section
+from benchmarks.harness.report import NONE, listed, page, table
+
+Values = Mapping[Label, Sequence[float]]
+
+MEASURES = {"linear": "linear probe", "knn": "kNN"}
+
+
+def deviation(values: Values) -> tuple[float, int] | None:
+    """Standard deviation between seeds, pooled over all places, and its degrees of freedom."""
+    squares = sum((x - mean(row)) ** 2 for row in values.values() for x in row)
+    freedom = sum(len(row) - 1 for row in values.values() if row)
+    return (math.sqrt(squares / freedom), freedom) if freedom else None
+
+
+def judge(claim: Claim, values: Values) -> dict[str, Any]:
+    """The sum that the claim says is positive, its error, and what follows.
+
+    The error is half the width of the 95 % interval, from the deviation pooled over the section:
+    with two or three seeds a place that of a single place is a matter of luck.
+    """
+    from scipy.stats import t as student
+
+    weights = dict(claim.weights)
+    result: dict[str, Any] = {"claim": claim.text}
+    wanted = [*weights, *claim.rivals]
+    absent = sum(1 for label in wanted if not values.get(label))
+    if absent:
+        return {**result, "verdict": "open", "missing": absent, "of": len(wanted)}
+    result["seeds"] = min(len(values[label]) for label in wanted)
+    if claim.rivals:
+        rival = max(claim.rivals, key=lambda label: mean(values[label]))
+        weights[rival] = weights.get(rival, 0.0) - 1.0
+        result["rival"] = rival
+    difference = sum(w * mean(values[label]) for label, w in weights.items())
+    spread = deviation(values)
+    if spread is None:
+        return {**result, "verdict": "open", "difference": difference}
+    sigma, freedom = spread
+    variance = sum(w * w / len(values[label]) for label, w in weights.items())
+    error = float(student.ppf(0.975, freedom)) * sigma * math.sqrt(variance)
+    side = (difference > error) - (difference < -error)
+    verdict = {1: "reproduced", 0: "undecided", -1: "contradicted"}[side]
+    return {**result, "verdict": verdict, "difference": difference, "error": error}
+
+
+def sentence(judged: Mapping[str, Any]) -> str:
+    """A verdict in words."""
+    claim, verdict = judged["claim"], judged["verdict"]
+    if "missing" in judged:
+        missing, of = judged["missing"], judged["of"]
+        return f"{claim}: open, {missing} of the {of} accuracies that it needs are missing."
+    difference = f"{100 * judged['difference']:+.1f}"
+    if "rival" in judged:
+        *parts, feature = judged["rival"]
+        name = " + ".join(dict.fromkeys(parts)) + ("" if feature == "h" else f", {feature}")
+        difference += f" against {name}, the best of the others"
+    if verdict == "open":
+        return f"{claim}: open, {difference}, with one seed a place and so no spread."
+    words = {
+        "reproduced": "reproduced",
+        "contradicted": "**not reproduced: here it is the other way round**",
+        "undecided": "**not reproduced: no difference beyond the spread**",
+    }
+    error = f"error ± {100 * judged['error']:.1f}, {number(judged['seeds'])}"
+    return f"{claim}: {words[verdict]} ({difference}, {error})."
+
+
+def number(seeds: int) -> str:
+    """So many seeds."""
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[str, float]]]) -> Any:
+    """Everything that the report says about a section."""
+    values: dict[str, dict[Label, list[float]]] = {
+        measure: {label: [s[measure] for s in found] for label, found in scores.items()}
+        for measure in MEASURES
+    }
+    expected = len(section.cells) * len(section.features) * seeds
+    return {
+        "name": section.name,
+        "title": section.title,
+        "question": section.question,
+        "axes": section.axes,
+        "seeds": seeds,
+        "missing": expected - sum(map(len, scores.values())),
+        "expected": expected,
+        "deviation and its degrees of freedom": {
+            measure: deviation(rows) for measure, rows in values.items()
+        },
+        "places": [
+            {"label": label, **{measure: rows[label] for measure, rows in values.items()}}
+            for label in scores
+        ],
+        "claims": [judge(claim, values["linear"]) for claim in section.claims],
+    }
+
+
+def markdown(found: Mapping[str, Any], picture: str) -> str:
+    """The whole report."""
+    scale = SCALES[found["scale"]]
+    option = "" if scale.name == "photos" else f" --scale {scale.name}"
+    parts = [part for section in found["sections"] for part in _section(section, picture)]
+    parts += [f"- failed: `{name}`: {why}" for name, why in found["failed"].items()]
+    fields = {
+        "command": f"python -m benchmarks claims{option}{' --root FOLDER' * scale.needs_root}",
+        "minutes": found["seconds"] / 60,
+        "failed": f"; failed: {len(found['failed'])}" if found["failed"] else "",
+        "trainer": trainer.TRAINER,
+        "versions": "; ".join(
+            ", ".join(f"{name} {value}" for name, value in about.items())
+            for about in found["about"]
+        )
+        or "no run is finished",
+        "commits": ", ".join(found["commits"]) or "unknown",
+        "overview": _overview(found["sections"]),
+        "sections": "\n\n".join(parts),
+    }
+    return page("claims", **{**found["machine"], **found, **fields})
+
+
+def _overview(sections: Sequence[Mapping[str, Any]]) -> str:
+    verdicts = [claim["verdict"] for section in sections for claim in section["claims"]]
+    words = {
+        "reproduced": "are reproduced",
+        "undecided": "show no difference beyond the spread",
+        "contradicted": "are contradicted",
+        "open": "are open",
+    }
+    counted = ", ".join(f"{verdicts.count(verdict)} {text}" for verdict, text in words.items())
+    return f"Of {len(verdicts)} claims of the paper, {counted}."
+
+
+def _section(section: Mapping[str, Any], picture: str) -> list[str]:
+    parts = [f"## {section['title']}", section["question"]]
+    if not section["places"]:
+        return [*parts, "**No run of this section is finished**: its claims are open."]
+    missing, seeds = section["missing"], number(section["seeds"])
+    if missing:
+        missing = f"**{missing} of {section['expected']} accuracies are missing.** "
+        parts.append(f"{missing}Planned: {seeds}.")
+    else:
+        parts.append(f"{seeds}.".capitalize())
+    if section["name"] == "augment":
+        parts.append(f"![heat map of the linear probe]({picture})")
+    if len(section["axes"]) == 2:
+        for measure, name in MEASURES.items():
+            parts.append(f"**{name}**\n\n" + _grid(section, measure))
+    else:
+        parts.append(_list(section))
+    if section["claims"]:
+        parts.append(listed(map(sentence, section["claims"]), ""))
+    return parts
+
+
+def _figure(values: Sequence[float] | None, seeds: int) -> str:
+    if not values:
+        return NONE
+    text = f"{100 * mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * stdev(values):.1f}"
+    return text if len(values) == seeds else f"{text} ({len(values)})"
+
+
+def _grid(section: Mapping[str, Any], measure: str) -> str:
+    places = {tuple(p["label"]): p[measure] for p in section["places"]}
+    rows = list(dict.fromkeys(label[0] for label in places))
+    columns = list(dict.fromkeys(label[1] for label in places))
+    body = [
+        [row, *(_figure(places.get((row, column, "h")), section["seeds"]) for column in columns)]
+        for row in rows
+    ]
+    return table(["", *columns], body)
+
+
+def _list(section: Mapping[str, Any]) -> str:
+    header = [section["axes"][0]]
+    features = list(dict.fromkeys(p["label"][-1] for p in section["places"]))
+    rows = []
+    for place in section["places"]:
+        *parts, feature = place["label"]
+        several = len(features) > 1
+        name = feature if several and feature not in ("h", "z") else " ".join(parts)
+        cells = [name, feature] if several and "z" in features else [name]
+        figures = [_figure(place[m], section["seeds"]) for m in MEASURES]
+        rows.append([*cells, *figures])
+    if "z" in features:
+        header.append("evaluated on")
+    return table([*header, *MEASURES.values()], rows)
+
+
+def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:
+    """The linear probe after each transform and each pair of them."""
+    from matplotlib.figure import Figure
+
+    places = {tuple(p["label"][:2]): 100 * mean(p["linear"]) for p in section["places"]}
+    names = list(dict.fromkeys(name for label in places for name in label))
+    grid = [
+        [math.nan] * i + [places.get((a, b), math.nan) for b in names[i:]]
+        for i, a in enumerate(names)
+    ]
+    figure = Figure(figsize=(6.4, 5.4))
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="viridis")
+    low, high = min(places.values()), max(places.values())
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            if not math.isnan(value):
+                dark = value < low + 0.6 * (high - low)
+                color = "white" if dark else "black"
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"one transform (diagonal) or two\n{textwrap.fill(title, 70)}", fontsize=9)
+    figure.colorbar(image, label="linear probe, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

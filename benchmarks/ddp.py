@@ -1,0 +1,253 @@
+"""What gradient a distributed loss really gives, beside that of one process on the whole batch."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.harness import plan, report
+from benchmarks.harness.device import Device
+from benchmarks.harness.processes import world
+from benchmarks.harness.report import Results, table
+from benchmarks.harness.store import Store
+from contrastive_kit import reference
+from contrastive_kit.functional import info_nce, nt_xent, siglip
+
+_PER_PROCESS, _IN, _OUT, _TEMPERATURE = 8, 6, 8, 0.2
+_BIAS = -2.0
+_EXACT = 1e-6
+
+# Takes both views of the own rows, unit rows (n, D), and the inverse temperature.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    """A number of processes."""
+
+    processes: int
+
+
+def cases(kind: str, quick: bool) -> list[Case]:
+    """What is measured."""
+    return list(plan.read(Case, "ddp", kind, quick))
+
+
+class Arm(NamedTuple):
+    """A loss as a user of DDP calls it."""
+
+    subject: str  # which formula it must equal
+    name: str  # library and options
+    loss: Loss
+    whole: bool = True  # a loss over the whole batch, or over that of each process
+    learnable: bool = True  # takes the temperature that is learned, or has its own number
+    unequal: bool = False  # is also run with batches of different sizes
+
+
+class Model(nn.Module):
+    """An encoder, and the inverse temperature, which DDP averages like every other parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(_IN, 16), nn.Tanh(), nn.Linear(16, _OUT))
+        self.log_scale = nn.Parameter(torch.tensor(1 / _TEMPERATURE, dtype=torch.float64).log())
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit rows of both views, and the inverse temperature."""
+        z = F.normalize(self.encoder(torch.cat([x, y])), dim=1)
+        return *z.chunk(2), self.log_scale.exp()
+
+
+_siglip = partial(siglip, logit_bias=_BIAS)
+_OURS: dict[str, Callable[..., Tensor]] = {
+    "NT-Xent": lambda a, b, s, **gather: nt_xent(a, b, temperature=1 / s, **gather),
+    "CLIP": lambda a, b, s, **gather: info_nce(a, b, temperature=1 / s, symmetric=True, **gather),
+    "SigLIP": lambda a, b, s, **gather: _siglip(a, b, temperature=1 / s, **gather),
+}
+
+
+def arms(rank: int, size: int) -> Iterator[Arm]:
+    """Ours and those of the installed peers."""
+    for subject, loss in _OURS.items():
+        gathered = partial(loss, gather_distributed=True)
+        yield Arm(subject, "contrastive-kit, `gather_distributed=True`", gathered, unequal=True)
+        name = "contrastive-kit, default: negatives of the own process only"
+        yield Arm(subject, name, loss, whole=False)
+    for peer in (_lightly, _metric_learning, _open_clip):
+        try:
+            yield from peer(rank, size)
+        except ImportError:
+            continue
+
+
+def _lightly(rank: int, size: int) -> Iterator[Arm]:
+    from lightly.loss import NTXentLoss
+
+    for gather in (True, False):
+        loss = partial(_without_scale, NTXentLoss(_TEMPERATURE, gather_distributed=gather))
+        name = f"lightly, `gather_distributed={gather}`"
+        yield Arm("NT-Xent", name, loss, whole=gather, learnable=False)
+
+
+def _without_scale(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return loss(a, b)
+
+
+def _metric_learning(rank: int, size: int) -> Iterator[Arm]:
+    from pytorch_metric_learning.losses import NTXentLoss
+    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+    labels = torch.arange(_PER_PROCESS).repeat(2) + rank * _PER_PROCESS
+
+    def call(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        return loss(torch.cat([a, b]), labels)
+
+    for efficient in (False, True):
+        loss = DistributedLossWrapper(NTXentLoss(_TEMPERATURE), efficient=efficient)
+        name = f"pytorch-metric-learning, `efficient={efficient}`"
+        yield Arm("NT-Xent", name, partial(call, loss), learnable=False)
+
+
+def _open_clip(rank: int, size: int) -> Iterator[Arm]:
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    where = {"rank": rank, "world_size": size}
+    for local, with_grad in ((False, False), (False, True), (True, False), (True, True)):
+        default = "" if local or with_grad else " (the default)"
+        name = f"open_clip, `local_loss={local}, gather_with_grad={with_grad}`{default}"
+        yield Arm("CLIP", name, ClipLoss(local_loss=local, gather_with_grad=with_grad, **where))
+    for exchange in ("bidir", "shift", "reduce", "gather"):
+        default = " (the default)" if exchange == "bidir" else ""
+        loss = partial(_with_bias, SigLipLoss(dist_impl=exchange, **where))
+        yield Arm("SigLIP", f"open_clip, `dist_impl={exchange!r}`{default}", loss)
+
+
+def _with_bias(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return loss(a, b, s, _BIAS)
+
+
+def truth(subject: str, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients that one process finds on the whole batch, by the formula."""
+    a, b, scale = model(x, y)
+    if subject == "NT-Xent":
+        loss = reference.nt_xent(torch.stack([a, b]), 1 / scale).mean()
+    elif subject == "SigLIP":
+        loss = reference.siglip(a, b, 1 / scale, _BIAS).mean()
+    else:
+        ids = torch.arange(len(a))
+        both = [reference.info_nce(*pair, 1 / scale, ids).mean() for pair in ((a, b), (b, a))]
+        loss = (both[0] + both[1]) / 2
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def _figures(arm: Arm, rank: int, counts: list[int]) -> dict[str, float | None]:
+    """One step of DDP with ``counts`` rows on each process, beside the true gradient.
+
+    Returns:
+        Of the gradient of all parameters after DDP's mean: ``scale``, its projection on the true
+        gradient as a multiple of that; ``cosine`` of the angle between them; ``error``, the length
+        of their difference, relative to the true one. ``temperature``, the gradient of the inverse
+        temperature as a multiple of the true one, None if the loss has none; ``value``, the mean
+        loss over processes as a multiple of the true one.
+    """
+    torch.manual_seed(0)
+    model = Model().double()
+    x = torch.randn(sum(counts), _IN, dtype=torch.float64)
+    y = x + 0.5 * torch.randn_like(x)
+    value, (true_temperature, *expected) = truth(arm.subject, model, x, y)
+    model.log_scale.requires_grad_(arm.learnable)
+
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    ddp = DistributedDataParallel(model)
+    loss = arm.loss(*ddp(x[mine], y[mine]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    mean_loss = loss.detach().clone()
+    dist.all_reduce(mean_loss)
+
+    gradient, true = (
+        torch.cat([g.flatten() for g in gradients])
+        for gradients in ([p.grad for p in model.encoder.parameters()], expected)
+    )
+    temperature = model.log_scale.grad
+    return {
+        "scale": float(gradient @ true / (true @ true)),
+        "cosine": float(F.cosine_similarity(gradient, true, dim=0)),
+        "error": float((gradient - true).norm() / true.norm()),
+        "temperature": None if temperature is None else float(temperature / true_temperature),
+        "value": float(mean_loss / len(counts) / value),
+    }
+
+
+def unequal_counts(size: int) -> list[int]:
+    """Batches of 5, 8, 11, ... rows."""
+    return [5 + 3 * rank for rank in range(size)]
+
+
+def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
+    """All arms in this number of processes."""
+    return {"arms": world(_process, case.processes, case.processes)[0]}
+
+
+def _process(rank: int, size: int) -> list[dict[str, Any]]:
+    warnings.simplefilter("ignore")
+    results = []
+    for arm in arms(rank, size):
+        batches = {arm.name: [_PER_PROCESS] * size}
+        if arm.unequal:
+            batches[f"{arm.name}, batches of different sizes"] = unequal_counts(size)
+        for name, counts in batches.items():
+            about = {"subject": arm.subject, "name": name, "whole": arm.whole}
+            results.append(about | _figures(arm, rank, counts))
+    return results
+
+
+def markdown(results: Results) -> str:
+    """The page; the documentation includes the summary."""
+    found = [(c["case"]["processes"], arm) for c in results["cases"] for arm in c["arms"]]
+    largest = max((size for size, _ in found), default=0)
+    of_all = [
+        (arm["subject"], arm["name"], _verdict(arm))
+        for size, arm in found
+        if size == largest and arm["whole"]
+    ]
+    header = ["formula", "loss and options", f"gradient after DDP's mean, {largest} processes"]
+    summary = table(header, sorted(of_all, key=lambda row: row[0]))
+    header = ["loss and options", "processes", "scale", "cosine", "error", "d τ", "loss", ""]
+    order = list(dict.fromkeys(arm["name"] for _, arm in found))
+    found.sort(key=lambda pair: order.index(pair[1]["name"]))
+    tables = [
+        f"## {subject}\n\n"
+        + table(header, [_row(size, arm) for size, arm in found if arm["subject"] == subject])
+        for subject in _OURS
+    ]
+    parts = {"summary": summary, "tables": "\n\n".join(tables)}
+    return report.page("ddp", about=report.about(results), **parts)
+
+
+def _verdict(m: Results) -> str:
+    if _is_exact(m):
+        return "exact"
+    if m["cosine"] > 1 - _EXACT:
+        return f"{m['scale']:.3g} times the true one"
+    return (
+        f"another direction (cosine {m['cosine']:.3f}), {m['scale']:.3g} times as long along the "
+        "true one"
+    )
+
+
+def _is_exact(m: Results) -> bool:
+    temperature = m["temperature"]
+    right = temperature is None or abs(temperature - 1) <= _EXACT
+    return bool(m["error"] <= _EXACT and right)
+
+
+def _row(size: int, m: Results) -> list[object]:
+    temperature = "" if m["temperature"] is None else f"{m['temperature']:.4f}"
+    figures = [f"{m['scale']:.4f}", f"{m['cosine']:.4f}", f"{m['error']:.1e}", temperature]
+    verdict = "exact" if _is_exact(m) else "**not exact**"
+    return [m["name"], size, *figures, f"{m['value']:.4f}", verdict]

@@ -1,0 +1,1 @@
+"""One way to measure, keep and report, for every subject and device."""

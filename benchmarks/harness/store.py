@@ -1,0 +1,205 @@
+"""The results of a subject as they come in: a JSON file that is whole after every case."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.harness.device import Device, breaks_the_device, reason_of
+from benchmarks.harness.machine import load_average
+from benchmarks.harness.measure import Call, time_interleaved
+
+Case = dict[str, Any]
+Results = dict[str, Any]
+T = TypeVar("T")
+
+# What of the machine must be the same for cases to stand in one table.
+_IDENTITY = ("device", "driver", "source")
+
+
+class OutOfTime(Exception):
+    """The next case would not fit into what is left of the time."""
+
+
+class DeviceBroken(Exception):
+    """The device refuses everything after an error: go on in a new process."""
+
+
+class Store:
+    """Cases of a subject, in order, each kept once it is measured.
+
+    A case that was cut short leaves a mark, so that the arm which broke the device or hung is left
+    out when a later process goes on.
+
+    An unfinished file is continued, a finished one of the same machine and source is kept, another
+    finished one is replaced; ``force`` begins again in any case. No case starts if it might end
+    after ``limit_s`` seconds.
+
+    Raises:
+        ValueError: if the unfinished file was begun on another device, driver or version, or in
+            another mode: quick (too small for figures), dry (a CPU in place of the device).
+    """
+
+    def __init__(
+        self, path: Path, about: dict[str, Any], *, quick: bool = False, dry: bool = False,
+        force: bool = False, limit_s: float = float("inf"),
+    ) -> None:  # fmt: skip
+        self._path = path
+        self._end = time.monotonic() + limit_s
+        self._longest_s = 0.0
+        self.results: Results = {
+            "quick": quick, "dry": dry, "complete": False, "machine": about, "seconds": 0.0,
+            "load_average_after": None, "broke": [], "running": None, "cases": [],
+        }  # fmt: skip
+        if path.exists() and not force:
+            self._continue(json.loads(path.read_text()))
+        self._done = {_key(case["case"]) for case in self.results["cases"]}
+
+    def _continue(self, begun: Results) -> None:
+        now = self.results
+        differing = [
+            f"{name} {begun['machine'].get(name)!r}, here it is {now['machine'].get(name)!r}"
+            for name in _IDENTITY
+            if begun["machine"].get(name) != now["machine"].get(name)
+        ]
+        differing += [f"{m} {begun[m]}" for m in ("quick", "dry") if begun[m] != now[m]]
+        if differing and (not begun["complete"] or begun["dry"] != now["dry"]):
+            raise ValueError(
+                f"{self._path} was begun with {'; '.join(differing)}: --force begins again"
+            )
+        if not differing:
+            self.results = begun
+            if begun["running"]:
+                begun["broke"].append(begun["running"])
+                begun["running"] = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every case was measured, here or in an earlier run."""
+        done: bool = self.results["complete"]
+        return done
+
+    def left_s(self) -> float:
+        return self._end - time.monotonic()
+
+    def has(self, case: Case) -> bool:
+        """Whether the case is measured."""
+        return _key(case) in self._done
+
+    def broke(self, case: Case, arm: str) -> bool:
+        """Whether this arm ended an earlier process in this case."""
+        return any(_key(c) == _key(case) and name == arm for c, name in self.results["broke"])
+
+    @contextmanager
+    def running(self, case: Case, arm: str) -> Iterator[None]:
+        """Mark what runs, for the case that the process does not survive it.
+
+        Raises:
+            DeviceBroken: if the device cannot be used any more.
+        """
+        self.results["running"] = [case, arm]
+        self.save()
+        try:
+            yield
+        except Exception as error:
+            if breaks_the_device(error):  # the mark stays
+                raise DeviceBroken(f"{arm} at {case}: {error}") from error
+            self.results["running"] = None
+            raise
+        except KeyboardInterrupt:
+            self.results["running"] = None
+            self.save()
+            raise
+        self.results["running"] = None
+
+    def check_time(self) -> None:
+        """Raise ``OutOfTime`` unless a case as long as the longest so far still fits."""
+        if self.left_s() < 1.2 * self._longest_s:
+            raise OutOfTime
+
+    def add(self, case: Case, result: dict[str, Any], seconds: float) -> None:
+        """Keep a case."""
+        self.results["cases"].append({"case": case, **result})
+        self.results["seconds"] += seconds
+        self.results["load_average_after"] = load_average()
+        self.results["running"] = None
+        self._longest_s = max(self._longest_s, seconds)
+        self._done.add(_key(case))
+        self.save()
+
+    def finish(self) -> None:
+        """Mark the subject as complete."""
+        self.results["complete"] = True
+        self.save()
+
+    def save(self) -> None:
+        """Write the file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+        os.replace(temporary, self._path)
+
+
+class Trial:
+    """One case while it is measured: what fails is left out, with the reason in ``absent``."""
+
+    def __init__(self, case: Any, store: Store, device: Device) -> None:
+        self._case: Case = case._asdict()
+        self._store = store
+        self.device = device
+        self.absent: dict[str, str] = {}
+
+    def run(self, name: str, function: Callable[[], T]) -> T | None:
+        """What an arm returns, or None if it raises or broke the device before.
+
+        Raises:
+            DeviceBroken: if it leaves the device unusable.
+        """
+        if self._store.broke(self._case, name):
+            self.absent[name] = "broke the device, crashed or hung in this case"
+            return None
+        try:
+            with self._store.running(self._case, name):
+                return function()
+        except DeviceBroken:
+            raise
+        except Exception as error:  # a peer may fail in any way: its row says how
+            self.absent[name] = reason_of(error)
+        finally:
+            self.device.free()
+        return None
+
+    def observe(self, name: str, call: Call, result: dict[str, Any]) -> None:
+        """Keep memory and launches of a call on a GPU."""
+        if self.device.on_gpu:
+            result["memory"][name] = {"extra_mib": self.device.extra_mib(call)}
+            result["launches"][name] = self.device.launches(call)
+
+    def time(
+        self, step: str, calls: Mapping[str, Call], label: str = "{}", **options: Any
+    ) -> dict[str, list[float]]:
+        """``time_interleaved`` of the arms that survive it; of few rounds in a dry run.
+
+        ``step`` names all of it in ``absent``, ``label`` an arm.
+        """
+
+        def failed(name: str, error: Exception) -> None:
+            if breaks_the_device(error):
+                raise error
+            self.absent[label.format(name)] = reason_of(error)
+            self.device.free()
+
+        if self.device.dry:
+            options |= {"budget_s": 0.0, "sample_s": 0.0, "min_rounds": 2}
+        timing = partial(
+            time_interleaved, calls, seconds=self.device.seconds, failed=failed, **options
+        )
+        return (self.run(step, timing) if calls else None) or {}
+
+
+def _key(case: Case) -> str:
+    return json.dumps(case, sort_keys=True)

@@ -1,0 +1,259 @@
+"""Which losses are measured at which sizes, and how."""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import plan
+from benchmarks.harness.device import Device, matmul_precision
+from benchmarks.harness.measure import Call, ratios, spread
+from benchmarks.harness.memory import peak_of
+from benchmarks.harness.processes import fresh
+from benchmarks.harness.store import Store, Trial
+from benchmarks.losses import arms
+from benchmarks.losses.arms import EAGER, OURS, SUBJECTS, Loss, Setting, embeddings, gate
+from benchmarks.losses.oracle import Disagreement, Oracle, check, oracle, relative_errors
+from contrastive_kit import which_backend
+
+FORWARD, BOTH, GRAPH = "forward", "forward+backward", "CUDA graph"
+DIRECTIONS: dict[str, Callable[..., object]] = {FORWARD: arms.forward, BOTH: arms.forward_backward}
+GEMM_OF_LOGITS, GEMM_SQUARE = "GEMM, M × D × M", "GEMM, 1024³"
+GEMM, COPY, ROOFLINE = "GEMM, 8192³", "copy", "roofline"
+
+# Logits times dimension beyond which the float64 oracle takes longer than everything else. There
+# the tiled backend judges in float32, which the oracle has judged at the sizes below.
+_LARGEST_ORACLE = 3e12
+# Views as similar as the nearest strangers: losses neither saturate nor vanish at any temperature.
+_NOISE = 1.5
+_TINY_N = 16
+
+
+class Case(NamedTuple):
+    """One comparison."""
+
+    subject: str  # of SUBJECTS
+    n: int  # pairs
+    d: int
+    precision: str = "bf16"
+    temperature: float = 0.1
+    directions: tuple[str, ...] = (FORWARD, BOTH)
+    budget_s: float = 1.5  # for each direction, about
+    allocator: str = "default"  # of the process, see ``Environment``
+    compiled: bool = True  # whether the arms that compile for each size take part
+    graph: bool = False  # whether CUDA graphs of forward+backward are timed too
+    memory: bool = False  # whether a CPU's memory is measured; a GPU's always is
+
+
+class AccuracyCase(NamedTuple):
+    """Errors of the float32 loss and its gradient over some batches."""
+
+    temperature: float
+    n: int = 256
+    d: int = 128
+    seeds: int = 5
+
+
+def cases(kind: str, quick: bool) -> list[Case | AccuracyCase]:
+    """What is measured."""
+    of_cpu = {"precision": "fp32", "directions": (BOTH,)} if kind == "cpu" else {}
+    timed = plan.read(Case, "losses", kind, quick, of_cpu)
+    return [*timed, *plan.read(AccuracyCase, "accuracy", "any", quick)]
+
+
+def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str, Any]:
+    """Check every arm, then time those that are right, interleaved; the others with the reason.
+
+    Raises:
+        DeviceBroken: if an arm left the device unusable.
+    """
+    if isinstance(case, AccuracyCase):
+        return _accuracy(case, device)
+    torch.compiler.reset()
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    z1, z2 = (
+        z.detach().to(device.device, dtype).requires_grad_() for z in embeddings(case.n, case.d)
+    )
+    result: dict[str, Any] = {"errors": {}, "memory": {}, "launches": {}, "times": {}}
+    trial = Trial(case, store, device)
+    with matmul_precision(case.precision):
+        result["backend"] = which_backend(z1)._asdict()
+        losses = _right_losses(case, trial, (z1, z2), result)
+        rates = _rates(case, device)
+        for direction in case.directions:
+            calls = {n: partial(DIRECTIONS[direction], loss, z1, z2) for n, loss in losses.items()}
+            result["times"][direction] = _times(case, direction, calls, rates, trial)
+        if case.graph:
+            graphs = {
+                name: replay
+                for name, loss in losses.items()
+                if (replay := trial.run(f"{name}, {GRAPH}", partial(_graph, loss, z1, z2, device)))
+            }
+            result["times"][GRAPH] = _times(case, GRAPH, graphs, {}, trial)
+    if OURS in trial.absent:
+        result["failed"] = trial.absent[OURS]
+    return result | {"absent": trial.absent}
+
+
+def _right_losses(
+    case: Case, trial: Trial, z: tuple[Tensor, Tensor], result: dict[str, Any]
+) -> dict[str, Loss]:
+    device = trial.device
+    setting = Setting(case.temperature, case.precision, device)
+    expected: dict[str, Oracle] = {}
+    losses: dict[str, Loss] = {}
+
+    def prepare(name: str) -> Loss:
+        arm = SUBJECTS[case.subject][name]
+        loss = arm.build(setting)
+        if arm.formula not in expected:
+            expected[arm.formula] = _expected(arm.formula, *z, case, setting)
+        result["errors"][name] = relative_errors(loss, *z, expected[arm.formula])
+        check(result["errors"][name], gate(arm, setting))
+        trial.observe(name, partial(arms.forward_backward, loss, *z), result)
+        if case.memory:
+            result["memory"][name] = fresh(_memory, case, name)
+        return loss
+
+    if device.kind == "cuda":
+        try:
+            which_backend(z[0], backend="triton")
+        except ValueError as reason:
+            trial.absent["backend triton"] = str(reason)
+    for name, arm in SUBJECTS[case.subject].items():
+        if arm.gpu_only and device.kind == "cpu":
+            continue
+        if arm.compiled and not case.compiled:
+            trial.absent[name] = "compiles for every size: left to fewer cases"
+        elif case.n > (largest := arm.largest_n.get(device.kind, case.n)):
+            trial.absent[name] = f"memory grows with N³; not run beyond N = {largest}"
+        elif (loss := trial.run(name, partial(prepare, name))) is not None:
+            losses[name] = loss
+    return losses
+
+
+def _memory(case: Case, name: str) -> dict[str, Any]:
+    """Of forward and backward on a CPU, in this process, which should be fresh.
+
+    Before that, the loss runs once on a tiny batch, which pays for libraries and thread pools. A
+    compiled loss runs once at the size itself instead, since that call compiles.
+    """
+    arm = SUBJECTS[case.subject][name]
+    loss = arm.build(Setting(case.temperature, case.precision, Device("cpu")))
+    arms.forward_backward(loss, *embeddings(case.n if arm.compiled else _TINY_N, case.d))
+    return peak_of(partial(arms.forward_backward, loss, *embeddings(case.n, case.d)))
+
+
+def _expected(formula: str, z1: Tensor, z2: Tensor, case: Case, setting: Setting) -> Oracle:
+    if (2 * case.n) ** 2 * case.d <= _LARGEST_ORACLE:
+        return oracle(formula, z1, z2, case.temperature)
+    if formula == "nt_xent_with_self":
+        raise Disagreement("no oracle for a loss that counts the anchor itself at this size")
+    views = [z.detach().float().requires_grad_() for z in (z1, z2)]
+    build = arms.our_nt_xent if formula == "nt_xent" else arms.our_clip
+    loss = build("tiled")(setting)(*views)
+    grad = torch.stack(torch.autograd.grad(loss, views))
+    return Oracle(loss.detach().double(), grad.double())
+
+
+def _graph(loss: Loss, z1: Tensor, z2: Tensor, device: Device) -> Call:
+    """The replay of forward and backward, which must follow a change of the embeddings."""
+    call = partial(arms.forward_backward, loss, z1, z2)
+    replay, captured = device.graphed(call)
+    with torch.no_grad():
+        z1.copy_(z1.flip(0) * 1.5 + 0.1)
+    expected = torch.stack(call())
+    replay()
+    error = float((torch.stack(captured) - expected).norm() / expected.norm())
+    if not error <= 1e-2:
+        raise Disagreement(f"the replay is off by {error:.1e}")
+    return replay
+
+
+def _rates(case: Case, device: Device) -> dict[str, tuple[Call, float]]:
+    """What the machine can do beside it: what runs, and its flops or bytes."""
+    if device.kind == "cuda":
+        dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+        side = 64 if device.dry else 8192
+        return {GEMM: device.product(side, side, dtype), COPY: device.copy()}
+    if case.subject != "nt_xent":
+        return {}
+    m = 2 * case.n
+    return {GEMM_OF_LOGITS: device.product(m, case.d), GEMM_SQUARE: device.product(1024, 1024)}
+
+
+def flops(case: Case, direction: str) -> float:
+    """Of a loss that keeps no logits and repeats nothing.
+
+    Half of a symmetric matrix of logits (all of it for two matrices of embeddings), once forward
+    and once again in the backward, which then multiplies it from both sides.
+    """
+    pairs = (2 * case.n) ** 2 if case.subject == "nt_xent" else 2 * case.n**2
+    return pairs * case.d * (1 if direction == FORWARD else 4)
+
+
+def floor_s(case: Case, direction: str, gemm_rate: float, copy_rate: float) -> float:
+    """The roofline of such a loss: its products, or its traffic if that is longer.
+
+    The traffic is the embeddings and their gradients. Exponentials are not counted.
+    """
+    size = 2 if case.precision == "bf16" else 4
+    n_bytes = 2 * case.n * case.d * size * (1 if direction == FORWARD else 3)
+    return max(flops(case, direction) / gemm_rate, n_bytes / copy_rate)
+
+
+def _times(
+    case: Case,
+    direction: str,
+    calls: dict[str, Call],
+    rates: dict[str, tuple[Call, float]],
+    trial: Trial,
+) -> dict[str, Any]:
+    """Milliseconds, and what follows from ratios within rounds."""
+    samples = trial.time(
+        f"timing {direction}",
+        calls and {**calls, **{name: call for name, (call, _) in rates.items()}},
+        f"{{}}, {direction}",
+        budget_s=case.budget_s,
+        sample_s=0.01 if trial.device.kind == "cuda" else 0.02,
+    )
+    peers = [name for name in calls if name in samples and name != OURS]
+    timed = {name: spread([1e3 * s for s in values]) for name, values in samples.items()}
+    rounds = len(next(iter(samples.values()), []))
+    result: dict[str, Any] = {"rounds": rounds, "milliseconds": timed}
+    result |= {"times_ours": {}, "rates": {}, "fractions": {}}
+    work = {name: count for name, (_, count) in rates.items() if name in samples}
+    if OURS in samples:
+        ours = samples[OURS]
+        result["times_ours"] = {n: spread(ratios(samples[n], ours)) for n in peers}
+        work |= {OURS: flops(case, direction)} if work else {}
+    rate = {name: [count / s for s in samples[name]] for name, count in work.items()}
+    result["rates"] = {name: spread([r / 1e9 for r in values]) for name, values in rate.items()}
+    if OURS in rate:
+        others = [name for name in rate if name not in (OURS, COPY)]
+        result["fractions"] = {n: spread(ratios(rate[OURS], rate[n])) for n in others}
+        if {GEMM, COPY} <= set(rate):
+            floors = map(partial(floor_s, case, direction), rate[GEMM], rate[COPY])
+            result["fractions"][ROOFLINE] = spread(ratios(list(floors), samples[OURS]))
+    return result
+
+
+def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
+    """The median and the largest relative error over the batches, ours beside eager."""
+    batches = [
+        [z.detach().to(device.device).requires_grad_() for z in pair]
+        for pair in (embeddings(case.n, case.d, seed, _NOISE) for seed in range(case.seeds))
+    ]
+    expected = [oracle("nt_xent", *z, case.temperature) for z in batches]
+    result: dict[str, Any] = {}
+    for name in (OURS, EAGER):
+        loss = SUBJECTS["nt_xent"][name].build(Setting(case.temperature, "fp32", device))
+        errors = [relative_errors(loss, *z, o) for z, o in zip(batches, expected, strict=True)]
+        result[name] = {}
+        for part in ("loss", "gradient"):
+            found = [e[part] for e in errors]
+            result[name][part] = {"median": statistics.median(found), "largest": max(found)}
+    return result

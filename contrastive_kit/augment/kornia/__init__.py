@@ -1,0 +1,1 @@
+"""Modules for Kornia's pipelines; `contrastive_kit.augment` has their names."""
