@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,6 @@ from contrastive_kit._checks import (
 from contrastive_kit.losses._kept import kept_counts
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import LogitStatistics, LogSumExp, Problem
-
-if TYPE_CHECKING:
-    pass
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
@@ -36,6 +32,11 @@ def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: T
         )
     check_dense("sample_weight", sample_weight)
     check_device("sample_weight", sample_weight, other_name, other)
+
+
+def logit_bound(temperature: float | Tensor) -> float:
+    """What no logit exceeds; rows of unit length are so but for rounding."""
+    return torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
 
 
 def preferring_hard(logsumexp: LogSumExp, hardness: float) -> LogSumExp:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import rearrange, repeat
 from torch import Tensor
 
 from contrastive_kit._checks import check_gathering
@@ -25,20 +26,28 @@ class GatheredBatch(NamedTuple):
 
     Attributes:
         rows: (N, V, D), the V rows of each image.
+        own: where the n images of this process are among them.
         ids: integers (N,), the id of each image; its number where no ids were given.
-        own_ids: (n,), those of the images of this process.
-        weight_per_process: what the mean divides by for each loss of an image: the mean over
-            processes of their number of images, or of the sum of their weights, which is a tensor.
+        sample_weight: the weight of each image, (N,), or None.
+        n_processes: how many processes there are.
     """
 
     rows: Tensor
+    own: slice
     ids: Tensor
-    own_ids: Tensor
-    weight_per_process: float | Tensor
+    sample_weight: Tensor | None
+    n_processes: int
 
-    def exclusion(self, own_views: int, views: int) -> Exclusion:
-        """Pairs of equal id, for ``own_views`` blocks of rows against interleaved ``views``."""
-        return Exclusion(0, self.own_ids.repeat(own_views), self.ids.repeat_interleave(views))
+    def exclusion(self, views: int) -> Exclusion:
+        """Pairs of equal id, for own rows view by view against the rows of all image by image."""
+        rows = repeat(self.ids[self.own], "n -> (v n)", v=views)
+        return Exclusion(0, rows, repeat(self.ids, "n -> (n v)", v=views))
+
+    def weight_per_process(self) -> float | Tensor:
+        """What the mean divides by for each loss of an image, as an average process has it."""
+        weight = self.sample_weight
+        total = float(self.ids.shape[0]) if weight is None else weight.sum()
+        return total / self.n_processes
 
 
 def several_processes(gather_distributed: bool, group: "ProcessGroup | None") -> bool:
@@ -79,19 +88,18 @@ def gather_batch(
 
     ``settings`` must be the same text on every process, see ``settings_of``.
     """
-    images = rows.transpose(0, 1)
+    images = rearrange(rows, "v n d -> n v d")
     counts = row_counts(images, group, settings=settings)
     rank, size = rank_and_size(group)
+    first = sum(counts[:rank])
     if ids is None:
-        everyones_ids = torch.arange(sum(counts), device=rows.device)
-        own_ids = everyones_ids[sum(counts[:rank]) :][: counts[rank]]
+        ids = torch.arange(sum(counts), device=rows.device)
     else:
-        own_ids = ids.long()  # gloo and NCCL send no int16
-        everyones_ids = gather_rows(own_ids, group, counts)
-    weight: float | Tensor = float(sum(counts))
+        ids = gather_rows(ids.long(), group, counts)  # gloo and NCCL send no int16
     if sample_weight is not None:
-        weight = gather_rows(sample_weight.to(rows.dtype), group, counts).sum()
-    return GatheredBatch(gather_rows(images, group, counts), everyones_ids, own_ids, weight / size)
+        sample_weight = gather_rows(sample_weight.to(rows.dtype), group, counts)
+    own = slice(first, first + counts[rank])
+    return GatheredBatch(gather_rows(images, group, counts), own, ids, sample_weight, size)
 
 
 def _described(x: object) -> str:

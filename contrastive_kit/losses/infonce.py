@@ -18,6 +18,7 @@ from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
     check_sample_weight,
+    logit_bound,
     preferring_hard,
     reduce,
     smoothed,
@@ -220,7 +221,7 @@ def info_nce(
         )
         batch = gather_batch(torch.stack(columns), ids, sample_weight, process_group, settings)
         columns = [x.contiguous() for x in batch.rows.unbind(1)]
-        exclusion, weight_per_process = batch.exclusion(1, 1), batch.weight_per_process
+        exclusion, weight_per_process = batch.exclusion(1), batch.weight_per_process()
     directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
 
     def found_among(q: Tensor, k: Tensor, both: bool = False) -> Found:
@@ -229,7 +230,7 @@ def info_nce(
             k,
             exclusion,
             both=both,
-            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+            bound=logit_bound(temperature),
             statistics=return_stats,
             mma_dtype=mma_dtype(query, key if negatives is None else negatives),
         )

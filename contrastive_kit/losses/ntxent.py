@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
-import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from contrastive_kit._checks import (
@@ -16,6 +16,7 @@ from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
     check_sample_weight,
+    logit_bound,
     positive_pair_logits,
     preferring_hard,
     reduce,
@@ -212,9 +213,10 @@ def nt_xent(
             return loss
     views_of_rows = scaled_unit_rows(views, temperature)
     positive_logits = positive_pair_logits(views_of_rows)
-    rows = views_of_rows.flatten(0, 1)
+    rows = rearrange(views_of_rows, "v n d -> (v n) d")
     columns, weight_per_process = None, None
-    exclusion = Exclusion(n, None if ids is None else ids.repeat(len(views)))
+    ids_of_rows = None if ids is None else repeat(ids, "n -> (v n)", v=len(views))
+    exclusion = Exclusion(n, ids_of_rows)
     if gather:
         settings = settings_of(
             "nt_xent",
@@ -225,13 +227,13 @@ def nt_xent(
             **options.of_the_loss().changed(),
         )
         batch = gather_batch(views_of_rows, ids, sample_weight, process_group, settings)
-        columns, weight_per_process = batch.rows.flatten(0, 1), batch.weight_per_process
-        exclusion = batch.exclusion(len(views), len(views))
+        columns = rearrange(batch.rows, "n v d -> (n v) d")
+        exclusion, weight_per_process = batch.exclusion(len(views)), batch.weight_per_process()
     problem = Problem(
         rows,
         columns,
         exclusion,
-        bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+        bound=logit_bound(temperature),
         statistics=return_stats,
         mma_dtype=mma_dtype(*views),
     )

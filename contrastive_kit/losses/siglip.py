@@ -20,6 +20,7 @@ from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
     check_sample_weight,
+    logit_bound,
     reduce,
 )
 from contrastive_kit.losses._gathered import (
@@ -192,8 +193,8 @@ def siglip(
             **options.of_the_loss().changed(),
         )
         batch = gather_batch(columns[None], ids, sample_weight, process_group, settings)
-        candidates, exclusion = batch.rows.flatten(0, 1), batch.exclusion(1, 1)
-        weight_per_process = batch.weight_per_process
+        candidates = batch.rows[:, 0]
+        exclusion, weight_per_process = batch.exclusion(1), batch.weight_per_process()
     others = kept_softplus_sum(rows, candidates, logit_bias, exclusion=exclusion, backend=backend)
     # By default softplus is linear above 20, which float64 would notice.
     per_anchor = F.softplus(-(positive_logits + _as(logit_bias, rows)), threshold=50) + others
@@ -205,7 +206,7 @@ def siglip(
             rows.detach(),
             candidates.detach(),
             exclusion,
-            bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+            bound=logit_bound(temperature),
             statistics=True,
             mma_dtype=mma_dtype(z1, z2),
         )

@@ -1,11 +1,8 @@
 """SupCon: all images of the same label are positives of each other."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kit._checks import (
@@ -15,21 +12,31 @@ from contrastive_kit._checks import (
     check_ids,
     check_reverse_mode,
 )
-from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
+from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
     check_sample_weight,
-    positive_pair_logits,
+    logit_bound,
     reduce,
 )
-from contrastive_kit.losses._gathered import settings_of, several_processes
-from contrastive_kit.losses._kept import equal_id_counts, equal_id_sums
+from contrastive_kit.losses._gathered import (
+    gather_batch,
+    settings_of,
+    several_processes,
+)
+from contrastive_kit.losses._kept import equal_id_counts
+from contrastive_kit.losses._labelled import (
+    Found,
+    LabelledBatch,
+    inside,
+    label_statistics,
+    outside,
+)
 from contrastive_kit.losses._module import LossModule
 from contrastive_kit.losses._options import CheckedOptions, Options, check_options
-from contrastive_kit.losses._stats import ContrastiveStats, is_nearest
+from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import (
     Exclusion,
-    LogitStatistics,
     Problem,
     logsumexp_for,
     mma_dtype,
@@ -195,23 +202,28 @@ def sup_con(
             sample_weight=sample_weight,
             **options.of_the_loss().changed(),
         )
-        batch, weight_per_process = _gather(rows, labels, sample_weight, process_group, settings)
+        everything = gather_batch(rows, labels, sample_weight, process_group, settings)
+        batch = LabelledBatch.among(rows, everything)
+        has_positive = len(views) * equal_id_counts(everything.ids, everything.ids) > 1
+        anchors = has_positive.to(rows.dtype)
+        if everything.sample_weight is not None:
+            anchors = anchors * everything.sample_weight
+        weight_per_process = anchors.sum() / everything.n_processes
     else:
-        images = torch.arange(n, device=rows.device)
-        batch = _Batch(rows, images.repeat(len(views)), labels.repeat(len(views)), n)
+        batch = LabelledBatch.alone(rows, labels)
     n_positives = equal_id_counts(batch.labels, batch.candidate_labels) - 1
     whole = Problem(
-        rows.flatten(0, 1),
+        batch.rows,
         batch.columns,
-        bound=torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature,
+        bound=logit_bound(temperature),
         mma_dtype=mma_dtype(*views),
     )
 
-    def logsumexp(exclusion: Exclusion, statistics: bool = False) -> _Found:
+    def logsumexp(exclusion: Exclusion, statistics: bool = False) -> Found:
         problem = whole._replace(exclusion=exclusion, statistics=statistics)
         return logsumexp_for(problem, backend)(problem)
 
-    of_variant = _outside if variant == "out" else _inside
+    of_variant = outside if variant == "out" else inside
     per_anchor = of_variant(batch, n_positives.clamp(min=1), logsumexp)
     per_anchor = torch.where(n_positives == 0, 0, per_anchor).view(len(views), n)
     if reduction == "mean":
@@ -220,142 +232,7 @@ def sup_con(
     loss = reduce(per_anchor, reduction, sample_weight, weight_per_process)
     if not return_stats:
         return loss
-    return loss, _statistics(batch, n_positives, logsumexp, temperature)
-
-
-def _gather(
-    rows: Tensor,
-    labels: Tensor,
-    sample_weight: Tensor | None,
-    group: "ProcessGroup | None",
-    settings: str,
-) -> tuple["_Batch", Tensor]:
-    """The batch with the candidates of all processes, and the weight that divides the mean."""
-    n_views, n, _ = rows.shape
-    counts = row_counts(rows.transpose(0, 1), group, settings=settings)
-    rank, size = rank_and_size(group)
-    labels = labels.long()  # gloo and NCCL send no int16
-    candidates = gather_rows(rows.transpose(0, 1), group, counts)
-    everyones_labels = gather_rows(labels, group, counts)
-    images = torch.arange(len(candidates), device=rows.device)
-    batch = _Batch(
-        rows,
-        images[sum(counts[:rank]) :][:n].repeat(n_views),
-        labels.repeat(n_views),
-        len(candidates),
-        candidates.flatten(0, 1),
-        images.repeat_interleave(n_views),
-        everyones_labels.repeat_interleave(n_views),
-    )
-    has_positive = n_views * equal_id_counts(everyones_labels, everyones_labels) > 1
-    anchors = has_positive.to(rows.dtype)
-    if sample_weight is not None:
-        anchors = anchors * gather_rows(sample_weight.to(rows.dtype), group, counts)
-    return batch, anchors.sum() / size
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Anchors and candidates: the same rows, or those of this process and of all.
-
-    Attributes:
-        views: the anchors by view, (V, n, D).
-        images: the number of the image of each anchor, (V·n,).
-        labels: the label of each anchor.
-        n_images: how many images there are.
-        columns: the candidates (C, D), or None if they are the anchors.
-        column_images: the number of the image of each candidate, likewise.
-        column_labels: the label of each candidate, likewise.
-    """
-
-    views: Tensor
-    images: Tensor
-    labels: Tensor
-    n_images: int
-    columns: Tensor | None = None
-    column_images: Tensor | None = None
-    column_labels: Tensor | None = None
-
-    @property
-    def rows(self) -> Tensor:
-        return self.views.flatten(0, 1)
-
-    @property
-    def candidate_labels(self) -> Tensor:
-        return self.labels if self.column_labels is None else self.column_labels
-
-    def other_images(self) -> Exclusion:
-        """The candidates that show another image than the anchor."""
-        if self.columns is None:
-            return Exclusion(self.n_images)
-        return Exclusion(0, self.images, self.column_images)
-
-
-_Found = tuple[Tensor, LogitStatistics | None]
-_LogSumExp = Callable[..., _Found]
-
-
-def _outside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp) -> Tensor:
-    """L_out of each anchor, equation (15), as (20): the own views are kept out of the tiles."""
-    rows, n_views = batch.rows, len(batch.views)
-    others, _ = logsumexp(batch.other_images())
-    candidates = rows if batch.columns is None else batch.columns
-    same_label = equal_id_sums(candidates, batch.labels, batch.candidate_labels)
-    same_label = same_label - batch.views.sum(0).repeat(n_views, 1)
-    # Where there is none, the difference is what rounding leaves.
-    positive_total = torch.where(n_positives < n_views, 0, (rows * same_label).sum(1))
-    if n_views == 1:
-        return others - positive_total / n_positives
-    own_logits = positive_pair_logits(batch.views)
-    own = own_logits.logsumexp(0)
-    mean_positive = (own_logits.sum(0) + positive_total) / n_positives
-    # One positive is its own mean. Said so, because the gradients of the two would not cancel
-    # exactly, and bury that of a tiny loss.
-    gap = torch.where(n_positives == 1, 0, own - mean_positive)
-    return F.softplus(others - own, threshold=50) + gap
-
-
-def _inside(batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp) -> Tensor:
-    """L_in of each anchor, equation (16)."""
-    rows = batch.rows
-    negatives, _ = logsumexp(Exclusion(0, batch.labels, batch.column_labels))
-    same_label = Exclusion(0, batch.images, batch.column_images, batch.labels, batch.column_labels)
-    positives, _ = logsumexp(same_label)
-    if len(batch.views) > 1:
-        positives = torch.logaddexp(positives, positive_pair_logits(batch.views).logsumexp(0))
-    positives = positives.masked_fill(positives == -torch.inf, 0)  # an anchor without any
-    return F.softplus(negatives - positives, threshold=50) + n_positives.to(rows.dtype).log()
-
-
-@torch.no_grad()
-def _statistics(
-    batch: _Batch, n_positives: Tensor, logsumexp: _LogSumExp, temperature: float | Tensor
-) -> ContrastiveStats:
-    # A positive is nearest where the largest of all logits is above that of the negatives.
-    lse, others = logsumexp(batch.other_images(), statistics=True)
-    _, negatives = logsumexp(Exclusion(0, batch.labels, batch.column_labels), statistics=True)
-    assert others is not None
-    assert negatives is not None
-    n_own = len(batch.views) - 1
-    own = (
-        positive_pair_logits(batch.views) if n_own else lse.new_full((1, lse.shape[0]), -torch.inf)
-    )
-    own_finite = own.masked_fill(own == -torch.inf, 0)
-    log_total = torch.logaddexp(lse, own.logsumexp(0))
-    expected = (lse - log_total).exp() * others.expected
-    expected += ((own - log_total).exp() * own_finite).sum(0)
-    nearest = torch.maximum(own.amax(0), others.maximum)
-    has_positive = n_positives > 0
-    if isinstance(temperature, Tensor):
-        temperature = temperature.reshape(()).to(lse.dtype)
-    hits = is_nearest(nearest, negatives.maximum, temperature) & has_positive
-    positive_total = others.total - negatives.total + own_finite.sum(0)
-    return ContrastiveStats(
-        accuracy=hits.sum() / has_positive.sum().to(lse.dtype),
-        positive_similarity=positive_total.sum() / n_positives.sum() * temperature,
-        negative_similarity=negatives.total.sum() / negatives.kept.sum() * temperature,
-        entropy=(log_total - expected).mean(),
-    )
+    return loss, label_statistics(batch, n_positives, logsumexp, temperature)
 
 
 class SupCon(LossModule):
