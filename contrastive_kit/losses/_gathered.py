@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from einops import rearrange, repeat
 from torch import Tensor
 
 from contrastive_kit._checks import check_gathering
@@ -26,22 +25,24 @@ class GatheredBatch(NamedTuple):
 
     Attributes:
         rows: (N, V, D), the V rows of each image.
-        own: where the n images of this process are among them.
+        first: the number of the first image of this process.
         ids: integers (N,), the id of each image; its number where no ids were given.
+        own_ids: (n,), those of the images of this process.
         sample_weight: the weight of each image, (N,), or None.
         n_processes: how many processes there are.
     """
 
     rows: Tensor
-    own: slice
+    first: int
     ids: Tensor
+    own_ids: Tensor
     sample_weight: Tensor | None
     n_processes: int
 
     def exclusion(self, views: int) -> Exclusion:
         """Pairs of equal id, for own rows view by view against the rows of all image by image."""
-        rows = repeat(self.ids[self.own], "n -> (v n)", v=views)
-        return Exclusion(0, rows, repeat(self.ids, "n -> (n v)", v=views))
+        rows = self.own_ids.repeat(views)
+        return Exclusion(0, rows, self.ids.repeat_interleave(views))
 
     def weight_per_process(self) -> float | Tensor:
         """What the mean divides by for each loss of an image, as an average process has it."""
@@ -88,7 +89,7 @@ def gather_batch(
 
     ``settings`` must be the same text on every process, see ``settings_of``.
     """
-    images = rearrange(rows, "v n d -> n v d")
+    images = rows.transpose(0, 1)
     counts = row_counts(images, group, settings=settings)
     rank, size = rank_and_size(group)
     first = sum(counts[:rank])
@@ -98,8 +99,9 @@ def gather_batch(
         ids = gather_rows(ids.long(), group, counts)  # gloo and NCCL send no int16
     if sample_weight is not None:
         sample_weight = gather_rows(sample_weight.to(rows.dtype), group, counts)
-    own = slice(first, first + counts[rank])
-    return GatheredBatch(gather_rows(images, group, counts), own, ids, sample_weight, size)
+    own_ids = ids[first : first + counts[rank]]
+    everything = gather_rows(images, group, counts)
+    return GatheredBatch(everything, first, ids, own_ids, sample_weight, size)
 
 
 def _described(x: object) -> str:

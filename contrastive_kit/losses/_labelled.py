@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor
 
 from contrastive_kit.losses._common import positive_pair_logits
@@ -40,27 +39,26 @@ class LabelledBatch:
         """Anchors that are the candidates."""
         n_views, n, _ = views.shape
         images = torch.arange(n, device=views.device)
-        rows = "n -> (v n)"
-        return cls(views, repeat(images, rows, v=n_views), repeat(labels, rows, v=n_views))
+        return cls(views, images.repeat(n_views), labels.repeat(n_views))
 
     @classmethod
     def among(cls, views: Tensor, batch: GatheredBatch) -> "LabelledBatch":
         """Anchors among the images of all processes."""
-        n_views = len(views)
+        n_views, n, _ = views.shape
         images = torch.arange(len(batch.ids), device=views.device)
-        rows, columns = "n -> (v n)", "n -> (n v)"
+        own = images[batch.first :][:n]
         return cls(
             views,
-            repeat(images[batch.own], rows, v=n_views),
-            repeat(batch.ids[batch.own], rows, v=n_views),
-            rearrange(batch.rows, "n v d -> (n v) d"),
-            repeat(images, columns, v=n_views),
-            repeat(batch.ids, columns, v=n_views),
+            own.repeat(n_views),
+            batch.own_ids.repeat(n_views),
+            batch.rows.flatten(0, 1),
+            images.repeat_interleave(n_views),
+            batch.ids.repeat_interleave(n_views),
         )
 
     @property
     def rows(self) -> Tensor:
-        return rearrange(self.views, "v n d -> (v n) d")
+        return self.views.flatten(0, 1)
 
     @property
     def candidate_labels(self) -> Tensor:
@@ -83,7 +81,7 @@ def outside(batch: LabelledBatch, n_positives: Tensor, logsumexp: LogSumExpOf) -
     others, _ = logsumexp(batch.other_images())
     candidates = rows if batch.columns is None else batch.columns
     same_label = equal_id_sums(candidates, batch.labels, batch.candidate_labels)
-    same_label = same_label - repeat(batch.views.sum(0), "n d -> (v n) d", v=n_views)
+    same_label = same_label - batch.views.sum(0).repeat(n_views, 1)
     # Where there is none, the difference is what rounding leaves.
     positive_total = torch.where(n_positives < n_views, 0, (rows * same_label).sum(1))
     if n_views == 1:

@@ -1,7 +1,7 @@
 """The options that losses share: named, checked and compared in one place."""
 
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,11 @@ class Options(NamedTuple):
 
     def of_the_loss(self) -> "Options":
         """What decides the value for given candidates, with the others at their defaults."""
-        return self._replace(gather_distributed=False, process_group=None, backend="auto")
+        return self.changed_to(gather_distributed=False, process_group=None, backend="auto")
+
+    def changed_to(self, **changes: Any) -> "Options":
+        """``_replace``, whose result torch 2.9 cannot keep where the graph of a compile breaks."""
+        return Options(**{**dict(zip(self._fields, self, strict=True)), **changes})
 
     def changed(self) -> dict[str, object]:
         """Those that differ from their defaults, by name."""
@@ -110,7 +114,7 @@ def check_options(
             "label_smoothing needs decoupled=False: without the positives in its denominator the "
             f"loss is no cross entropy; got {smoothing}"
         )
-    return tau, options._replace(label_smoothing=smoothing, hardness=beta)
+    return tau, options.changed_to(label_smoothing=smoothing, hardness=beta)
 
 
 def _check_number(name: str, value: object, largest: float) -> float:

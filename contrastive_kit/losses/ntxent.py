@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
-from einops import rearrange, repeat
 from torch import Tensor
 
 from contrastive_kit._checks import (
@@ -213,9 +212,9 @@ def nt_xent(
             return loss
     views_of_rows = scaled_unit_rows(views, temperature)
     positive_logits = positive_pair_logits(views_of_rows)
-    rows = rearrange(views_of_rows, "v n d -> (v n) d")
+    rows = views_of_rows.flatten(0, 1)
     columns, weight_per_process = None, None
-    ids_of_rows = None if ids is None else repeat(ids, "n -> (v n)", v=len(views))
+    ids_of_rows = None if ids is None else ids.repeat(len(views))
     exclusion = Exclusion(n, ids_of_rows)
     if gather:
         settings = settings_of(
@@ -227,7 +226,7 @@ def nt_xent(
             **options.of_the_loss().changed(),
         )
         batch = gather_batch(views_of_rows, ids, sample_weight, process_group, settings)
-        columns = rearrange(batch.rows, "n v d -> (n v) d")
+        columns = batch.rows.flatten(0, 1)
         exclusion, weight_per_process = batch.exclusion(len(views)), batch.weight_per_process()
     problem = Problem(
         rows,
