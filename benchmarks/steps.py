@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread, time_interleaved
-from benchmarks.harness.memory import peak_of
-from benchmarks.harness.processes import fresh, world
+from benchmarks.harness.processes import fresh, peak_of, world
 from benchmarks.harness.report import NONE, Results, interval, table, times
 from benchmarks.harness.store import Store
 from benchmarks.losses.arms import embeddings
@@ -49,9 +48,7 @@ class Case(NamedTuple):
     rounds: int = 0  # of timing; memory is measured in any case
 
 
-def cases(kind: str, quick: bool) -> list[Case]:
-    """What is measured; right before fast."""
-    return list(plan.read(Case, "steps", kind, quick))
+cases = partial(plan.read, Case, "steps")
 
 
 def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:

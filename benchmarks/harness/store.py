@@ -17,8 +17,8 @@ Case = dict[str, Any]
 Results = dict[str, Any]
 T = TypeVar("T")
 
-# What of the machine must be the same for cases to stand in one table.
-_IDENTITY = ("device", "driver", "source")
+# What must be the same for cases to stand in one table.
+_IDENTITY = ("device", "driver", "source", "quick", "dry")
 
 
 class OutOfTime(Exception):
@@ -60,13 +60,12 @@ class Store:
         self._done = {_key(case["case"]) for case in self.results["cases"]}
 
     def _continue(self, begun: Results) -> None:
-        now = self.results
+        was, now = ({**of["machine"], **of} for of in (begun, self.results))
         differing = [
-            f"{name} {begun['machine'].get(name)!r}, here it is {now['machine'].get(name)!r}"
+            f"{name} {was.get(name)!r}, here it is {now.get(name)!r}"
             for name in _IDENTITY
-            if begun["machine"].get(name) != now["machine"].get(name)
+            if was.get(name) != now.get(name)
         ]
-        differing += [f"{m} {begun[m]}" for m in ("quick", "dry") if begun[m] != now[m]]
         if differing and (not begun["complete"] or begun["dry"] != now["dry"]):
             raise ValueError(
                 f"{self._path} was begun with {'; '.join(differing)}: --force begins again"
@@ -87,7 +86,6 @@ class Store:
         return self._end - time.monotonic()
 
     def has(self, case: Case) -> bool:
-        """Whether the case is measured."""
         return _key(case) in self._done
 
     def broke(self, case: Case, arm: str) -> bool:
@@ -101,20 +99,20 @@ class Store:
         Raises:
             DeviceBroken: if the device cannot be used any more.
         """
-        self.results["running"] = [case, arm]
+        mark: list[Any] | None = [case, arm]
+        self.results["running"] = mark
         self.save()
         try:
             yield
-        except Exception as error:
-            if breaks_the_device(error):  # the mark stays
+            mark = None
+        except BaseException as error:
+            if breaks_the_device(error):
                 raise DeviceBroken(f"{arm} at {case}: {error}") from error
-            self.results["running"] = None
+            mark = None
             raise
-        except KeyboardInterrupt:
-            self.results["running"] = None
+        finally:
+            self.results["running"] = mark
             self.save()
-            raise
-        self.results["running"] = None
 
     def check_time(self) -> None:
         """Raise ``OutOfTime`` unless a case as long as the longest so far still fits."""
@@ -152,6 +150,7 @@ class Trial:
         self._store = store
         self.device = device
         self.absent: dict[str, str] = {}
+        self.result: dict[str, Any] = {"memory": {}, "launches": {}}
 
     def run(self, name: str, function: Callable[[], T]) -> T | None:
         """What an arm returns, or None if it raises or broke the device before.
@@ -173,11 +172,16 @@ class Trial:
             self.device.free()
         return None
 
-    def observe(self, name: str, call: Call, result: dict[str, Any]) -> None:
+    def observe(self, name: str, call: Call) -> None:
         """Keep memory and launches of a call on a GPU."""
         if self.device.on_gpu:
-            result["memory"][name] = {"extra_mib": self.device.extra_mib(call)}
-            result["launches"][name] = self.device.launches(call)
+            self.result["memory"][name] = {"extra_mib": self.device.extra_mib(call)}
+            self.result["launches"][name] = self.device.launches(call)
+
+    def outcome(self, ours: str) -> dict[str, Any]:
+        """The result, a failure if ours is left out."""
+        failed = {"failed": self.absent[ours]} if ours in self.absent else {}
+        return {**self.result, **failed, "absent": self.absent}
 
     def time(
         self, step: str, calls: Mapping[str, Call], label: str = "{}", **options: Any

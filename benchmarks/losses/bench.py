@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor
 from benchmarks.harness import plan
 from benchmarks.harness.device import Device, matmul_precision
 from benchmarks.harness.measure import Call, ratios, spread
-from benchmarks.harness.memory import peak_of
-from benchmarks.harness.processes import fresh
+from benchmarks.harness.processes import fresh, peak_of
 from benchmarks.harness.store import Store, Trial
 from benchmarks.losses import arms
-from benchmarks.losses.arms import EAGER, OURS, SUBJECTS, Loss, Setting, embeddings, gate
+from benchmarks.losses.arms import EAGER, OURS, TILED, Arm, Loss, Setting, arms_of, embeddings, gate
 from benchmarks.losses.oracle import Disagreement, Oracle, check, oracle, relative_errors
 from contrastive_kit import which_backend
 
@@ -59,9 +58,8 @@ class AccuracyCase(NamedTuple):
 
 def cases(kind: str, quick: bool) -> list[Case | AccuracyCase]:
     """What is measured."""
-    of_cpu = {"precision": "fp32", "directions": (BOTH,)} if kind == "cpu" else {}
-    timed = plan.read(Case, "losses", kind, quick, of_cpu)
-    return [*timed, *plan.read(AccuracyCase, "accuracy", "any", quick)]
+    accuracy = plan.read(AccuracyCase, "accuracy", "any", quick)
+    return [*plan.read(Case, "losses", kind, quick), *accuracy]
 
 
 def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str, Any]:
@@ -73,65 +71,62 @@ def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str
     if isinstance(case, AccuracyCase):
         return _accuracy(case, device)
     torch.compiler.reset()
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    z1, z2 = (
-        z.detach().to(device.device, dtype).requires_grad_() for z in embeddings(case.n, case.d)
-    )
-    result: dict[str, Any] = {"errors": {}, "memory": {}, "launches": {}, "times": {}}
+    setting = Setting(case.subject, case.temperature, case.precision, device)
+    z1, z2 = _on(setting, embeddings(case.n, case.d))
     trial = Trial(case, store, device)
+    times: dict[str, Any] = {}
     with matmul_precision(case.precision):
-        result["backend"] = which_backend(z1)._asdict()
-        losses = _right_losses(case, trial, (z1, z2), result)
+        trial.result["backend"] = which_backend(z1)._asdict()
+        losses = _right_losses(case, setting, trial, (z1, z2))
         rates = _rates(case, device)
         for direction in case.directions:
             calls = {n: partial(DIRECTIONS[direction], loss, z1, z2) for n, loss in losses.items()}
-            result["times"][direction] = _times(case, direction, calls, rates, trial)
+            times[direction] = _times(case, direction, calls, rates, trial)
         if case.graph:
             graphs = {
                 name: replay
                 for name, loss in losses.items()
                 if (replay := trial.run(f"{name}, {GRAPH}", partial(_graph, loss, z1, z2, device)))
             }
-            result["times"][GRAPH] = _times(case, GRAPH, graphs, {}, trial)
-    if OURS in trial.absent:
-        result["failed"] = trial.absent[OURS]
-    return result | {"absent": trial.absent}
+            times[GRAPH] = _times(case, GRAPH, graphs, {}, trial)
+    return trial.outcome(OURS) | {"times": times}
+
+
+def _on(setting: Setting, pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Embeddings on the device of a setting, in its type."""
+    device, dtype = setting.device.device, setting.dtype
+    return [z.detach().to(device, dtype).requires_grad_() for z in pair]
 
 
 def _right_losses(
-    case: Case, trial: Trial, z: tuple[Tensor, Tensor], result: dict[str, Any]
+    case: Case, setting: Setting, trial: Trial, z: tuple[Tensor, Tensor]
 ) -> dict[str, Loss]:
-    device = trial.device
-    setting = Setting(case.temperature, case.precision, device)
-    expected: dict[str, Oracle] = {}
+    kind = trial.device.kind
+    expected = cache(partial(_expected, case, setting, *z))
+    errors = trial.result.setdefault("errors", {})
     losses: dict[str, Loss] = {}
 
-    def prepare(name: str) -> Loss:
-        arm = SUBJECTS[case.subject][name]
+    def prepare(name: str, arm: Arm) -> None:
         loss = arm.build(setting)
-        if arm.formula not in expected:
-            expected[arm.formula] = _expected(arm.formula, *z, case, setting)
-        result["errors"][name] = relative_errors(loss, *z, expected[arm.formula])
-        check(result["errors"][name], gate(arm, setting))
-        trial.observe(name, partial(arms.forward_backward, loss, *z), result)
+        errors[name] = relative_errors(loss, *z, expected(arm.formula(case.subject)))
+        check(errors[name], gate(arm, setting))
+        trial.observe(name, partial(arms.forward_backward, loss, *z))
         if case.memory:
-            result["memory"][name] = fresh(_memory, case, name)
-        return loss
+            trial.result["memory"][name] = fresh(_memory, case, name)
+        losses[name] = loss
 
-    if device.kind == "cuda":
+    if kind == "cuda":
         try:
             which_backend(z[0], backend="triton")
         except ValueError as reason:
             trial.absent["backend triton"] = str(reason)
-    for name, arm in SUBJECTS[case.subject].items():
-        if arm.gpu_only and device.kind == "cpu":
-            continue
+    for name, arm in arms_of(case.subject, kind).items():
         if arm.compiled and not case.compiled:
             trial.absent[name] = "compiles for every size: left to fewer cases"
-        elif case.n > (largest := arm.largest_n.get(device.kind, case.n)):
+        elif case.n > (largest := arm.largest_n.get(kind, case.n)):
             trial.absent[name] = f"memory grows with N³; not run beyond N = {largest}"
-        elif (loss := trial.run(name, partial(prepare, name))) is not None:
-            losses[name] = loss
+        else:
+            trial.run(name, partial(prepare, name, arm))
     return losses
 
 
@@ -141,20 +136,19 @@ def _memory(case: Case, name: str) -> dict[str, Any]:
     Before that, the loss runs once on a tiny batch, which pays for libraries and thread pools. A
     compiled loss runs once at the size itself instead, since that call compiles.
     """
-    arm = SUBJECTS[case.subject][name]
-    loss = arm.build(Setting(case.temperature, case.precision, Device("cpu")))
+    arm = arms.ARMS[name]
+    loss = arm.build(Setting(case.subject, case.temperature, case.precision, Device("cpu")))
     arms.forward_backward(loss, *embeddings(case.n if arm.compiled else _TINY_N, case.d))
     return peak_of(partial(arms.forward_backward, loss, *embeddings(case.n, case.d)))
 
 
-def _expected(formula: str, z1: Tensor, z2: Tensor, case: Case, setting: Setting) -> Oracle:
+def _expected(case: Case, setting: Setting, z1: Tensor, z2: Tensor, formula: str) -> Oracle:
     if (2 * case.n) ** 2 * case.d <= _LARGEST_ORACLE:
         return oracle(formula, z1, z2, case.temperature)
-    if formula == "nt_xent_with_self":
+    if formula != case.subject:
         raise Disagreement("no oracle for a loss that counts the anchor itself at this size")
     views = [z.detach().float().requires_grad_() for z in (z1, z2)]
-    build = arms.our_nt_xent if formula == "nt_xent" else arms.our_clip
-    loss = build("tiled")(setting)(*views)
+    loss = arms.ARMS[TILED].build(setting)(*views)
     grad = torch.stack(torch.autograd.grad(loss, views))
     return Oracle(loss.detach().double(), grad.double())
 
@@ -215,42 +209,41 @@ def _times(
     """Milliseconds, and what follows from ratios within rounds."""
     samples = trial.time(
         f"timing {direction}",
-        calls and {**calls, **{name: call for name, (call, _) in rates.items()}},
+        calls and calls | {name: call for name, (call, _) in rates.items()},
         f"{{}}, {direction}",
         budget_s=case.budget_s,
         sample_s=0.01 if trial.device.kind == "cuda" else 0.02,
     )
-    peers = [name for name in calls if name in samples and name != OURS]
-    timed = {name: spread([1e3 * s for s in values]) for name, values in samples.items()}
-    rounds = len(next(iter(samples.values()), []))
-    result: dict[str, Any] = {"rounds": rounds, "milliseconds": timed}
-    result |= {"times_ours": {}, "rates": {}, "fractions": {}}
+    result: dict[str, Any] = {
+        "rounds": len(next(iter(samples.values()), [])),
+        "milliseconds": {n: spread([1e3 * s for s in found]) for n, found in samples.items()},
+        "times_ours": {},
+        "fractions": {},
+    }
     work = {name: count for name, (_, count) in rates.items() if name in samples}
     if OURS in samples:
-        ours = samples[OURS]
-        result["times_ours"] = {n: spread(ratios(samples[n], ours)) for n in peers}
+        peers = [name for name in calls if name in samples and name != OURS]
+        result["times_ours"] = {n: spread(ratios(samples[n], samples[OURS])) for n in peers}
         work |= {OURS: flops(case, direction)} if work else {}
     rate = {name: [count / s for s in samples[name]] for name, count in work.items()}
-    result["rates"] = {name: spread([r / 1e9 for r in values]) for name, values in rate.items()}
+    result["rates"] = {name: spread([r / 1e9 for r in found]) for name, found in rate.items()}
     if OURS in rate:
-        others = [name for name in rate if name not in (OURS, COPY)]
-        result["fractions"] = {n: spread(ratios(rate[OURS], rate[n])) for n in others}
+        products = [name for name in rate if name not in (OURS, COPY)]
+        result["fractions"] = {n: spread(ratios(rate[OURS], rate[n])) for n in products}
         if {GEMM, COPY} <= set(rate):
-            floors = map(partial(floor_s, case, direction), rate[GEMM], rate[COPY])
-            result["fractions"][ROOFLINE] = spread(ratios(list(floors), samples[OURS]))
+            floors = list(map(partial(floor_s, case, direction), rate[GEMM], rate[COPY]))
+            result["fractions"][ROOFLINE] = spread(ratios(floors, samples[OURS]))
     return result
 
 
 def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
     """The median and the largest relative error over the batches, ours beside eager."""
-    batches = [
-        [z.detach().to(device.device).requires_grad_() for z in pair]
-        for pair in (embeddings(case.n, case.d, seed, _NOISE) for seed in range(case.seeds))
-    ]
+    setting = Setting("nt_xent", case.temperature, "fp32", device)
+    batches = [_on(setting, embeddings(case.n, case.d, seed, _NOISE)) for seed in range(case.seeds)]
     expected = [oracle("nt_xent", *z, case.temperature) for z in batches]
     result: dict[str, Any] = {}
     for name in (OURS, EAGER):
-        loss = SUBJECTS["nt_xent"][name].build(Setting(case.temperature, "fp32", device))
+        loss = arms.ARMS[name].build(setting)
         errors = [relative_errors(loss, *z, o) for z, o in zip(batches, expected, strict=True)]
         result[name] = {}
         for part in ("loss", "gradient"):

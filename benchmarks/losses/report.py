@@ -7,11 +7,10 @@ from typing import Any
 from benchmarks import targets
 from benchmarks.harness import report
 from benchmarks.harness.report import DRY, NONE, Results, percent, table, times
-from benchmarks.losses.arms import EAGER, OURS
+from benchmarks.losses.arms import EAGER, OURS, SUBJECTS
 from benchmarks.losses.bench import COPY, GEMM
 
 _ALLOCATORS = {"default": "default allocator", "tuned": "allocator that keeps freed memory"}
-_LOSSES = {"nt_xent": "NT-Xent", "clip": "Loss of CLIP (`info_nce(symmetric=True)`)"}
 
 
 def markdown(results: Results) -> str:
@@ -42,8 +41,12 @@ def markdown(results: Results) -> str:
 
 def _tuned(results: Results) -> str:
     """What is left of the ratios with targets where peers pay for no page faults."""
-    tuned = targets.timed_on_cpu(results, "tuned")["times_ours"]
-    left = [f"{times(tuned[peer])} against {peer}" for peer in targets.LOSS_CPU if peer in tuned]
+    sized = targets.nt_xent_cases(results, n=4096, d=128, allocator="tuned")
+    left = [
+        f"{times(ratio)} against {peer}"
+        for peer in targets.LOSS_CPU
+        for ratio, _ in targets.ratios_of(sized, "times_ours", peer)
+    ]
     text = (
         "\n\nA large part of what the peers take there is fetching pages from the system. With an "
         f"allocator that keeps freed memory the ratios are {', '.join(left)}."
@@ -57,7 +60,7 @@ def _times(cases: list[Results], on_gpu: bool, dry: bool) -> str:
         for direction in c["times"]:
             groups[c["case"]["subject"], direction, c["case"]["precision"]].append(c)
     return "\n\n".join(
-        f"### {_LOSSES[subject]}, {direction}{f', {precision}' * on_gpu}\n\n"
+        f"### {SUBJECTS[subject]}, {direction}{f', {precision}' * on_gpu}\n\n"
         + _group(group, direction, on_gpu, dry)
         for (subject, direction, precision), group in groups.items()
     )
@@ -116,14 +119,14 @@ def _slower(cases: list[Results]) -> Iterator[str]:
 
 def _loss(size: Results) -> str:
     precision = "" if size["precision"] == "fp32" else f" {size['precision']}"
-    return _LOSSES[size["subject"]] + precision
+    return SUBJECTS[size["subject"]] + precision
 
 
 def _by_arm(cases: list[Results], key: str, text: Callable[[Any], str], dry: bool) -> str:
     """Of the sizes that have such a figure, without columns that say the same in each row."""
     shown = sorted((c for c in cases if c.get(key)), key=_by_size)
     columns = {
-        "loss": [_LOSSES[c["case"]["subject"]] for c in shown],
+        "loss": [SUBJECTS[c["case"]["subject"]] for c in shown],
         "precision": [c["case"]["precision"] for c in shown],
         "N": [c["case"]["n"] for c in shown],
         "D": [c["case"]["d"] for c in shown],
