@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import Conv2dNormActivation
 
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
@@ -24,8 +25,6 @@ from benchmarks.losses.arms import embeddings
 from benchmarks.losses.oracle import Disagreement
 from contrastive_kit import GradCache, NTXent, ProjectionHead
 from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
-
-_PLAIN = "plain"
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "NT-Xent": nt_xent,
@@ -65,9 +64,9 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
     timed = fresh(_step_times, case) if case.rounds else {}
     arms = []
     for chunk in (None, *case.chunks):
-        memory = fresh(_step_memory, case.n, chunk)
-        arms.append({"arm": _label(chunk), "extra_mib": memory["extra_mib"], "seconds": None})
-        arms[-1] |= timed.get(_label(chunk), {})
+        extra_mib = fresh(_step_memory, case.n, chunk)
+        arm = {"arm": _label(chunk), "extra_mib": extra_mib, "seconds": None}
+        arms.append(arm | timed.get(_label(chunk), {}))
     for chunk in (None, case.chunks[-1]):
         name = "gathered over 2 processes" + ("" if chunk is None else f", {_label(chunk)}")
         first, second = world(_gathered, 2, case.n, chunk, case.rounds)
@@ -77,7 +76,7 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
 
 
 def _label(chunk_size: int | None) -> str:
-    return _PLAIN if chunk_size is None else f"GradCache, chunk_size={chunk_size}"
+    return "plain" if chunk_size is None else f"GradCache, chunk_size={chunk_size}"
 
 
 def _classes(z: Tensor) -> Tensor:
@@ -86,13 +85,8 @@ def _classes(z: Tensor) -> Tensor:
 
 def _encoder() -> nn.Module:
     torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for channels, out, stride in [(3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)]:
-        layers += [
-            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(out),
-            nn.ReLU(inplace=True),
-        ]
+    sizes = [(3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)]
+    layers = [Conv2dNormActivation(channels, out, 3, stride) for channels, out, stride in sizes]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), ProjectionHead(256))
 
 
@@ -118,15 +112,15 @@ def _step(
 
 def _peak(
     encoder: nn.Module, views: list[Tensor], chunk_size: int | None, gather: bool = False
-) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Of the first step; a step of a few images pays for libraries before it."""
+) -> tuple[float, Callable[[], None]]:
+    """Extra memory of the first step; a step of a few images pays for libraries before it."""
     _step(encoder, [view[:4] for view in views], chunk_size and 2, gather)()
     encoder.zero_grad()
     step = _step(encoder, views, chunk_size, gather)
-    return peak_of(step), step
+    return peak_of(step)["extra_mib"], step
 
 
-def _step_memory(n: int, chunk_size: int | None) -> dict[str, Any]:
+def _step_memory(n: int, chunk_size: int | None) -> float:
     return _peak(_encoder(), _views(n), chunk_size)[0]
 
 
@@ -146,8 +140,9 @@ def _step_times(case: Case) -> dict[str, Any]:
     views = _views(case.n)
     arms = {_label(chunk): _step(_encoder(), views, chunk) for chunk in (None, *case.chunks)}
     samples = time_interleaved(arms, budget_s=0, min_rounds=case.rounds, max_rounds=case.rounds)
+    plain = samples[_label(None)]
     return {
-        name: {"seconds": spread(values), "ratio": spread(ratios(values, samples[_PLAIN]))}
+        name: {"seconds": spread(values), "ratio": spread(ratios(values, plain))}
         for name, values in samples.items()
     }
 
@@ -155,7 +150,7 @@ def _step_times(case: Case) -> dict[str, Any]:
 def _gathered(rank: int, n: int, chunk_size: int | None, rounds: int) -> dict[str, Any]:
     """One of two processes with half the batch each: peak of the first step, then times."""
     encoder = DistributedDataParallel(_encoder())
-    peak, step = _peak(encoder, _views(n // 2, rank), chunk_size, gather=True)
+    extra_mib, step = _peak(encoder, _views(n // 2, rank), chunk_size, gather=True)
     seconds = []
     for _ in range(rounds):
         dist.barrier()
@@ -163,7 +158,7 @@ def _gathered(rank: int, n: int, chunk_size: int | None, rounds: int) -> dict[st
         step()
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-    return {"extra_mib": peak["extra_mib"], "seconds": spread(seconds) if rounds else None}
+    return {"extra_mib": extra_mib, "seconds": spread(seconds) if rounds else None}
 
 
 def _parity(n: int, chunk_size: int) -> float:
@@ -181,13 +176,17 @@ def _parity(n: int, chunk_size: int) -> float:
 
 def markdown(results: Results) -> str:
     """The page; the documentation includes the parts between the comments."""
-    of: dict[str, list[Results]] = {"parity": [], "step": [], "loss": []}
-    for c in results["cases"]:
-        of[c["case"]["figure"]].append(c)
-    parity = f"{of['parity'][0]['parity']:.1e}" if of["parity"] else NONE
-    steps, losses = _steps(of["step"], _busy(results)), _losses(of["loss"])
-    about = report.about(results)
-    return report.page("steps", about=about, parity=parity, steps=steps, losses=losses)
+    parity, steps, losses = (
+        [c for c in results["cases"] if c["case"]["figure"] == figure]
+        for figure in ("parity", "step", "loss")
+    )
+    return report.page(
+        "steps",
+        about=report.about(results),
+        parity=f"{parity[0]['parity']:.1e}" if parity else NONE,
+        steps=_steps(steps, _busy(results)),
+        losses=_losses(losses),
+    )
 
 
 def _busy(results: Results) -> str:
