@@ -2,17 +2,13 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from benchmarks.harness.plan import read_toml
 
 Settings = Mapping[str, Any]
 Label = tuple[str, ...]
@@ -100,7 +96,7 @@ class Scale:
         return Run({**self.base, **changes, "seed": seed})
 
 
-_DATA = tomllib.loads(Path(__file__).with_name("plan.toml").read_text(encoding="utf-8"))
+_DATA = read_toml(Path(__file__).with_name("plan.toml"))
 SCALES = {name: Scale(name, **values) for name, values in _DATA["scales"].items()}
 NAMES = tuple(_DATA["sections"])
 
@@ -124,28 +120,27 @@ def sections(scale: Scale) -> list[Section]:
 Made = tuple[list[Cell], list[Claim]]
 
 
-def _difference(*pairs: tuple[Label, Label], share: float = 1.0) -> dict[Label, float]:
-    """The first of each pair less the second."""
-    weights: dict[Label, float] = {}
-    for better, worse in pairs:
-        weights |= {better: share, worse: -share}
-    return weights
+def _better(text: str, *pairs: tuple[Label, Label], share: float = 1.0) -> Claim:
+    """The first of each pair is better than the second, in the sum of the pairs."""
+    weights = {
+        label: sign * share for pair in pairs for label, sign in zip(pair, (1, -1), strict=True)
+    }
+    return Claim(text, weights)
 
 
 def _augment() -> Made:
-    singles = [Cell((name, name), {"augment": [key]}) for key, name in TRANSFORMS.items()]
-    pairs = [
-        Cell((TRANSFORMS[a], TRANSFORMS[b]), {"augment": [a, b]})
-        for a, b in combinations(TRANSFORMS, 2)
+    cells = [
+        Cell((TRANSFORMS[a], TRANSFORMS[b]), {"augment": list(dict.fromkeys((a, b)))})
+        for a, b in [*((a, a) for a in TRANSFORMS), *combinations(TRANSFORMS, 2)]
     ]
     best = ("crop", "colour", "h")
-    others = tuple((*c.label, "h") for c in pairs if c.label != best[:2])
-    alone = tuple((*c.label, "h") for c in singles)
-    better = _difference((best, ("crop", "crop", "h")))
-    return [*singles, *pairs], [
+    labels = [(*c.label, "h") for c in cells]
+    alone = tuple(label for label in labels if label[0] == label[1])
+    others = tuple(label for label in labels if label not in (best, *alone))
+    return cells, [
         Claim("Crop and colour distortion is the best pair", {best: 1.0}, others),
         Claim("No single transform is as good as crop and colour distortion", {best: 1.0}, alone),
-        Claim("Colour distortion added to crops helps", better),
+        _better("Colour distortion added to crops helps", (best, ("crop", "crop", "h"))),
     ]
 
 
@@ -155,9 +150,9 @@ def _head() -> Made:
     than = "A non-linear head is better than"
     h_than_z = "With a non-linear head h is better than z (there by more than 10 points)"
     return cells, [
-        Claim(f"{than} a linear one (there by about 3 points)", _difference((nonlinear, linear))),
-        Claim(f"{than} none (there by more than 10 points)", _difference((nonlinear, none))),
-        Claim(h_than_z, _difference((nonlinear, ("non-linear", "z")))),
+        _better(f"{than} a linear one (there by about 3 points)", (nonlinear, linear)),
+        _better(f"{than} none (there by more than 10 points)", (nonlinear, none)),
+        _better(h_than_z, (nonlinear, ("non-linear", "z"))),
     ]
 
 
@@ -172,19 +167,13 @@ def _batch(scale: Scale) -> Made:
     short, long = length(scale.epochs[0]), length(scale.epochs[-1])
     longer = [((b, long, "h"), (b, short, "h")) for b in batches]
     gain, kept = ((high, short, "h"), (low, short, "h")), ((low, long, "h"), (high, long, "h"))
+    is_better = f"Longer training is better ({long} against {short}, mean over the batches)"
+    larger = f"In short training a larger batch is better ({high} against {low}, {short})"
+    lessens = f"Longer training lessens the gain of the larger batch ({short} against {long})"
     return cells, [
-        Claim(
-            f"Longer training is better ({long} against {short}, mean over the batches)",
-            _difference(*longer, share=1 / len(batches)),
-        ),
-        Claim(
-            f"In short training a larger batch is better ({high} against {low}, {short})",
-            _difference(gain),
-        ),
-        Claim(
-            f"Longer training lessens the gain of the larger batch ({short} against {long})",
-            _difference(gain, kept),
-        ),
+        _better(is_better, *longer, share=1 / len(batches)),
+        _better(larger, gain),
+        _better(lessens, gain, kept),
     ]
 
 
@@ -194,14 +183,14 @@ def length(epochs: int) -> str:
 
 
 def _temperature(scale: Scale) -> Made:
-    cells = [Cell((f"τ = {t:g}",), {"temperature": t}) for t in scale.temperatures]
     at = {t: (f"τ = {t:g}", "h") for t in scale.temperatures}
+    cells = [Cell(label[:1], {"temperature": t}) for t, label in at.items()]
     others = tuple(label for t, label in at.items() if t != 0.1)
     than = "τ = 0.1 is better than"
     return cells, [
         Claim("τ = 0.1 is the best", {at[0.1]: 1.0}, others),
-        Claim(f"{than} τ = 1 (there by 6.4 points)", _difference((at[0.1], at[1.0]))),
-        Claim(f"{than} τ = 0.05 (there by 4.7 points)", _difference((at[0.1], at[0.05]))),
+        _better(f"{than} τ = 1 (there by 6.4 points)", (at[0.1], at[1.0])),
+        _better(f"{than} τ = 0.05 (there by 4.7 points)", (at[0.1], at[0.05])),
     ]
 
 
@@ -215,24 +204,19 @@ def _encoder(scale: Scale) -> Made:
     (small, deep), (narrow, wide) = data["deeper"], data["wider"]
     ours = {name: (name, "SimCLR", "h") for name in data["changes"]}
     labels = {name: (name, "supervised", "h") for name in data["changes"]}
-    gaps = ((labels[small], ours[small]), (ours[deep], labels[deep]))
+    deeper = f"A deeper encoder is better ({deep} against {small})"
+    wider = f"A wider encoder is better ({wide}, against {narrow})"
+    gap = f"The gap to labels is smaller for the deeper encoder ({deep} against {small})"
+    with_labels = [(labels[name], ours[name]) for name in ours]
     return cells, [
-        Claim(
-            f"A deeper encoder is better ({deep} against {small})",
-            _difference((ours[deep], ours[small])),
-        ),
-        Claim(
-            f"A wider encoder is better ({wide}, against {narrow})",
-            _difference((ours[wide], ours[narrow])),
-        ),
-        Claim(
+        _better(deeper, (ours[deep], ours[small])),
+        _better(wider, (ours[wide], ours[narrow])),
+        _better(
             "Training with labels is better (mean over the encoders)",
-            _difference(*((labels[n], ours[n]) for n in ours), share=1 / len(ours)),
+            *with_labels,
+            share=1 / len(ours),
         ),
-        Claim(
-            f"The gap to labels is smaller for the deeper encoder ({deep} against {small})",
-            _difference(*gaps),
-        ),
+        _better(gap, (labels[small], ours[small]), (ours[deep], labels[deep])),
     ]
 
 

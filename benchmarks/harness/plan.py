@@ -13,9 +13,13 @@ else:
 _FILE = Path(__file__).parents[1] / "plan.toml"
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def read(form: Any, subject: str, kind: str, quick: bool) -> list[Any]:
     """Cases in the given form, a NamedTuple; a list where one value belongs is a case each."""
-    data = tomllib.loads(_FILE.read_text(encoding="utf-8"))[subject]
+    data = read_toml(_FILE)[subject]
     found = []
     for row in data[f"{kind}_quick" if quick else kind]:
         choices = {}
