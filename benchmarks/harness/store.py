@@ -57,7 +57,6 @@ class Store:
         }  # fmt: skip
         if path.exists() and not force:
             self._continue(json.loads(path.read_text()))
-        self._done = {_key(case["case"]) for case in self.results["cases"]}
 
     def _continue(self, begun: Results) -> None:
         was, now = ({**of["machine"], **of} for of in (begun, self.results))
@@ -66,31 +65,28 @@ class Store:
             for name in _IDENTITY
             if was.get(name) != now.get(name)
         ]
-        if differing and (not begun["complete"] or begun["dry"] != now["dry"]):
-            raise ValueError(
-                f"{self._path} was begun with {'; '.join(differing)}: --force begins again"
-            )
         if not differing:
             self.results = begun
-            if begun["running"]:
-                begun["broke"].append(begun["running"])
-                begun["running"] = None
+            begun["broke"] += [begun["running"]] if begun["running"] else []
+            begun["running"] = None
+        elif not begun["complete"] or begun["dry"] != now["dry"]:
+            begun_with = f"{self._path} was begun with {'; '.join(differing)}"
+            raise ValueError(f"{begun_with}: --force begins again")
 
     @property
     def complete(self) -> bool:
         """Whether every case was measured, here or in an earlier run."""
-        done: bool = self.results["complete"]
-        return done
+        return bool(self.results["complete"])
 
     def left_s(self) -> float:
         return self._end - time.monotonic()
 
     def has(self, case: Case) -> bool:
-        return _key(case) in self._done
+        return any(_same(case, c["case"]) for c in self.results["cases"])
 
     def broke(self, case: Case, arm: str) -> bool:
         """Whether this arm ended an earlier process in this case."""
-        return any(_key(c) == _key(case) and name == arm for c, name in self.results["broke"])
+        return any(_same(case, c) and arm == name for c, name in self.results["broke"])
 
     @contextmanager
     def running(self, case: Case, arm: str) -> Iterator[None]:
@@ -99,19 +95,17 @@ class Store:
         Raises:
             DeviceBroken: if the device cannot be used any more.
         """
-        mark: list[Any] | None = [case, arm]
-        self.results["running"] = mark
+        self.results["running"] = [case, arm]
         self.save()
         try:
             yield
-            mark = None
-        except BaseException as error:
+        except Exception as error:
             if breaks_the_device(error):
+                self.results["broke"].append([case, arm])
                 raise DeviceBroken(f"{arm} at {case}: {error}") from error
-            mark = None
             raise
         finally:
-            self.results["running"] = mark
+            self.results["running"] = None
             self.save()
 
     def check_time(self) -> None:
@@ -124,9 +118,7 @@ class Store:
         self.results["cases"].append({"case": case, **result})
         self.results["seconds"] += seconds
         self.results["load_average_after"] = load_average()
-        self.results["running"] = None
         self._longest_s = max(self._longest_s, seconds)
-        self._done.add(_key(case))
         self.save()
 
     def finish(self) -> None:
@@ -178,11 +170,6 @@ class Trial:
             self.result["memory"][name] = {"extra_mib": self.device.extra_mib(call)}
             self.result["launches"][name] = self.device.launches(call)
 
-    def outcome(self, ours: str) -> dict[str, Any]:
-        """The result, a failure if ours is left out."""
-        failed = {"failed": self.absent[ours]} if ours in self.absent else {}
-        return {**self.result, **failed, "absent": self.absent}
-
     def time(
         self, step: str, calls: Mapping[str, Call], label: str = "{}", **options: Any
     ) -> dict[str, list[float]]:
@@ -199,11 +186,17 @@ class Trial:
 
         if self.device.dry:
             options |= {"budget_s": 0.0, "sample_s": 0.0, "min_rounds": 2}
-        timing = partial(
-            time_interleaved, calls, seconds=self.device.seconds, failed=failed, **options
-        )
-        return (self.run(step, timing) if calls else None) or {}
+        options |= {"seconds": self.device.seconds, "failed": failed}
+        return (
+            self.run(step, partial(time_interleaved, calls, **options)) if calls else None
+        ) or {}
+
+    def outcome(self, ours: str) -> dict[str, Any]:
+        """The result, a failure if ours is left out."""
+        failed = {"failed": self.absent[ours]} if ours in self.absent else {}
+        return {**self.result, **failed, "absent": self.absent}
 
 
-def _key(case: Case) -> str:
-    return json.dumps(case, sort_keys=True)
+def _same(case: Case, other: Case) -> bool:
+    """Whether two cases are one in JSON, which has no tuples."""
+    return json.dumps(case, sort_keys=True) == json.dumps(other, sort_keys=True)
