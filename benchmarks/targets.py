@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness.measure import ratios, spread
 from benchmarks.harness.report import DRY, Results, of_kind, percent, table, times
-from benchmarks.losses.arms import COMPILED, EAGER, OURS, TILED
-from benchmarks.losses.bench import BOTH, GEMM, GEMM_OF_LOGITS, GRAPH
+from benchmarks.losses import arms
+from benchmarks.losses.arms import BOTH, COMPILED, EAGER, GRAPH, OURS
 
 # On a CPU: how many times ours the peers should take, of NT-Xent, N = 4096, D = 128.
 LOSS_CPU = {"lightly": 8, EAGER: 4, COMPILED: 2.3}
@@ -106,8 +106,8 @@ def losses_on_cpu(results: Results) -> Iterator[Target]:
     for peer, target in LOSS_CPU.items():
         found = ratios_of(sized, "times_ours", peer, place="")
         yield judge(f"{where}, against {peer}", f"≥ {target}×", found, times)
-    rate = ratios_of(sized, "fractions", GEMM_OF_LOGITS, place="")
-    what = f"{where}, rate on 4·(2N)²·D flops over that of {GEMM_OF_LOGITS}"
+    rate = ratios_of(sized, "fractions", arms.GEMM_OF_LOGITS, place="")
+    what = f"{where}, rate on 4·(2N)²·D flops over that of {arms.GEMM_OF_LOGITS}"
     yield judge(what, "≥ 80 %", rate, percent)
     extra = _extra_mib(nt_xent_cases(results, d=128))
     largest = [extra[8192]] if 8192 in extra else []
@@ -130,11 +130,11 @@ def losses_on_gpu(results: Results) -> Iterator[Target]:
             yield judge(what, f"≥ {target}×", ratios_of(of_d, "times_ours", peer), times)
     what = f"{nt_xent}, bf16, N ≥ 4096, D ≥ 512: rate on 4·(2N)²·D flops over that of GEMM"
     wide = [c for c in large if c["case"]["d"] >= 512]
-    yield judge(what, "≥ 65 %", ratios_of(wide, "fractions", GEMM), percent)
+    yield judge(what, "≥ 65 %", ratios_of(wide, "fractions", arms.GEMM), percent)
     launches = [sum(c["launches"][OURS].values()) for c in small if c["launches"].get(OURS)]
     yield judge(f"Kernel launches, {nt_xent}, N ≤ 512", "≤ 5", launches, str)
     for peer in dict.fromkeys(name for c in small for name in c["times"][BOTH]["times_ours"]):
-        if peer != TILED:
+        if peer != arms.TILED:
             what = f"{nt_xent}, bf16, N ≤ 512, against {peer}"
             yield judge(what, "≥ 1×", ratios_of(small, "times_ours", peer), times)
     graphs = [OURS in c["times"][GRAPH]["milliseconds"] for c in small if GRAPH in c["times"]]

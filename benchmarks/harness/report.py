@@ -25,6 +25,12 @@ def table(header: Iterable[object], rows: Iterable[Iterable[object]], dry: bool 
     return f"*{DRY}*\n\n{text}" if dry else text
 
 
+def records(rows: Iterable[Mapping[str, object]], dry: bool = False) -> str:
+    """A table of rows that name their columns, all of them the same."""
+    rows = list(rows)
+    return table(rows[0] if rows else (), map(dict.values, rows), dry)
+
+
 def interval(spread: Spread) -> str:
     """Three digits of the median, and of the quartiles in brackets."""
     return f"{spread['median']:.3g} [{spread['q1']:.3g}, {spread['q3']:.3g}]"

@@ -21,6 +21,10 @@ OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 OURS, TILED = "contrastive-kit", "contrastive-kit, tiled"
 EAGER, COMPILED = "eager", "compiled eager"
+FORWARD, BOTH, GRAPH = "forward", "forward+backward", "CUDA graph"
+# What the machine can do beside them.
+GEMM_OF_LOGITS, GEMM_SQUARE = "GEMM, M × D × M", "GEMM, 1024³"
+GEMM, COPY, ROOFLINE = "GEMM, 8192³", "copy", "roofline"
 SUBJECTS = {
     "nt_xent": "NT-Xent",
     "clip": "Loss of CLIP (`info_nce(symmetric=True)`)",

@@ -1,27 +1,29 @@
-"""Which losses are measured at which sizes, and how."""
+"""Which losses are measured at which sizes, how, and the page that says what was found."""
 
 import statistics
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import plan
+from benchmarks import targets
+from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device, matmul_precision
 from benchmarks.harness.measure import Call, ratios, spread
 from benchmarks.harness.processes import fresh, peak_of
+from benchmarks.harness.report import DRY, NONE, Results, percent, times
 from benchmarks.harness.store import Store, Trial
 from benchmarks.losses import arms
-from benchmarks.losses.arms import EAGER, OURS, TILED, Arm, Loss, Setting, arms_of, embeddings, gate
+from benchmarks.losses.arms import BOTH, COPY, EAGER, FORWARD, GEMM, GRAPH, OURS, Setting
 from benchmarks.losses.oracle import Disagreement, Oracle, check, oracle, relative_errors
 from contrastive_kit import which_backend
 
-FORWARD, BOTH, GRAPH = "forward", "forward+backward", "CUDA graph"
 DIRECTIONS: dict[str, Callable[..., object]] = {FORWARD: arms.forward, BOTH: arms.forward_backward}
-GEMM_OF_LOGITS, GEMM_SQUARE = "GEMM, M × D × M", "GEMM, 1024³"
-GEMM, COPY, ROOFLINE = "GEMM, 8192³", "copy", "roofline"
+_ALLOCATORS = {"default": "default allocator", "tuned": "allocator that keeps freed memory"}
 
 # Logits times dimension beyond which the float64 oracle takes longer than everything else. There
 # the tiled backend judges in float32, which the oracle has judged at the sizes below.
@@ -72,7 +74,7 @@ def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str
         return _accuracy(case, device)
     torch.compiler.reset()
     setting = Setting(case.subject, case.temperature, case.precision, device)
-    z1, z2 = _on(setting, embeddings(case.n, case.d))
+    z1, z2 = _on(setting, arms.embeddings(case.n, case.d))
     trial = Trial(case, store, device)
     times: dict[str, Any] = {}
     with matmul_precision(case.precision):
@@ -98,18 +100,45 @@ def _on(setting: Setting, pair: tuple[Tensor, Tensor]) -> list[Tensor]:
     return [z.detach().to(device, dtype).requires_grad_() for z in pair]
 
 
+def right_loss(
+    name: str,
+    setting: Setting,
+    z: Sequence[Tensor],
+    expected: Callable[[str], Oracle],
+    errors: dict[str, dict[str, float]],
+) -> arms.Loss:
+    """A loss that agrees with the oracle of its formula; its errors are kept in any case.
+
+    Raises:
+        Disagreement: if it computes something else.
+        ImportError: if it is not installed.
+    """
+    arm = arms.ARMS[name]
+    loss = arm.build(setting)
+    errors[name] = relative_errors(loss, *z, expected(arm.formula(setting.subject)))
+    check(errors[name], arms.gate(arm, setting))
+    return loss
+
+
+def left_out(case: Case, arm: arms.Arm, kind: str) -> str | None:
+    """Why an arm does not take part in a case."""
+    if arm.compiled and not case.compiled:
+        return "compiles for every size: left to fewer cases"
+    if case.n > (largest := arm.largest_n.get(kind, case.n)):
+        return f"memory grows with N³; not run beyond N = {largest}"
+    return None
+
+
 def _right_losses(
-    case: Case, setting: Setting, trial: Trial, z: tuple[Tensor, Tensor]
-) -> dict[str, Loss]:
+    case: Case, setting: Setting, trial: Trial, z: Sequence[Tensor]
+) -> dict[str, arms.Loss]:
     kind = trial.device.kind
     expected = cache(partial(_expected, case, setting, *z))
     errors = trial.result.setdefault("errors", {})
-    losses: dict[str, Loss] = {}
+    losses: dict[str, arms.Loss] = {}
 
-    def prepare(name: str, arm: Arm) -> None:
-        loss = arm.build(setting)
-        errors[name] = relative_errors(loss, *z, expected(arm.formula(case.subject)))
-        check(errors[name], gate(arm, setting))
+    def prepare(name: str) -> None:
+        loss = right_loss(name, setting, z, expected, errors)
         trial.observe(name, partial(arms.forward_backward, loss, *z))
         if case.memory:
             trial.result["memory"][name] = fresh(_memory, case, name)
@@ -120,13 +149,11 @@ def _right_losses(
             which_backend(z[0], backend="triton")
         except ValueError as reason:
             trial.absent["backend triton"] = str(reason)
-    for name, arm in arms_of(case.subject, kind).items():
-        if arm.compiled and not case.compiled:
-            trial.absent[name] = "compiles for every size: left to fewer cases"
-        elif case.n > (largest := arm.largest_n.get(kind, case.n)):
-            trial.absent[name] = f"memory grows with N³; not run beyond N = {largest}"
+    for name, arm in arms.arms_of(case.subject, kind).items():
+        if reason := left_out(case, arm, kind):
+            trial.absent[name] = reason
         else:
-            trial.run(name, partial(prepare, name, arm))
+            trial.run(name, partial(prepare, name))
     return losses
 
 
@@ -138,8 +165,8 @@ def _memory(case: Case, name: str) -> dict[str, Any]:
     """
     arm = arms.ARMS[name]
     loss = arm.build(Setting(case.subject, case.temperature, case.precision, Device("cpu")))
-    arms.forward_backward(loss, *embeddings(case.n if arm.compiled else _TINY_N, case.d))
-    return peak_of(partial(arms.forward_backward, loss, *embeddings(case.n, case.d)))
+    arms.forward_backward(loss, *arms.embeddings(case.n if arm.compiled else _TINY_N, case.d))
+    return peak_of(partial(arms.forward_backward, loss, *arms.embeddings(case.n, case.d)))
 
 
 def _expected(case: Case, setting: Setting, z1: Tensor, z2: Tensor, formula: str) -> Oracle:
@@ -148,12 +175,12 @@ def _expected(case: Case, setting: Setting, z1: Tensor, z2: Tensor, formula: str
     if formula != case.subject:
         raise Disagreement("no oracle for a loss that counts the anchor itself at this size")
     views = [z.detach().float().requires_grad_() for z in (z1, z2)]
-    loss = arms.ARMS[TILED].build(setting)(*views)
+    loss = arms.ARMS[arms.TILED].build(setting)(*views)
     grad = torch.stack(torch.autograd.grad(loss, views))
     return Oracle(loss.detach().double(), grad.double())
 
 
-def _graph(loss: Loss, z1: Tensor, z2: Tensor, device: Device) -> Call:
+def _graph(loss: arms.Loss, z1: Tensor, z2: Tensor, device: Device) -> Call:
     """The replay of forward and backward, which must follow a change of the embeddings."""
     call = partial(arms.forward_backward, loss, z1, z2)
     replay, captured = device.graphed(call)
@@ -176,7 +203,8 @@ def _rates(case: Case, device: Device) -> dict[str, tuple[Call, float]]:
     if case.subject != "nt_xent":
         return {}
     m = 2 * case.n
-    return {GEMM_OF_LOGITS: device.product(m, case.d), GEMM_SQUARE: device.product(1024, 1024)}
+    logits, square = device.product(m, case.d), device.product(1024, 1024)
+    return {arms.GEMM_OF_LOGITS: logits, arms.GEMM_SQUARE: square}
 
 
 def flops(case: Case, direction: str) -> float:
@@ -232,14 +260,16 @@ def _times(
         result["fractions"] = {n: spread(ratios(rate[OURS], rate[n])) for n in products}
         if {GEMM, COPY} <= set(rate):
             floors = list(map(partial(floor_s, case, direction), rate[GEMM], rate[COPY]))
-            result["fractions"][ROOFLINE] = spread(ratios(floors, samples[OURS]))
+            result["fractions"][arms.ROOFLINE] = spread(ratios(floors, samples[OURS]))
     return result
 
 
 def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
     """The median and the largest relative error over the batches, ours beside eager."""
     setting = Setting("nt_xent", case.temperature, "fp32", device)
-    batches = [_on(setting, embeddings(case.n, case.d, seed, _NOISE)) for seed in range(case.seeds)]
+    batches = [
+        _on(setting, arms.embeddings(case.n, case.d, seed, _NOISE)) for seed in range(case.seeds)
+    ]
     expected = [oracle("nt_xent", *z, case.temperature) for z in batches]
     result: dict[str, Any] = {}
     for name in (OURS, EAGER):
@@ -250,3 +280,140 @@ def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
             found = [e[part] for e in errors]
             result[name][part] = {"median": statistics.median(found), "largest": max(found)}
     return result
+
+
+def markdown(results: Results) -> str:
+    """The whole report."""
+    cases, dry = report.of_kind(results, "subject"), results["dry"]
+    parts = {
+        "about": report.about(results),
+        "slower": report.listed([DRY] if dry else _slower(cases), "In no comparison above."),
+        "memory": _by_arm(cases, "memory", report.mib, dry),
+        "launches": _by_arm(cases, "launches", report.counts, dry),
+        "errors": _by_arm(cases, "errors", lambda e: f"{e['loss']:.0e}, {e['gradient']:.0e}", dry),
+        "accuracy": _accuracy(report.of_kind(results, "seeds"), dry),
+        "not_measured": report.not_measured(cases, lambda c: f"{_loss(c['case'])}: ", _sizes),
+    }
+    if report.on_gpu(results):
+        parts["targets"] = targets.targets(targets.losses_on_gpu(results), dry)
+        parts["times"] = _times(sorted(cases, key=_by_size), True, dry)
+        return report.page("losses_gpu", **parts)
+    parts["targets"] = targets.targets(targets.losses_on_cpu(results)) + _tuned(results)
+    parts["times"] = "\n\n".join(
+        f"## Times, {name}\n\nMedian milliseconds a call, and how many times ours, with quartiles "
+        "of the ratio in brackets: above 1 ours is faster.\n\n"
+        + _times([c for c in cases if c["case"]["allocator"] == allocator], False, dry)
+        for allocator, name in _ALLOCATORS.items()
+    )
+    return report.page("losses_cpu", **parts)
+
+
+def _tuned(results: Results) -> str:
+    """What is left of the ratios with targets where peers pay for no page faults."""
+    sized = targets.nt_xent_cases(results, n=4096, d=128, allocator="tuned")
+    left = [
+        f"{times(ratio)} against {peer}"
+        for peer in targets.LOSS_CPU
+        for ratio, _ in targets.ratios_of(sized, "times_ours", peer)
+    ]
+    text = (
+        "\n\nA large part of what the peers take there is fetching pages from the system. With an "
+        f"allocator that keeps freed memory the ratios are {', '.join(left)}."
+    )
+    return text if left else ""
+
+
+def _times(cases: list[Results], on_gpu: bool, dry: bool) -> str:
+    groups = defaultdict(list)
+    for c in cases:
+        for direction in c["times"]:
+            groups[c["case"]["subject"], direction, c["case"]["precision"]].append(c)
+    return "\n\n".join(
+        f"### {arms.SUBJECTS[subject]}, {direction}{f', {precision}' * on_gpu}\n\n"
+        + _group(group, direction, on_gpu, dry)
+        for (subject, direction, precision), group in groups.items()
+    )
+
+
+def _group(cases: list[Results], direction: str, on_gpu: bool, dry: bool) -> str:
+    timed = [c["times"][direction] for c in cases]
+    names = dict.fromkeys(name for t in timed for name in t["milliseconds"])
+    rates = dict.fromkeys(name for t in timed for name in t["rates"])
+    peers = [name for name in names if name != OURS and name not in rates]
+    fractions = dict.fromkeys(name for t in timed for name in t["fractions"])
+    rows = []
+    for c, t in zip(cases, timed, strict=True):
+        size, ms, rate = c["case"], t["milliseconds"], t["rates"]
+        row = {"N": size["n"], "D": size["d"], "τ": size["temperature"]}
+        row |= {"backend": c["backend"]["name"]} if on_gpu else {}
+        row |= {"rounds": t["rounds"], f"{OURS}, ms": _figure(report.interval, ms, OURS)}
+        for peer in peers:
+            ratio = f": {times(t['times_ours'][peer])}" if peer in t["times_ours"] else ""
+            row[peer] = _figure("{median:.3g}".format_map, ms, peer) + ratio
+        if OURS in rates:
+            row["GFLOP/s"] = _figure("{median:.0f}".format_map, rate, OURS)
+        row |= {f"of {name}": _figure(percent, t["fractions"], name) for name in fractions}
+        if COPY in rates:
+            row[f"{GEMM}, TFLOP/s"] = _figure(_tera, rate, GEMM)
+            row[f"{COPY}, TB/s"] = _figure(_tera, rate, COPY)
+        rows.append(row)
+    return report.records(rows, dry)
+
+
+def _tera(giga: report.Spread) -> str:
+    return f"{giga['median'] / 1e3:.3g}"
+
+
+def _figure(form: Callable[[Any], str], found: dict[str, Any], name: str) -> str:
+    return form(found[name]) if name in found else NONE
+
+
+def _slower(cases: list[Results]) -> Iterator[str]:
+    for c in cases:
+        size = c["case"]
+        where = f"N = {size['n']}, D = {size['d']}, τ = {size['temperature']}"
+        for direction, timed in c["times"].items():
+            for peer, ratio in timed["times_ours"].items():
+                if ratio["q1"] < 1:
+                    verdict = "slower" if ratio["q3"] < 1 else "not faster beyond the spread"
+                    yield (
+                        f"{verdict} than {peer}: {_loss(size)}, {direction}, {where}, "
+                        f"{_ALLOCATORS[size['allocator']]}: {times(ratio)}"
+                    )
+
+
+def _loss(size: Results) -> str:
+    precision = "" if size["precision"] == "fp32" else f" {size['precision']}"
+    return arms.SUBJECTS[size["subject"]] + precision
+
+
+def _by_arm(cases: list[Results], key: str, text: Callable[[Any], str], dry: bool) -> str:
+    """Of the sizes that have such a figure, without columns that say the same in each row."""
+    shown = sorted((c for c in cases if c.get(key)), key=_by_size)
+    columns = {
+        "loss": [arms.SUBJECTS[c["case"]["subject"]] for c in shown],
+        "precision": [c["case"]["precision"] for c in shown],
+        "N": [c["case"]["n"] for c in shown],
+        "D": [c["case"]["d"] for c in shown],
+    }
+    kept = {name: cells for name, cells in columns.items() if name == "N" or len(set(cells)) > 1}
+    return report.by_arm(shown, key, text, kept, dry)
+
+
+def _accuracy(accuracy: list[Results], dry: bool) -> str:
+    rows = []
+    for c in accuracy:
+        t = c["case"]["temperature"]
+        row = {"τ": t, "budget of the gradient": f"{targets.gradient_budget(t):.0e}"}
+        for part, name in product(("gradient", "loss"), (OURS, EAGER)):
+            row[f"{part}, {name}"] = "{median:.1e} ({largest:.1e})".format_map(c[name][part])
+        rows.append(row)
+    return report.records(rows, dry)
+
+
+def _sizes(cases: list[Results]) -> str:
+    return "N = " + ", ".join(map(str, sorted({c["case"]["n"] for c in cases})))
+
+
+def _by_size(c: Results) -> tuple[Any, ...]:
+    return tuple(c["case"][name] for name in ("subject", "precision", "d", "n", "temperature"))
