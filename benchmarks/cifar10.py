@@ -65,8 +65,6 @@ def markdown(found: dict[str, Any]) -> str:
     return report.page(
         "cifar10",
         **found,
-        commit=report.commit(found["about"]),
-        compiled=", torch.compile" * config["compile"],
         minutes=minutes,
         scores=report.table(header, rows),
         targets=targets(judged) if config["epochs"] == 100 else "",

@@ -69,7 +69,7 @@ def markdown(results: Results) -> str:
     said = [line for c in cases for line in [*c.get("said", []), c.get("failed")] if line]
     return report.page(
         "correctness",
-        about=report.about(results),
+        **results,
         tests=report.table(["", "", "what pytest says", "seed"], rows, results["dry"]),
         said=report.listed(said, "Nothing failed or was skipped."),
     )

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.processes import world
-from benchmarks.harness.report import Results, table
+from benchmarks.harness.report import Results
 from benchmarks.harness.store import Store
 from contrastive_kit import reference
 from contrastive_kit.functional import info_nce, nt_xent, siglip
@@ -190,42 +190,21 @@ def _process(rank: int, size: int) -> list[dict[str, Any]]:
 
 def markdown(results: Results) -> str:
     """The page; the documentation includes the summary."""
-    found = [{**arm, "size": c["case"]["processes"]} for c in results["cases"] for arm in c["arms"]]
-    largest = max((arm["size"] for arm in found), default=0)
-    of_all = [
-        (arm["subject"], arm["name"], _verdict(arm))
-        for arm in found
-        if arm["size"] == largest and arm["whole"]
+    found = [
+        {
+            **arm,
+            "processes": c["case"]["processes"],
+            "exact": arm["error"] <= _EXACT and _off(arm["temperature"]) <= _EXACT,
+            "same_direction": arm["cosine"] > 1 - _EXACT,
+        }
+        for c in results["cases"]
+        for arm in c["arms"]
     ]
-    header = ["formula", "loss and options", f"gradient after DDP's mean, {largest} processes"]
-    summary = table(header, sorted(of_all, key=lambda row: row[0]))
-    header = ["loss and options", "processes", "scale", "cosine", "error", "d τ", "loss", ""]
     order = list(dict.fromkeys(arm["name"] for arm in found))
     found.sort(key=lambda arm: order.index(arm["name"]))
-    tables = "\n\n".join(
-        f"## {subject}\n\n"
-        + table(header, [_row(arm) for arm in found if arm["subject"] == subject])
-        for subject in _OURS
-    )
-    return report.page("ddp", about=report.about(results), summary=summary, tables=tables)
+    largest = max((arm["processes"] for arm in found), default=0)
+    return report.page("ddp", **results, found=found, largest=largest, subjects=_OURS)
 
 
-def _verdict(m: Results) -> str:
-    if _is_exact(m):
-        return "exact"
-    cosine, scale = m["cosine"], f"{m['scale']:.3g} times"
-    if cosine > 1 - _EXACT:
-        return f"{scale} the true one"
-    return f"another direction (cosine {cosine:.3f}), {scale} as long along the true one"
-
-
-def _is_exact(m: Results) -> bool:
-    off = 0.0 if m["temperature"] is None else abs(m["temperature"] - 1)
-    return bool(m["error"] <= _EXACT and off <= _EXACT)
-
-
-def _row(m: Results) -> list[object]:
-    temperature = "" if m["temperature"] is None else f"{m['temperature']:.4f}"
-    figures = [f"{m['scale']:.4f}", f"{m['cosine']:.4f}", f"{m['error']:.1e}", temperature]
-    verdict = "exact" if _is_exact(m) else "**not exact**"
-    return [m["name"], m["size"], *figures, f"{m['value']:.4f}", verdict]
+def _off(temperature: float | None) -> float:
+    return 0.0 if temperature is None else abs(temperature - 1)

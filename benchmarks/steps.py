@@ -19,7 +19,7 @@ from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread, time_interleaved
 from benchmarks.harness.processes import fresh, peak_of, world
-from benchmarks.harness.report import NONE, Results, interval, table, times
+from benchmarks.harness.report import Results, table
 from benchmarks.harness.store import Store
 from benchmarks.losses.arms import embeddings
 from benchmarks.losses.oracle import Disagreement
@@ -176,45 +176,11 @@ def _parity(n: int, chunk_size: int) -> float:
 
 def markdown(results: Results) -> str:
     """The page; the documentation includes the parts between the comments."""
-    parity, steps, losses = (
-        [c for c in results["cases"] if c["case"]["figure"] == figure]
-        for figure in ("parity", "step", "loss")
-    )
-    return report.page(
-        "steps",
-        about=report.about(results),
-        parity=f"{parity[0]['parity']:.1e}" if parity else NONE,
-        steps=_steps(steps, _busy(results)),
-        losses=_losses(losses),
-    )
-
-
-def _busy(results: Results) -> str:
-    """Why times are left out, or nothing: others at work make them those of the scheduler."""
-    before, after = results["machine"]["load_average"], results["load_average_after"]
-    cores = results["machine"]["cores"]
-    if max(before, after or 0) <= cores:
-        return ""
-    return (
-        f"**The machine was busy (load {before} before, {after} after, on {cores} cores): times "
-        "are left out, memory does not depend on it.**\n\n"
-    )
-
-
-def _steps(cases: list[Results], busy: str) -> str:
-    rows = [
-        (
-            c["case"]["n"],
-            arm["arm"],
-            f"{arm['extra_mib']:.0f}",
-            interval(arm["seconds"]) if arm["seconds"] and not busy else NONE,
-            times(arm["ratio"]) if "ratio" in arm and not busy else NONE,
-        )
-        for c in cases
-        for arm in c["arms"]
-    ]
-    header = ["N", "step", "memory, MiB per process", "seconds", "time over plain"]
-    return busy + table(header, rows)
+    # Others at work make times those of the scheduler.
+    loads = results["machine"]["load_average"], results["load_average_after"] or 0
+    losses = _losses([c for c in results["cases"] if c["case"]["figure"] == "loss"])
+    busy = max(loads) > results["machine"]["cores"]
+    return report.page("steps", **results, busy=busy, losses=losses)
 
 
 def _losses(cases: list[Results]) -> str:

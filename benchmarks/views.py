@@ -309,7 +309,7 @@ def markdown(results: Results) -> str:
     sizes = {"": [_title(c) for c in cases]}
     kind = "cuda" if on_gpu else "cpu"
     parts = {
-        "about": report.about(results),
+        **results,
         "launches": report.by_arm(cases, "launches", report.counts, sizes, dry),
         "memory": report.by_arm(cases, "memory", report.mib, sizes, dry),
         "slower": report.listed([DRY] if dry else _slower(cases), "Nowhere in these measurements."),

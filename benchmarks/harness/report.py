@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 DRY = "dry run: no figures"
 NONE = "–"
 _PAGES = Path(__file__).parents[1] / "pages"
@@ -12,9 +14,17 @@ Results = dict[str, Any]
 Spread = Mapping[str, float]
 
 
-def page(name: str, **parts: object) -> str:
-    """The text of benchmarks/pages/NAME.md with its figures."""
-    return (_PAGES / f"{name}.md").read_text().format(**parts)
+def page(name: str, filters: Mapping[str, Callable[..., str]] = {}, /, **parts: object) -> str:
+    """The text of benchmarks/pages/NAME.md, a Jinja template, with its figures."""
+    templates = Environment(
+        loader=FileSystemLoader(_PAGES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"commit": commit, "interval": interval, "times": times, **filters}
+    return templates.get_template(f"{name}.md").render(parts)
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]], dry: bool = False) -> str:
@@ -72,29 +82,6 @@ def commit(about: Results) -> str:
 def on_gpu(results: Results) -> bool:
     """Whether the results are of a GPU, or of a dry run in its place."""
     return results["dry"] or "capability" in results["machine"]
-
-
-def about(results: Results) -> str:
-    """What it ran on, and whether that is worth a figure."""
-    found = results["machine"]
-    packages = ", ".join(f"{k} {v or 'not installed'}" for k, v in found["packages"].items())
-    card = ("device", "memory_gib", "multiprocessors", "capability", "cuda", "driver", "source")
-    notes = {
-        f"**{DRY}.** Tiny sizes on a CPU, to see that everything runs.": results["dry"],
-        "**Quick mode: too few rounds and sizes to quote.**": results["quick"],
-        "**Incomplete: stopped before its last case.**": not results["complete"],
-    }
-    lines = [
-        f"Date {found['date']}, commit {commit(found)}",
-        f"{found['processor']}, {found['cores']} cores, {found['threads']} threads, "
-        f"BLAS {found['blas']}, {found['system']}",
-        f"Python {found['python']}, {packages}",
-        f"Load average before {found['load_average']}, after {results['load_average_after']}; "
-        f"{results['seconds'] / 60:.0f} minutes in all",
-    ]
-    if "capability" in found:
-        lines.insert(0, ", ".join(f"{name} {found[name]}" for name in card))
-    return "\n\n".join([*(text for text, is_so in notes.items() if is_so), listed(lines, "")])
 
 
 def of_kind(results: Results, key: str) -> list[Results]:

@@ -286,7 +286,7 @@ def markdown(results: Results) -> str:
     """The whole report."""
     cases, dry = report.of_kind(results, "subject"), results["dry"]
     parts = {
-        "about": report.about(results),
+        **results,
         "slower": report.listed([DRY] if dry else _slower(cases), "In no comparison above."),
         "memory": _by_arm(cases, "memory", report.mib, dry),
         "launches": _by_arm(cases, "launches", report.counts, dry),
