@@ -232,6 +232,11 @@ ARMS = {
 }  # fmt: skip
 
 
+def arms_of(case: Case, kind: str) -> list[str]:
+    """Names of those that take part in a case on a kind of device."""
+    return [n for n, a in ARMS.items() if kind in a.kinds and (case.compiled or not a.compiled)]
+
+
 def inputs(case: Case, device: Device) -> Inputs:
     """The images of a case."""
     torch.manual_seed(0)
@@ -263,8 +268,7 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
 
     arms = {
         name: prepared
-        for name, arm in ARMS.items()
-        if device.kind in arm.kinds and (case.compiled or not arm.compiled)
+        for name in arms_of(case, device.kind)
         if (prepared := trial.run(name, partial(prepare, name))) is not None
     }
     calls = {name: arm.call for name, arm in arms.items()}

@@ -38,7 +38,7 @@ def table(header: Iterable[object], rows: Iterable[Iterable[object]], dry: bool 
 def records(rows: Iterable[Mapping[str, object]], dry: bool = False) -> str:
     """A table of rows that name their columns, all of them the same."""
     rows = list(rows)
-    return table(rows[0] if rows else (), map(dict.values, rows), dry)
+    return table(rows[0], map(dict.values, rows), dry) if rows else NONE
 
 
 def interval(spread: Spread) -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -73,51 +73,53 @@ def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str
     if isinstance(case, AccuracyCase):
         return _accuracy(case, device)
     torch.compiler.reset()
-    setting = Setting(case.subject, case.temperature, case.precision, device)
-    z1, z2 = _on(setting, arms.embeddings(case.n, case.d))
-    trial = Trial(case, store, device)
-    times: dict[str, Any] = {}
+    of, trial = Inputs(case, device), Trial(case, store, device)
+    timed: dict[str, Any] = {}
     with matmul_precision(case.precision):
-        trial.result["backend"] = which_backend(z1)._asdict()
-        losses = _right_losses(case, setting, trial, (z1, z2))
+        trial.result |= {"backend": which_backend(of.z[0])._asdict(), "errors": of.errors}
+        losses = _right_losses(of, trial)
         rates = _rates(case, device)
         for direction in case.directions:
-            calls = {n: partial(DIRECTIONS[direction], loss, z1, z2) for n, loss in losses.items()}
-            times[direction] = _times(case, direction, calls, rates, trial)
+            calls = {n: partial(DIRECTIONS[direction], loss, *of.z) for n, loss in losses.items()}
+            timed[direction] = _times(case, direction, calls, rates, trial)
         if case.graph:
             graphs = {
                 name: replay
                 for name, loss in losses.items()
-                if (replay := trial.run(f"{name}, {GRAPH}", partial(_graph, loss, z1, z2, device)))
+                if (replay := trial.run(f"{name}, {GRAPH}", partial(_graph, loss, *of.z, device)))
             }
-            times[GRAPH] = _times(case, GRAPH, graphs, {}, trial)
-    return trial.outcome(OURS) | {"times": times}
+            timed[GRAPH] = _times(case, GRAPH, graphs, {}, trial)
+    return trial.outcome(OURS) | {"times": timed}
+
+
+class Inputs:
+    """What the arms of a case are given, what they must compute, and how wrong they were."""
+
+    def __init__(self, case: Case, device: Device) -> None:
+        self.case = case
+        self.setting = Setting(case.subject, case.temperature, case.precision, device)
+        self.z = _on(self.setting, arms.embeddings(case.n, case.d))
+        self.expected = cache(partial(_expected, case, self.setting, *self.z))
+        self.errors: dict[str, dict[str, float]] = {}
+
+    def right_loss(self, name: str) -> arms.Loss:
+        """The loss of an arm that agrees with the oracle.
+
+        Raises:
+            Disagreement: if it computes something else.
+            ImportError: if it is not installed.
+        """
+        arm = arms.ARMS[name]
+        loss, oracle = arm.build(self.setting), self.expected(arm.formula(self.case.subject))
+        self.errors[name] = relative_errors(loss, *self.z, oracle)
+        check(self.errors[name], arms.gate(arm, self.setting))
+        return loss
 
 
 def _on(setting: Setting, pair: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Embeddings on the device of a setting, in its type."""
     device, dtype = setting.device.device, setting.dtype
     return [z.detach().to(device, dtype).requires_grad_() for z in pair]
-
-
-def right_loss(
-    name: str,
-    setting: Setting,
-    z: Sequence[Tensor],
-    expected: Callable[[str], Oracle],
-    errors: dict[str, dict[str, float]],
-) -> arms.Loss:
-    """A loss that agrees with the oracle of its formula; its errors are kept in any case.
-
-    Raises:
-        Disagreement: if it computes something else.
-        ImportError: if it is not installed.
-    """
-    arm = arms.ARMS[name]
-    loss = arm.build(setting)
-    errors[name] = relative_errors(loss, *z, expected(arm.formula(setting.subject)))
-    check(errors[name], arms.gate(arm, setting))
-    return loss
 
 
 def left_out(case: Case, arm: arms.Arm, kind: str) -> str | None:
@@ -129,31 +131,27 @@ def left_out(case: Case, arm: arms.Arm, kind: str) -> str | None:
     return None
 
 
-def _right_losses(
-    case: Case, setting: Setting, trial: Trial, z: Sequence[Tensor]
-) -> dict[str, arms.Loss]:
-    kind = trial.device.kind
-    expected = cache(partial(_expected, case, setting, *z))
-    errors = trial.result.setdefault("errors", {})
-    losses: dict[str, arms.Loss] = {}
+def _right_losses(of: Inputs, trial: Trial) -> dict[str, arms.Loss]:
+    case, kind = of.case, trial.device.kind
 
-    def prepare(name: str) -> None:
-        loss = right_loss(name, setting, z, expected, errors)
-        trial.observe(name, partial(arms.forward_backward, loss, *z))
+    def prepare(name: str) -> arms.Loss:
+        loss = of.right_loss(name)
+        trial.observe(name, partial(arms.forward_backward, loss, *of.z))
         if case.memory:
             trial.result["memory"][name] = fresh(_memory, case, name)
-        losses[name] = loss
+        return loss
 
     if kind == "cuda":
         try:
-            which_backend(z[0], backend="triton")
+            which_backend(of.z[0], backend="triton")
         except ValueError as reason:
             trial.absent["backend triton"] = str(reason)
+    losses = {}
     for name, arm in arms.arms_of(case.subject, kind).items():
         if reason := left_out(case, arm, kind):
             trial.absent[name] = reason
-        else:
-            trial.run(name, partial(prepare, name))
+        elif (loss := trial.run(name, partial(prepare, name))) is not None:
+            losses[name] = loss
     return losses
 
 
@@ -291,18 +289,18 @@ def markdown(results: Results) -> str:
         "memory": _by_arm(cases, "memory", report.mib, dry),
         "launches": _by_arm(cases, "launches", report.counts, dry),
         "errors": _by_arm(cases, "errors", lambda e: f"{e['loss']:.0e}, {e['gradient']:.0e}", dry),
-        "accuracy": _accuracy(report.of_kind(results, "seeds"), dry),
+        "accuracy": _accuracy_table(report.of_kind(results, "seeds"), dry),
         "not_measured": report.not_measured(cases, lambda c: f"{_loss(c['case'])}: ", _sizes),
     }
     if report.on_gpu(results):
         parts["targets"] = targets.targets(targets.losses_on_gpu(results), dry)
-        parts["times"] = _times(sorted(cases, key=_by_size), True, dry)
+        parts["times"] = _times_tables(sorted(cases, key=_by_size), True, dry)
         return report.page("losses_gpu", **parts)
     parts["targets"] = targets.targets(targets.losses_on_cpu(results)) + _tuned(results)
     parts["times"] = "\n\n".join(
         f"## Times, {name}\n\nMedian milliseconds a call, and how many times ours, with quartiles "
         "of the ratio in brackets: above 1 ours is faster.\n\n"
-        + _times([c for c in cases if c["case"]["allocator"] == allocator], False, dry)
+        + _times_tables([c for c in cases if c["case"]["allocator"] == allocator], False, dry)
         for allocator, name in _ALLOCATORS.items()
     )
     return report.page("losses_cpu", **parts)
@@ -323,7 +321,7 @@ def _tuned(results: Results) -> str:
     return text if left else ""
 
 
-def _times(cases: list[Results], on_gpu: bool, dry: bool) -> str:
+def _times_tables(cases: list[Results], on_gpu: bool, dry: bool) -> str:
     groups = defaultdict(list)
     for c in cases:
         for direction in c["times"]:
@@ -400,7 +398,7 @@ def _by_arm(cases: list[Results], key: str, text: Callable[[Any], str], dry: boo
     return report.by_arm(shown, key, text, kept, dry)
 
 
-def _accuracy(accuracy: list[Results], dry: bool) -> str:
+def _accuracy_table(accuracy: list[Results], dry: bool) -> str:
     rows = []
     for c in accuracy:
         t = c["case"]["temperature"]
