@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks.harness.measure import ratios, spread
-from benchmarks.harness.report import DRY, Results, of_kind, percent, table, times
+from benchmarks.harness.report import Results, of_kind, percent, table, times
 from benchmarks.losses import arms
 from benchmarks.losses.arms import BOTH, COMPILED, EAGER, GRAPH, OURS
 
@@ -30,15 +30,6 @@ class Target(NamedTuple):
     target: str
     measured: str = "not measured"
     met: bool | None = None
-
-
-def targets(rows: Iterable[Target], dry: bool = False) -> str:
-    """The table."""
-    words = {True: "yes", False: "**no**", None: ""}
-    cells = [
-        (t.what, t.target, DRY if dry else t.measured, "" if dry else words[t.met]) for t in rows
-    ]
-    return table(["what", "target", "measured", "met"], cells, dry)
 
 
 def judge(

@@ -4,7 +4,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -289,14 +288,15 @@ def markdown(results: Results) -> str:
         "memory": _by_arm(cases, "memory", report.mib, dry),
         "launches": _by_arm(cases, "launches", report.counts, dry),
         "errors": _by_arm(cases, "errors", lambda e: f"{e['loss']:.0e}, {e['gradient']:.0e}", dry),
-        "accuracy": _accuracy_table(report.of_kind(results, "seeds"), dry),
+        "accuracy": report.of_kind(results, "seeds"),
+        "budget": targets.gradient_budget,
         "not_measured": report.not_measured(cases, lambda c: f"{_loss(c['case'])}: ", _sizes),
     }
     if report.on_gpu(results):
-        parts["targets"] = targets.targets(targets.losses_on_gpu(results), dry)
+        parts["targets"] = list(targets.losses_on_gpu(results))
         parts["times"] = _times_tables(sorted(cases, key=_by_size), True, dry)
         return report.page("losses_gpu", **parts)
-    parts["targets"] = targets.targets(targets.losses_on_cpu(results)) + _tuned(results)
+    parts |= {"targets": list(targets.losses_on_cpu(results)), "tuned": _tuned(results)}
     parts["times"] = "\n\n".join(
         f"## Times, {name}\n\nMedian milliseconds a call, and how many times ours, with quartiles "
         "of the ratio in brackets: above 1 ours is faster.\n\n"
@@ -306,19 +306,14 @@ def markdown(results: Results) -> str:
     return report.page("losses_cpu", **parts)
 
 
-def _tuned(results: Results) -> str:
+def _tuned(results: Results) -> list[str]:
     """What is left of the ratios with targets where peers pay for no page faults."""
     sized = targets.nt_xent_cases(results, n=4096, d=128, allocator="tuned")
-    left = [
+    return [
         f"{times(ratio)} against {peer}"
         for peer in targets.LOSS_CPU
         for ratio, _ in targets.ratios_of(sized, "times_ours", peer)
     ]
-    text = (
-        "\n\nA large part of what the peers take there is fetching pages from the system. With an "
-        f"allocator that keeps freed memory the ratios are {', '.join(left)}."
-    )
-    return text if left else ""
 
 
 def _times_tables(cases: list[Results], on_gpu: bool, dry: bool) -> str:
@@ -396,17 +391,6 @@ def _by_arm(cases: list[Results], key: str, text: Callable[[Any], str], dry: boo
     }
     kept = {name: cells for name, cells in columns.items() if name == "N" or len(set(cells)) > 1}
     return report.by_arm(shown, key, text, kept, dry)
-
-
-def _accuracy_table(accuracy: list[Results], dry: bool) -> str:
-    rows = []
-    for c in accuracy:
-        t = c["case"]["temperature"]
-        row = {"τ": t, "budget of the gradient": f"{targets.gradient_budget(t):.0e}"}
-        for part, name in product(("gradient", "loss"), (OURS, EAGER)):
-            row[f"{part}, {name}"] = "{median:.1e} ({largest:.1e})".format_map(c[name][part])
-        rows.append(row)
-    return report.records(rows, dry)
 
 
 def _sizes(cases: list[Results]) -> str:
