@@ -196,7 +196,7 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks claims",
+        "python -m benchmarks claims",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -230,31 +230,32 @@ def main(argv: Sequence[str]) -> int:
     given = parse(argv)
     scale = SCALES[given.scale]
     extra = ["--root", str(given.root.resolve())] if given.root else []
-    if given.quick:
-        with tempfile.TemporaryDirectory() as folder:
+    out = given.out or machine.REPOSITORY / "runs" / "reproduce" / scale.name
+    with tempfile.TemporaryDirectory() as folder:
+        if given.quick:
             given.sections, given.seeds = ["baselines"], 1
-            given.out = given.results = Path(folder)
-            return _run(given, scale, [*extra, "--epochs", "1"])
-    given.out = given.out or machine.REPOSITORY / "runs" / "reproduce" / scale.name
-    return _run(given, scale, extra)
-
-
-def _run(given: argparse.Namespace, scale: Scale, extra: Sequence[str]) -> int:
-    chosen = [s for s in sections(scale) if not given.sections or s.name in given.sections]
-    wanted = runs(scale, chosen, given.seeds)
-    if given.list:
-        for run in wanted:
-            print(trainer.TRAINER, shlex.join([*run.arguments(), *extra]))
-        return 0
-    failed: dict[str, str] = {}
-    if not given.report:
-        deadline = given.minutes and time.time() + 60 * given.minutes
-        threads = given.threads or max(1, (os.cpu_count() or 1) // given.jobs)
-        trainings = Trainings(threads, deadline, given.device)
-        before = signal.signal(signal.SIGTERM, trainings.stop)
-        failed = trainings.train_all(wanted, given.out, extra, given.jobs)
-        signal.signal(signal.SIGTERM, before)
-    found = collect(scale, given.out, given.seeds, failed)
-    path = write_report(found, given.results)
+            extra += ["--epochs", "1"]
+            out = given.results = Path(folder)
+        chosen = [s for s in sections(scale) if not given.sections or s.name in given.sections]
+        wanted = runs(scale, chosen, given.seeds)
+        if given.list:
+            for run in wanted:
+                print(trainer.TRAINER, shlex.join([*run.arguments(), *extra]))
+            return 0
+        failed = {} if given.report else _train(given, wanted, out, extra)
+        found = collect(scale, out, given.seeds, failed)
+        path = write_report(found, given.results)
     print(f"{found['finished']} of {found['planned']} runs are finished; the report is {path}")
     return int(bool(failed))
+
+
+def _train(
+    given: argparse.Namespace, wanted: Sequence[Run], out: Path, extra: Sequence[str]
+) -> dict[str, str]:
+    deadline = given.minutes and time.time() + 60 * given.minutes
+    threads = given.threads or max(1, (os.cpu_count() or 1) // given.jobs)
+    trainings = Trainings(threads, deadline, given.device)
+    before = signal.signal(signal.SIGTERM, trainings.stop)
+    failed = trainings.train_all(wanted, out, extra, given.jobs)
+    signal.signal(signal.SIGTERM, before)
+    return failed

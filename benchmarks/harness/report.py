@@ -13,6 +13,11 @@ _PAGES = Path(__file__).parents[1] / "pages"
 Results = dict[str, Any]
 Spread = Mapping[str, float]
 
+# A median with its quartiles: three digits; how many times something is something else; a fraction.
+interval: Callable[[Spread], str] = "{median:.3g} [{q1:.3g}, {q3:.3g}]".format_map
+times: Callable[[Spread], str] = "{median:.2f}× [{q1:.2f}, {q3:.2f}]".format_map
+percent: Callable[[Spread], str] = "{median:.0%} [{q1:.0%}, {q3:.0%}]".format_map
+
 
 def page(name: str, filters: Mapping[str, Callable[..., str]] = {}, /, **parts: object) -> str:
     """The text of benchmarks/pages/NAME.md, a Jinja template, with its figures."""
@@ -39,21 +44,6 @@ def records(rows: Iterable[Mapping[str, object]], dry: bool = False) -> str:
     """A table of rows that name their columns, all of them the same."""
     rows = list(rows)
     return table(rows[0], map(dict.values, rows), dry) if rows else NONE
-
-
-def interval(spread: Spread) -> str:
-    """Three digits of the median, and of the quartiles in brackets."""
-    return f"{spread['median']:.3g} [{spread['q1']:.3g}, {spread['q3']:.3g}]"
-
-
-def times(spread: Spread) -> str:
-    """How many times something is something else."""
-    return f"{spread['median']:.2f}× [{spread['q1']:.2f}, {spread['q3']:.2f}]"
-
-
-def percent(spread: Spread) -> str:
-    """A fraction as a percentage."""
-    return f"{spread['median']:.0%} [{spread['q1']:.0%}, {spread['q3']:.0%}]"
 
 
 def mib(memory: Mapping[str, Any]) -> str:
