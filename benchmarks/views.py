@@ -18,7 +18,7 @@ from benchmarks import targets
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread
-from benchmarks.harness.report import DRY, NONE, Results, percent, table
+from benchmarks.harness.report import NONE, Results, percent, table
 from benchmarks.harness.store import Store, Trial
 from benchmarks.losses.oracle import Disagreement
 from contrastive_kit import SimCLRAugment
@@ -311,16 +311,16 @@ def markdown(results: Results) -> str:
     """The report, all of it computed from the samples."""
     cases, dry, on_gpu = results["cases"], results["dry"], report.on_gpu(results)
     sizes = {"": [_title(c) for c in cases]}
-    kind = "cuda" if on_gpu else "cpu"
     parts = {
         **results,
         "launches": report.by_arm(cases, "launches", report.counts, sizes, dry),
         "memory": report.by_arm(cases, "memory", report.mib, sizes, dry),
-        "slower": report.listed([DRY] if dry else _slower(cases), "Nowhere in these measurements."),
+        "slower": list(_slower(cases)),
         "not_measured": report.not_measured(
             cases, lambda _: "", lambda of: ", ".join(dict.fromkeys(map(_title, of)))
         ),
-        "notes": report.listed((f"{n}: {a.note}" for n, a in ARMS.items() if kind in a.kinds), ""),
+        "arms": ARMS,
+        "kind": "cuda" if on_gpu else "cpu",
     }
     if on_gpu:
         samples = {_title(c): c["seconds_per_view"] for c in cases}

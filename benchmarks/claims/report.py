@@ -54,33 +54,6 @@ def judge(claim: Claim, values: Values) -> dict[str, Any]:
     return {**result, "verdict": verdict, "difference": difference, "error": error}
 
 
-def sentence(judged: Mapping[str, Any]) -> str:
-    """A verdict in words."""
-    claim, verdict = judged["claim"], judged["verdict"]
-    if "missing" in judged:
-        missing, of = judged["missing"], judged["of"]
-        return f"{claim}: open, {missing} of the {of} accuracies that it needs are missing."
-    difference = f"{100 * judged['difference']:+.1f}"
-    if "rival" in judged:
-        *parts, feature = judged["rival"]
-        name = " + ".join(dict.fromkeys(parts)) + ("" if feature == "h" else f", {feature}")
-        difference += f" against {name}, the best of the others"
-    if verdict == "open":
-        return f"{claim}: open, {difference}, with one seed a place and so no spread."
-    words = {
-        "reproduced": "reproduced",
-        "contradicted": "**not reproduced: here it is the other way round**",
-        "undecided": "**not reproduced: no difference beyond the spread**",
-    }
-    error = f"error ± {100 * judged['error']:.1f}, {number(judged['seeds'])}"
-    return f"{claim}: {words[verdict]} ({difference}, {error})."
-
-
-def number(seeds: int) -> str:
-    """So many seeds."""
-    return "one seed" if seeds == 1 else f"{seeds} seeds"
-
-
 def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[str, float]]]) -> Any:
     """Everything that the report says about a section."""
     values: dict[str, dict[Label, list[float]]] = {
@@ -112,16 +85,9 @@ def markdown(found: Mapping[str, Any], picture: str) -> str:
     scale = SCALES[found["scale"]]
     option = "" if scale.name == "photos" else f" --scale {scale.name}"
     command = f"python -m benchmarks claims{option}{' --root FOLDER' * scale.needs_root}"
-    parts = {"command": command, "trainer": trainer.TRAINER, "measures": MEASURES}
-    filters = {"figure": _figure, "number": number, "sentence": sentence}
-    return page("claims", filters, **{**found, **parts, "picture": picture})
-
-
-def _figure(values: Sequence[float], seeds: int) -> str:
-    text = f"{100 * mean(values):.1f}"
-    if len(values) > 1:
-        text += f" ± {100 * stdev(values):.1f}"
-    return text if len(values) == seeds else f"{text} ({len(values)})"
+    parts = {"command": command, "trainer": trainer.TRAINER, "picture": picture}
+    of_numbers = {"measures": MEASURES, "mean": mean, "stdev": stdev}
+    return page("claims", **{**found, **parts, **of_numbers})
 
 
 def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:

@@ -19,7 +19,7 @@ times: Callable[[Spread], str] = "{median:.2f}× [{q1:.2f}, {q3:.2f}]".format_ma
 percent: Callable[[Spread], str] = "{median:.0%} [{q1:.0%}, {q3:.0%}]".format_map
 
 
-def page(name: str, filters: Mapping[str, Callable[..., str]] = {}, /, **parts: object) -> str:
+def page(name: str, /, **parts: object) -> str:
     """The text of benchmarks/pages/NAME.md, a Jinja template, with its figures."""
     templates = Environment(
         loader=FileSystemLoader(_PAGES),
@@ -28,7 +28,7 @@ def page(name: str, filters: Mapping[str, Callable[..., str]] = {}, /, **parts: 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"commit": commit, "interval": interval, "times": times, **filters}
+    templates.filters |= {"commit": commit, "interval": interval, "times": times}
     return templates.get_template(f"{name}.md").render(parts)
 
 
@@ -56,11 +56,6 @@ def counts(launches: Mapping[str, int]) -> str:
     """Kernel launches, with the copies and fills behind a plus."""
     copies = launches["copies"]
     return f"{launches['kernels']} + {copies}" if copies else str(launches["kernels"])
-
-
-def listed(lines: Iterable[str], none: str) -> str:
-    """A list, or a sentence where it is empty."""
-    return "\n".join(f"- {line}" for line in lines) or none
 
 
 def commit(about: Results) -> str:
@@ -95,11 +90,10 @@ def by_arm(
 
 def not_measured(
     cases: list[Results], prefix: Callable[[Results], str], sizes: Callable[[list[Results]], str]
-) -> str:
+) -> list[str]:
     """What was left out, at which sizes and why."""
     found: dict[tuple[str, str], list[Results]] = {}
     for c in cases:
         for name, reason in c["absent"].items():
             found.setdefault((prefix(c) + name, reason), []).append(c)
-    lines = [f"{name} at {sizes(where)}: {reason}" for (name, reason), where in found.items()]
-    return listed(lines, "Nothing was left out.")
+    return [f"{name} at {sizes(where)}: {reason}" for (name, reason), where in found.items()]

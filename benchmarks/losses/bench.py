@@ -14,7 +14,7 @@ from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device, matmul_precision
 from benchmarks.harness.measure import Call, ratios, spread
 from benchmarks.harness.processes import fresh, peak_of
-from benchmarks.harness.report import DRY, NONE, Results, percent, times
+from benchmarks.harness.report import NONE, Results, percent, times
 from benchmarks.harness.store import Store, Trial
 from benchmarks.losses import arms
 from benchmarks.losses.arms import BOTH, COPY, EAGER, FORWARD, GEMM, GRAPH, OURS, Setting
@@ -284,7 +284,7 @@ def markdown(results: Results) -> str:
     cases, dry = report.of_kind(results, "subject"), results["dry"]
     parts = {
         **results,
-        "slower": report.listed([DRY] if dry else _slower(cases), "In no comparison above."),
+        "slower": list(_slower(cases)),
         "memory": _by_arm(cases, "memory", report.mib, dry),
         "launches": _by_arm(cases, "launches", report.counts, dry),
         "errors": _by_arm(cases, "errors", lambda e: f"{e['loss']:.0e}, {e['gradient']:.0e}", dry),
