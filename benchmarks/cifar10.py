@@ -22,7 +22,6 @@ FREE = {"epochs", "lr", "warmup_epochs", "eval_every", "seed", "compile", "root"
 
 
 def collect(run: Path, archive: Path) -> dict[str, Any]:
-    """Everything that the result file says."""
     config = json.loads((run / "config.json").read_text())
     results = json.loads((run / "results.json").read_text())
     return {
@@ -46,7 +45,6 @@ def differences(config: dict[str, Any]) -> list[str]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The result as a page."""
     epochs, minutes = found["config"]["epochs"], found["training"]["seconds"] / 60
     values = [found["SimCLR"]["knn"], found["SimCLR"]["linear"], minutes]
     judged = [

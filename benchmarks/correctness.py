@@ -17,8 +17,6 @@ _WHOLE_S = 300  # a file of tests that is cut short with less than this left is 
 
 
 class Case(NamedTuple):
-    """A file of tests."""
-
     file: str
 
 

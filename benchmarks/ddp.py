@@ -30,8 +30,6 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):
-    """A number of processes."""
-
     processes: int
 
 

@@ -38,8 +38,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Case(NamedTuple):
-    """One figure."""
-
     figure: str  # "parity", "step" (of each arm) or "loss"
     n: int  # images, each of which has two views
     loss: str = ""  # of LOSSES

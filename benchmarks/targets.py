@@ -85,7 +85,6 @@ def ratios_of(
 
 
 def _extra_mib(cases: list[Results]) -> dict[int, float]:
-    """By N, where it was measured."""
     found = [(c["case"]["n"], c["memory"][OURS]) for c in cases if OURS in c["memory"]]
     return {n: memory["extra_mib"] for n, memory in found}
 

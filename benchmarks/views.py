@@ -73,8 +73,6 @@ class Inputs(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """One implementation."""
-
     note: str
     build: Callable[[Inputs], Prepared]  # raises ImportError where it is not installed
     kinds: tuple[str, ...] = ("cpu",)
@@ -238,7 +236,6 @@ def arms_of(case: Case, kind: str) -> list[str]:
 
 
 def inputs(case: Case, device: Device) -> Inputs:
-    """The images of a case."""
     torch.manual_seed(0)
     shape = (case.batch, 3, case.source, case.source)
     noise = torch.randint(0, 256, shape, dtype=torch.uint8, device=device.device)
@@ -308,7 +305,6 @@ def check(arm: Prepared, drawn: Tensor, expected: Tensor) -> None:
 
 
 def markdown(results: Results) -> str:
-    """The report, all of it computed from the samples."""
     cases, dry, on_gpu = results["cases"], results["dry"], report.on_gpu(results)
     sizes = {"": [_title(c) for c in cases]}
     parts = {

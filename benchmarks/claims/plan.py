@@ -33,7 +33,6 @@ class Run(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def arguments(self) -> list[str]:
-        """The command line."""
         texts = []
         for name, value in self.settings.items():
             flag = f"--{name.replace('_', '-')}"
@@ -178,7 +177,6 @@ def _batch(scale: Scale) -> Made:
 
 
 def length(epochs: int) -> str:
-    """So many epochs."""
     return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 

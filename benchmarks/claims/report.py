@@ -55,7 +55,6 @@ def judge(claim: Claim, values: Values) -> dict[str, Any]:
 
 
 def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[str, float]]]) -> Any:
-    """Everything that the report says about a section."""
     values: dict[str, dict[Label, list[float]]] = {
         measure: {label: [s[measure] for s in found] for label, found in scores.items()}
         for measure in MEASURES
@@ -81,7 +80,6 @@ def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[st
 
 
 def markdown(found: Mapping[str, Any], picture: str) -> str:
-    """The whole report."""
     scale = SCALES[found["scale"]]
     option = "" if scale.name == "photos" else f" --scale {scale.name}"
     command = f"python -m benchmarks claims{option}{' --root FOLDER' * scale.needs_root}"

@@ -134,7 +134,6 @@ def read_scores(
 
 
 def collect(scale: Scale, out: Path, seeds: int | None, failed: dict[str, str]) -> dict[str, Any]:
-    """Everything that the report says."""
     everything = sections(scale)
     planned = runs(scale, everything, seeds)
     done = [run for run in planned if finished(out, run)]
@@ -184,7 +183,6 @@ def write_pages(folder: Path) -> None:
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """A type of an option."""
 
     def convert(text: str) -> Any:
         if not kind(text) > 0:

@@ -47,7 +47,6 @@ def records(rows: Iterable[Mapping[str, object]], dry: bool = False) -> str:
 
 
 def mib(memory: Mapping[str, Any]) -> str:
-    """Extra memory."""
     extra = memory["extra_mib"]
     return f"{extra:.0f}" if extra >= 10 else f"{extra:.2g}"
 

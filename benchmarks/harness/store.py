@@ -114,7 +114,6 @@ class Store:
             raise OutOfTime
 
     def add(self, case: Case, result: dict[str, Any], seconds: float) -> None:
-        """Keep a case."""
         self.results["cases"].append({"case": case, **result})
         self.results["seconds"] += seconds
         self.results["load_average_after"] = load_average()
@@ -122,12 +121,10 @@ class Store:
         self.save()
 
     def finish(self) -> None:
-        """Mark the subject as complete."""
         self.results["complete"] = True
         self.save()
 
     def save(self) -> None:
-        """Write the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".part")
         temporary.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")

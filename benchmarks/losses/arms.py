@@ -35,8 +35,6 @@ _PER_LOGIT = {"fp32": 1e-6, "tf32": 1e-3, "bf16": 8e-3}
 
 
 class Setting(NamedTuple):
-    """What an arm is built for."""
-
     subject: str  # of SUBJECTS
     temperature: float
     precision: str  # of PRECISIONS; of products in "tf32", of embeddings too in "bf16" (autocast)
@@ -48,8 +46,6 @@ class Setting(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """One implementation."""
-
     build: Callable[[Setting], Loss]  # raises ImportError where it is not installed
     subjects: tuple[str, ...] = ("nt_xent",)
     kinds: tuple[str, ...] = ("cpu", "cuda")
@@ -253,11 +249,9 @@ def embeddings(n: int, d: int, seed: int = 0, noise: float = 0.65) -> tuple[Tens
 
 
 def forward(loss: Loss, z1: Tensor, z2: Tensor) -> Tensor:
-    """The value alone."""
     with torch.no_grad():
         return loss(z1, z2)
 
 
 def forward_backward(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
-    """The gradients with respect to both views."""
     return torch.autograd.grad(loss(z1, z2), (z1, z2))

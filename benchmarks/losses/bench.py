@@ -33,8 +33,6 @@ _TINY_N = 16
 
 
 class Case(NamedTuple):
-    """One comparison."""
-
     subject: str  # of SUBJECTS
     n: int  # pairs
     d: int
@@ -58,7 +56,6 @@ class AccuracyCase(NamedTuple):
 
 
 def cases(kind: str, quick: bool) -> list[Case | AccuracyCase]:
-    """What is measured."""
     accuracy = plan.read(AccuracyCase, "accuracy", "any", quick)
     return [*plan.read(Case, "losses", kind, quick), *accuracy]
 
@@ -280,7 +277,6 @@ def _accuracy(case: AccuracyCase, device: Device) -> dict[str, Any]:
 
 
 def markdown(results: Results) -> str:
-    """The whole report."""
     cases, dry = report.of_kind(results, "subject"), results["dry"]
     parts = {
         **results,
