@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import combinations
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,77 +103,44 @@ NAMES = tuple(_DATA["sections"])
 
 def sections(scale: Scale) -> list[Section]:
     """Every section at a scale, in the order of the report."""
-    made = {
-        "baselines": ([Cell(("SimCLR",), {"baselines": True})], []),
-        "augment": _augment(),
-        "head": _head(),
-        "batch": _batch(scale),
-        "temperature": _temperature(scale),
-        "encoder": _encoder(scale),
+    found = []
+    for name, values in _DATA["sections"].items():
+        section = Section(name, tuple(_cells(name, scale)), **{**values, "claims": ()})
+        claims = tuple(_claim(section, scale, **data) for data in values.get("claims", ()))
+        found.append(replace(section, claims=claims))
+    return found
+
+
+def _cells(section: str, scale: Scale) -> list[Cell]:
+    if section == "augment":
+        pairs = [*((name, name) for name in TRANSFORMS), *combinations(TRANSFORMS, 2)]
+        return [
+            Cell((TRANSFORMS[a], TRANSFORMS[b]), {"augment": list(dict.fromkeys((a, b)))})
+            for a, b in pairs
+        ]
+    axes: dict[str, list[dict[str, Settings]]] = {
+        "baselines": [{"SimCLR": {"baselines": True}}],
+        "head": [{name: {"head_layers": n, "eval_z": True} for n, name in HEADS.items()}],
+        "batch": [
+            {f"batch {batch}": {"batch_size": batch} for batch in scale.batches},
+            {length(epochs): {"epochs": epochs} for epochs in scale.epochs},
+        ],
+        "temperature": [{f"τ = {t:g}": {"temperature": t} for t in scale.temperatures}],
+        "encoder": [
+            _DATA["encoders"][scale.encoders]["changes"],
+            {"SimCLR": {}, "supervised": {"supervised": True}},
+        ],
     }
     return [
-        Section(name, tuple(made[name][0]), tuple(made[name][1]), **values)
-        for name, values in _DATA["sections"].items()
-    ]
-
-
-Made = tuple[list[Cell], list[Claim]]
-
-
-def _better(text: str, *pairs: tuple[Label, Label], share: float = 1.0) -> Claim:
-    """The first of each pair is better than the second, in the sum of the pairs."""
-    weights = {
-        label: sign * share for pair in pairs for label, sign in zip(pair, (1, -1), strict=True)
-    }
-    return Claim(text, weights)
-
-
-def _augment() -> Made:
-    cells = [
-        Cell((TRANSFORMS[a], TRANSFORMS[b]), {"augment": list(dict.fromkeys((a, b)))})
-        for a, b in [*((a, a) for a in TRANSFORMS), *combinations(TRANSFORMS, 2)]
-    ]
-    best = ("crop", "colour", "h")
-    labels = [(*c.label, "h") for c in cells]
-    alone = tuple(label for label in labels if label[0] == label[1])
-    others = tuple(label for label in labels if label not in (best, *alone))
-    return cells, [
-        Claim("Crop and colour distortion is the best pair", {best: 1.0}, others),
-        Claim("No single transform is as good as crop and colour distortion", {best: 1.0}, alone),
-        _better("Colour distortion added to crops helps", (best, ("crop", "crop", "h"))),
-    ]
-
-
-def _head() -> Made:
-    cells = [Cell((name,), {"head_layers": n, "eval_z": True}) for n, name in HEADS.items()]
-    none, linear, nonlinear = ((name, "h") for name in HEADS.values())
-    than = "A non-linear head is better than"
-    h_than_z = "With a non-linear head h is better than z (there by more than 10 points)"
-    return cells, [
-        _better(f"{than} a linear one (there by about 3 points)", (nonlinear, linear)),
-        _better(f"{than} none (there by more than 10 points)", (nonlinear, none)),
-        _better(h_than_z, (nonlinear, ("non-linear", "z"))),
-    ]
-
-
-def _batch(scale: Scale) -> Made:
-    cells = [
-        Cell((f"batch {batch}", length(epochs)), {"batch_size": batch, "epochs": epochs})
-        for batch in scale.batches
-        for epochs in scale.epochs
-    ]
-    batches = [f"batch {b}" for b in scale.batches]
-    low, high = batches[0], batches[-1]
-    short, long = length(scale.epochs[0]), length(scale.epochs[-1])
-    longer = [((b, long, "h"), (b, short, "h")) for b in batches]
-    gain, kept = ((high, short, "h"), (low, short, "h")), ((low, long, "h"), (high, long, "h"))
-    is_better = f"Longer training is better ({long} against {short}, mean over the batches)"
-    larger = f"In short training a larger batch is better ({high} against {low}, {short})"
-    lessens = f"Longer training lessens the gain of the larger batch ({short} against {long})"
-    return cells, [
-        _better(is_better, *longer, share=1 / len(batches)),
-        _better(larger, gain),
-        _better(lessens, gain, kept),
+        Cell(
+            label,
+            {
+                k: v
+                for axis, name in zip(axes[section], label, strict=True)
+                for k, v in axis[name].items()
+            },
+        )
+        for label in product(*axes[section])
     ]
 
 
@@ -180,42 +148,34 @@ def length(epochs: int) -> str:
     return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
-def _temperature(scale: Scale) -> Made:
-    at = {t: (f"τ = {t:g}", "h") for t in scale.temperatures}
-    cells = [Cell(label[:1], {"temperature": t}) for t, label in at.items()]
-    others = tuple(label for t, label in at.items() if t != 0.1)
-    than = "τ = 0.1 is better than"
-    return cells, [
-        Claim("τ = 0.1 is the best", {at[0.1]: 1.0}, others),
-        _better(f"{than} τ = 1 (there by 6.4 points)", (at[0.1], at[1.0])),
-        _better(f"{than} τ = 0.05 (there by 4.7 points)", (at[0.1], at[0.05])),
-    ]
+def _claim(
+    section: Section,
+    scale: Scale,
+    text: str,
+    better: list[str],
+    worse: Sequence[str] = (),
+    rivals: str = "",
+) -> Claim:
+    """A claim of plan.toml about the places of a section."""
+    encoders = _DATA["encoders"][scale.encoders]
+    words = {
+        "low": f"batch {scale.batches[0]}", "high": f"batch {scale.batches[-1]}",
+        "short": length(scale.epochs[0]), "long": length(scale.epochs[-1]),
+        "small": encoders["deeper"][0], "deep": encoders["deeper"][1],
+        "narrow": encoders["wider"][0], "wide": encoders["wider"][1],
+    }  # fmt: skip
+    labels = [(*cell.label, feature) for cell in section.cells for feature in section.features]
 
+    def matching(pattern: str) -> list[Label]:
+        wanted = re.compile(pattern.format(**words))
+        return [label for label in labels if wanted.fullmatch(" / ".join(label))]
 
-def _encoder(scale: Scale) -> Made:
-    data = _DATA["encoders"][scale.encoders]
-    cells = [
-        Cell((name, kind), {**changes, **extra})
-        for name, changes in data["changes"].items()
-        for kind, extra in (("SimCLR", {}), ("supervised", {"supervised": True}))
-    ]
-    (small, deep), (narrow, wide) = data["deeper"], data["wider"]
-    ours = {name: (name, "SimCLR", "h") for name in data["changes"]}
-    labels = {name: (name, "supervised", "h") for name in data["changes"]}
-    deeper = f"A deeper encoder is better ({deep} against {small})"
-    wider = f"A wider encoder is better ({wide}, against {narrow})"
-    gap = f"The gap to labels is smaller for the deeper encoder ({deep} against {small})"
-    with_labels = [(labels[name], ours[name]) for name in ours]
-    return cells, [
-        _better(deeper, (ours[deep], ours[small])),
-        _better(wider, (ours[wide], ours[narrow])),
-        _better(
-            "Training with labels is better (mean over the encoders)",
-            *with_labels,
-            share=1 / len(ours),
-        ),
-        _better(gap, (labels[small], ours[small]), (ours[deep], labels[deep])),
-    ]
+    weights: dict[Label, float] = {}
+    for sign, patterns in ((1, better), (-1, worse)):
+        for found in map(matching, patterns):
+            weights |= {label: sign / len(found) for label in found}
+    others = tuple(label for label in matching(rivals) if label not in weights)
+    return Claim(text.format(**words), weights, others)
 
 
 def runs(scale: Scale, chosen: Iterable[Section], seeds: int | None = None) -> list[Run]:
