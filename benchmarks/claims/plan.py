@@ -5,7 +5,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations, product
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,17 +133,11 @@ def _cells(section: str, scale: Scale) -> list[Cell]:
             {"SimCLR": {}, "supervised": {"supervised": True}},
         ],
     }
-    return [
-        Cell(
-            label,
-            {
-                k: v
-                for axis, name in zip(axes[section], label, strict=True)
-                for k, v in axis[name].items()
-            },
-        )
-        for label in product(*axes[section])
-    ]
+    cells = []
+    for choice in product(*(axis.items() for axis in axes[section])):
+        label, changes = zip(*choice, strict=True)
+        cells.append(Cell(label, reduce(or_, changes)))
+    return cells
 
 
 def length(epochs: int) -> str:
