@@ -244,11 +244,7 @@ def inputs(case: Case, device: Device) -> Inputs:
 
 
 def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
-    """Check every arm, then time those that make plausible views, interleaved.
-
-    Raises:
-        DeviceBroken: if an arm left the device unusable.
-    """
+    """Check every arm, then time those that make plausible views, interleaved."""
     of = inputs(case, device)
     exact = SimCLRAugment(case.size, backend="torch", dtype=torch.float64)
     drawn = exact.draw(of.images)
@@ -316,30 +312,23 @@ def markdown(results: Results) -> str:
             cases, lambda _: "", lambda of: ", ".join(dict.fromkeys(map(_title, of)))
         ),
         "arms": ARMS,
+        "times": _times,
         "kind": "cuda" if on_gpu else "cpu",
     }
     if on_gpu:
         samples = {_title(c): c["seconds_per_view"] for c in cases}
-        rows = targets.views_on_gpu(samples, OURS, (KORNIA, RESAMPLED))
-        header = ["", "backend", "why not triton", "of the roofline"]
-        parts["backends"] = table(header, map(_backend_row, cases), dry)
-        parts["targets"] = list(rows)
-        parts["times"] = _times(cases, dry)
-        return report.page("views_gpu", **parts)
+        parts["targets"] = list(targets.views_on_gpu(samples, OURS, (KORNIA, RESAMPLED)))
+        return report.page("views_gpu", **parts, title=_title, roofline=_roofline)
     groups = defaultdict(list)
     for c in cases:
         groups[c["case"]["threads"], c["case"]["allocator"]].append(c)
-    parts["times"] = "\n\n".join(
-        f"## {threads} thread{'s' * (threads > 1)}, {allocator} allocator\n\n{_times(group, dry)}"
-        for (threads, allocator), group in groups.items()
-    )
     of_one_thread = {
         allocator: {_title(c): c["seconds_per_view"] for c in group}
         for (threads, allocator), group in groups.items()
         if threads == 1
     }
     parts["targets"] = targets.views_on_cpu(of_one_thread, OURS)
-    return report.page("views_cpu", **parts)
+    return report.page("views_cpu", **parts, groups=groups)
 
 
 def _title(c: Results) -> str:
@@ -347,10 +336,9 @@ def _title(c: Results) -> str:
     return size if c["case"]["threads"] else f"{size}, {c['case']['batch']} images"
 
 
-def _backend_row(c: Results) -> list[str]:
+def _roofline(c: Results) -> str:
     ours, roofline = c["seconds_per_view"].get(OURS), c.get("roofline_s")
-    share = percent(spread(ratios(roofline, ours))) if ours and roofline else NONE
-    return [_title(c), c["backend"]["name"], c["backend"]["refusal"] or NONE, share]
+    return percent(spread(ratios(roofline, ours))) if ours and roofline else NONE
 
 
 def _times(cases: list[Results], dry: bool) -> str:

@@ -61,11 +61,7 @@ def cases(kind: str, quick: bool) -> list[Case | AccuracyCase]:
 
 
 def measure(case: Case | AccuracyCase, store: Store, device: Device) -> dict[str, Any]:
-    """Check every arm, then time those that are right, interleaved; the others with the reason.
-
-    Raises:
-        DeviceBroken: if an arm left the device unusable.
-    """
+    """Check every arm, then time those that are right, interleaved; the others with the reason."""
     if isinstance(case, AccuracyCase):
         return _accuracy(case, device)
     torch.compiler.reset()
@@ -201,24 +197,17 @@ def _rates(case: Case, device: Device) -> dict[str, tuple[Call, float]]:
     return {arms.GEMM_OF_LOGITS: logits, arms.GEMM_SQUARE: square}
 
 
-def flops(case: Case, direction: str) -> float:
-    """Of a loss that keeps no logits and repeats nothing.
+def work(case: Case, direction: str) -> tuple[float, float]:
+    """Flops and bytes of a loss that keeps no logits and repeats nothing.
 
     Half of a symmetric matrix of logits (all of it for two matrices of embeddings), once forward
-    and once again in the backward, which then multiplies it from both sides.
+    and once again in the backward, which then multiplies it from both sides; the embeddings and
+    their gradients. Exponentials are not counted.
     """
     pairs = (2 * case.n) ** 2 if case.subject == "nt_xent" else 2 * case.n**2
-    return pairs * case.d * (1 if direction == FORWARD else 4)
-
-
-def floor_s(case: Case, direction: str, gemm_rate: float, copy_rate: float) -> float:
-    """The roofline of such a loss: its products, or its traffic if that is longer.
-
-    The traffic is the embeddings and their gradients. Exponentials are not counted.
-    """
-    size = 2 if case.precision == "bf16" else 4
-    n_bytes = 2 * case.n * case.d * size * (1 if direction == FORWARD else 3)
-    return max(flops(case, direction) / gemm_rate, n_bytes / copy_rate)
+    n_bytes = 2 * case.n * case.d * (2 if case.precision == "bf16" else 4)
+    products, passes = (1, 1) if direction == FORWARD else (4, 3)
+    return pairs * case.d * products, n_bytes * passes
 
 
 def _times(
@@ -242,18 +231,21 @@ def _times(
         "times_ours": {},
         "fractions": {},
     }
-    work = {name: count for name, (_, count) in rates.items() if name in samples}
+    flops, n_bytes = work(case, direction)
+    done = {name: count for name, (_, count) in rates.items() if name in samples}
     if OURS in samples:
         peers = [name for name in calls if name in samples and name != OURS]
         result["times_ours"] = {n: spread(ratios(samples[n], samples[OURS])) for n in peers}
-        work |= {OURS: flops(case, direction)} if work else {}
-    rate = {name: [count / s for s in samples[name]] for name, count in work.items()}
+        done |= {OURS: flops} if done else {}
+    rate = {name: [count / s for s in samples[name]] for name, count in done.items()}
     result["rates"] = {name: spread([r / 1e9 for r in found]) for name, found in rate.items()}
     if OURS in rate:
         products = [name for name in rate if name not in (OURS, COPY)]
         result["fractions"] = {n: spread(ratios(rate[OURS], rate[n])) for n in products}
         if {GEMM, COPY} <= set(rate):
-            floors = list(map(partial(floor_s, case, direction), rate[GEMM], rate[COPY]))
+            # The roofline: the products, or the traffic if that is longer.
+            by_round = zip(rate[GEMM], rate[COPY], strict=True)
+            floors = [max(flops / gemm, n_bytes / copy) for gemm, copy in by_round]
             result["fractions"][arms.ROOFLINE] = spread(ratios(floors, samples[OURS]))
     return result
 
@@ -293,12 +285,10 @@ def markdown(results: Results) -> str:
         parts["times"] = _times_tables(sorted(cases, key=_by_size), True, dry)
         return report.page("losses_gpu", **parts)
     parts |= {"targets": list(targets.losses_on_cpu(results)), "tuned": _tuned(results)}
-    parts["times"] = "\n\n".join(
-        f"## Times, {name}\n\nMedian milliseconds a call, and how many times ours, with quartiles "
-        "of the ratio in brackets: above 1 ours is faster.\n\n"
-        + _times_tables([c for c in cases if c["case"]["allocator"] == allocator], False, dry)
+    parts["times"] = {
+        name: _times_tables([c for c in cases if c["case"]["allocator"] == allocator], False, dry)
         for allocator, name in _ALLOCATORS.items()
-    )
+    }
     return report.page("losses_cpu", **parts)
 
 
