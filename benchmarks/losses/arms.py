@@ -185,8 +185,8 @@ def _linear_cross_entropy(s: Setting) -> OneWay:
     )
 
 
-def _one_way(peer: Callable[[Setting], OneWay], s: Setting) -> Loss:
-    """By a peer that has no mask: NT-Xent is another loss with it, of the same cost."""
+def one_way(peer: Callable[[Setting], OneWay], s: Setting) -> Loss:
+    """By a peer that has no mask: NT-Xent with it is another loss, of the same cost."""
     loss = peer(s)
 
     def call(z1: Tensor, z2: Tensor) -> Tensor:
@@ -215,9 +215,9 @@ ARMS = {
     # Several tensors of 2N × 2N(2N - 2) numbers: 64 MiB each at N = 128, 0.5 GiB at N = 256.
     "pytorch-metric-learning": Arm(_metric_learning, largest_n={"cpu": 128, "cuda": 256}),
     "open_clip": Arm(_open_clip, ("clip",)),
-    "inf_cl": Arm(partial(_one_way, _inf_cl), _ANY, **_ON_TF32),
-    "cut-cross-entropy": Arm(partial(_one_way, _cut_cross_entropy), _ANY, **_ON_TF32),
-    "torch linear_cross_entropy": Arm(partial(_one_way, _linear_cross_entropy), ("info_nce",)),
+    "inf_cl": Arm(partial(one_way, _inf_cl), _ANY, **_ON_TF32),
+    "cut-cross-entropy": Arm(partial(one_way, _cut_cross_entropy), _ANY, **_ON_TF32),
+    "torch linear_cross_entropy": Arm(partial(one_way, _linear_cross_entropy), ("info_nce",)),
 }
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import correctness, views
 from benchmarks.harness import stage
@@ -102,6 +103,34 @@ def test_another_loss_is_not_timed(monkeypatch, store):
     result = bench.measure(CASE, store(), DEVICE)
     assert "Disagreement: relative error of the loss" in result["absent"]["other"]
     assert "other" not in result["times"]["forward"]["milliseconds"]
+
+
+def _logits_at_once(setting):
+    return lambda rows, columns, positive: F.cross_entropy(
+        rows @ columns.T / setting.temperature, positive
+    )
+
+
+@pytest.mark.parametrize("subject", arms.SUBJECTS)
+def test_an_arm_is_one_entry(monkeypatch, store, subject):
+    """Of a peer without a mask: its NT-Xent counts the anchor, and is judged by that."""
+    arm = Arm(partial(arms.one_way, _logits_at_once), tuple(arms.SUBJECTS), masks_itself=False)
+    monkeypatch.setitem(ARMS, "one more", arm)
+    result = bench.measure(CASE._replace(subject=subject), store(), DEVICE)
+    assert result["errors"]["one more"]["gradient"] < 1e-5
+    assert "one more" in result["times"]["forward+backward"]["times_ours"]
+
+
+def test_linear_cross_entropy_of_torch_is_timed_or_left_out(monkeypatch, store):
+    name = "torch linear_cross_entropy"
+    case = CASE._replace(subject="info_nce", n=40)
+    result = bench.measure(case, store(), DEVICE)
+    has_it = hasattr(F, "linear_cross_entropy")
+    assert (name in result["times"]["forward+backward"]["milliseconds"]) == has_it
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    result = bench.measure(case, store(force=True), DEVICE)
+    assert result["absent"][name].startswith("not installed (cannot import name")
+    assert name not in result["times"]["forward+backward"]["milliseconds"]
 
 
 def test_ours_failing_leaves_the_others_their_times(monkeypatch, store):
