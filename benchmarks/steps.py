@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import Conv2dNormActivation
 
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
@@ -82,6 +81,8 @@ def _classes(z: Tensor) -> Tensor:
 
 
 def _encoder() -> nn.Module:
+    from torchvision.ops import Conv2dNormActivation
+
     torch.manual_seed(0)
     sizes = [(3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)]
     layers = [Conv2dNormActivation(channels, out, 3, stride) for channels, out, stride in sizes]
