@@ -16,6 +16,7 @@ The exit status is 0 if all is complete and right, 3 if time ran out, 1 if somet
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from importlib import import_module
@@ -46,11 +47,9 @@ def measure(given: argparse.Namespace, out: Path) -> int:
     from benchmarks.harness import stage
 
     path = out / f"{FILES[given.subject][given.device]}.json"
+    wanted = stage.Stage(given.subject, path, given.device, given.quick, given.dry)
     try:
-        status = stage.run(
-            given.subject, path, given.device, quick=given.quick, dry=given.dry,
-            force=given.force, limit_s=given.limit,
-        )  # fmt: skip
+        status = stage.run(wanted, force=given.force, limit_s=given.limit)
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -60,26 +59,21 @@ def measure(given: argparse.Namespace, out: Path) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
+        "python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("subject", choices=[*FILES, "claims", "report", "readme"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few small sizes: does everything run? Printed only"
-    )
-    parser.add_argument(
-        "--dry", action="store_true", help="--quick for a GPU, with the CPU in its place"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/results]")
-    parser.add_argument(
-        "--limit", type=float, default=float("inf"), help="seconds; what is measured is kept"
-    )
-    parser.add_argument("--force", action="store_true", help="measure again what is measured")
+    add = parser.add_argument
+    add("subject", choices=[*FILES, "claims", "report", "readme"])
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--quick", action="store_true", help="few small sizes: does everything run? Printed only")
+    add("--dry", action="store_true", help="--quick for a GPU, with the CPU in its place")
+    add("--out", type=Path, help="folder of the results [benchmarks/results]")
+    add("--limit", type=float, default=math.inf, help="seconds; what is measured is kept")
+    add("--force", action="store_true", help="measure again what is measured")
     given = parser.parse_args(argv)
-    kinds = FILES.get(given.subject, {"cpu": ""})
     given.quick = given.quick or given.dry
+    kinds = FILES.get(given.subject, ["cpu"])
     if given.device not in kinds:
         parser.error(f"{given.subject} is measured on {' and '.join(kinds)} only")
     if given.dry and given.device != "cuda":
@@ -96,21 +90,18 @@ def main(argv: list[str] | None = None) -> int:
 
         return run.main(argv[1:])
     given = parse(argv)
-    out = given.out or RESULTS
     if given.subject == "readme":
         import_module("benchmarks.readme").main()
     elif given.subject == "report":
+        out = given.out or RESULTS
         for subject, names in FILES.items():
             for path in (out / f"{name}.json" for name in names.values()):
                 if path.exists():
                     write(subject, path)
         import_module("benchmarks.claims.run").write_pages(out)
-    elif given.quick and given.out is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return measure(given, Path(folder))
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        return measure(given, out)
+        with tempfile.TemporaryDirectory() as folder:
+            return measure(given, given.out or (Path(folder) if given.quick else RESULTS))
     return 0
 
 

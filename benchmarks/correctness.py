@@ -17,8 +17,6 @@ _WHOLE_S = 300  # a file of tests that is cut short with less than this left is 
 
 
 class Case(NamedTuple):
-    """A file of tests."""
-
     file: str
 
 
@@ -61,15 +59,5 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
 
 def markdown(results: Results) -> str:
     """A row for each file, and what failed or was skipped."""
-    cases = results["cases"]
-    rows = [
-        (c["case"]["file"], "**failed**" if c.get("failed") else "", c["summary"], c["seed"])
-        for c in cases
-    ]
-    said = [line for c in cases for line in [*c.get("said", []), c.get("failed")] if line]
-    return report.page(
-        "correctness",
-        about=report.about(results),
-        tests=report.table(["", "", "what pytest says", "seed"], rows, results["dry"]),
-        said=report.listed(said, "Nothing failed or was skipped."),
-    )
+    said = [line for c in results["cases"] for line in (*c.get("said", ()), c.get("failed"))]
+    return report.page("correctness", **results, said=list(filter(None, said)))

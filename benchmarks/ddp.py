@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.processes import world
-from benchmarks.harness.report import Results, table
+from benchmarks.harness.report import Results
 from benchmarks.harness.store import Store
 from contrastive_kit import reference
 from contrastive_kit.functional import info_nce, nt_xent, siglip
@@ -28,14 +30,10 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):
-    """A number of processes."""
-
     processes: int
 
 
-def cases(kind: str, quick: bool) -> list[Case]:
-    """What is measured."""
-    return list(plan.read(Case, "ddp", kind, quick))
+cases = partial(plan.read, Case, "ddp")
 
 
 class Arm(NamedTuple):
@@ -63,39 +61,28 @@ class Model(nn.Module):
         return *z.chunk(2), self.log_scale.exp()
 
 
-_siglip = partial(siglip, logit_bias=_BIAS)
 _OURS: dict[str, Callable[..., Tensor]] = {
     "NT-Xent": lambda a, b, s, **gather: nt_xent(a, b, temperature=1 / s, **gather),
     "CLIP": lambda a, b, s, **gather: info_nce(a, b, temperature=1 / s, symmetric=True, **gather),
-    "SigLIP": lambda a, b, s, **gather: _siglip(a, b, temperature=1 / s, **gather),
+    "SigLIP": lambda a, b, s, **gather: siglip(a, b, temperature=1 / s, logit_bias=_BIAS, **gather),
 }
 
 
-def arms(rank: int, size: int) -> Iterator[Arm]:
-    """Ours and those of the installed peers."""
+def _ours(rank: int, size: int) -> Iterator[Arm]:
     for subject, loss in _OURS.items():
         gathered = partial(loss, gather_distributed=True)
         yield Arm(subject, "contrastive-kit, `gather_distributed=True`", gathered, unequal=True)
         name = "contrastive-kit, default: negatives of the own process only"
         yield Arm(subject, name, loss, whole=False)
-    for peer in (_lightly, _metric_learning, _open_clip):
-        try:
-            yield from peer(rank, size)
-        except ImportError:
-            continue
 
 
 def _lightly(rank: int, size: int) -> Iterator[Arm]:
     from lightly.loss import NTXentLoss
 
     for gather in (True, False):
-        loss = partial(_without_scale, NTXentLoss(_TEMPERATURE, gather_distributed=gather))
+        loss = NTXentLoss(_TEMPERATURE, gather_distributed=gather)
         name = f"lightly, `gather_distributed={gather}`"
-        yield Arm("NT-Xent", name, loss, whole=gather, learnable=False)
-
-
-def _without_scale(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    return loss(a, b)
+        yield Arm("NT-Xent", name, lambda a, b, s, loss=loss: loss(a, b), gather, learnable=False)
 
 
 def _metric_learning(rank: int, size: int) -> Iterator[Arm]:
@@ -103,32 +90,35 @@ def _metric_learning(rank: int, size: int) -> Iterator[Arm]:
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
     labels = torch.arange(_PER_PROCESS).repeat(2) + rank * _PER_PROCESS
-
-    def call(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-        return loss(torch.cat([a, b]), labels)
-
     for efficient in (False, True):
         loss = DistributedLossWrapper(NTXentLoss(_TEMPERATURE), efficient=efficient)
         name = f"pytorch-metric-learning, `efficient={efficient}`"
-        yield Arm("NT-Xent", name, partial(call, loss), learnable=False)
+        yield Arm(
+            "NT-Xent", name, lambda a, b, s, loss=loss: loss(torch.cat([a, b]), labels),
+            learnable=False,
+        )  # fmt: skip
 
 
 def _open_clip(rank: int, size: int) -> Iterator[Arm]:
     from open_clip.loss import ClipLoss, SigLipLoss
 
     where = {"rank": rank, "world_size": size}
-    for local, with_grad in ((False, False), (False, True), (True, False), (True, True)):
+    for local, with_grad in product((False, True), repeat=2):
         default = "" if local or with_grad else " (the default)"
         name = f"open_clip, `local_loss={local}, gather_with_grad={with_grad}`{default}"
         yield Arm("CLIP", name, ClipLoss(local_loss=local, gather_with_grad=with_grad, **where))
     for exchange in ("bidir", "shift", "reduce", "gather"):
         default = " (the default)" if exchange == "bidir" else ""
-        loss = partial(_with_bias, SigLipLoss(dist_impl=exchange, **where))
-        yield Arm("SigLIP", f"open_clip, `dist_impl={exchange!r}`{default}", loss)
+        name = f"open_clip, `dist_impl={exchange!r}`{default}"
+        loss = SigLipLoss(dist_impl=exchange, **where)
+        yield Arm("SigLIP", name, lambda a, b, s, loss=loss: loss(a, b, s, _BIAS))
 
 
-def _with_bias(loss: Callable[..., Tensor], a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    return loss(a, b, s, _BIAS)
+def arms(rank: int, size: int) -> Iterator[Arm]:
+    """Ours and those of the installed peers."""
+    for library in (_ours, _lightly, _metric_learning, _open_clip):
+        with suppress(ImportError):
+            yield from library(rank, size)
 
 
 def truth(subject: str, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -148,12 +138,7 @@ def truth(subject: str, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, lis
 def _figures(arm: Arm, rank: int, counts: list[int]) -> dict[str, float | None]:
     """One step of DDP with ``counts`` rows on each process, beside the true gradient.
 
-    Returns:
-        Of the gradient of all parameters after DDP's mean: ``scale``, its projection on the true
-        gradient as a multiple of that; ``cosine`` of the angle between them; ``error``, the length
-        of their difference, relative to the true one. ``temperature``, the gradient of the inverse
-        temperature as a multiple of the true one, None if the loss has none; ``value``, the mean
-        loss over processes as a multiple of the true one.
+    What the figures are is said in pages/ddp.md; "temperature" is None if the loss learns none.
     """
     torch.manual_seed(0)
     model = Model().double()
@@ -183,11 +168,6 @@ def _figures(arm: Arm, rank: int, counts: list[int]) -> dict[str, float | None]:
     }
 
 
-def unequal_counts(size: int) -> list[int]:
-    """Batches of 5, 8, 11, ... rows."""
-    return [5 + 3 * rank for rank in range(size)]
-
-
 def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
     """All arms in this number of processes."""
     return {"arms": world(_process, case.processes, case.processes)[0]}
@@ -195,59 +175,34 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
 
 def _process(rank: int, size: int) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")
-    results = []
-    for arm in arms(rank, size):
-        batches = {arm.name: [_PER_PROCESS] * size}
-        if arm.unequal:
-            batches[f"{arm.name}, batches of different sizes"] = unequal_counts(size)
-        for name, counts in batches.items():
-            about = {"subject": arm.subject, "name": name, "whole": arm.whole}
-            results.append(about | _figures(arm, rank, counts))
-    return results
+    batches = {"": [_PER_PROCESS] * size}
+    batches[", batches of different sizes"] = [5 + 3 * rank for rank in range(size)]
+    return [
+        {"subject": arm.subject, "name": f"{arm.name}{suffix}", "whole": arm.whole}
+        | _figures(arm, rank, counts)
+        for arm in arms(rank, size)
+        for suffix, counts in batches.items()
+        if arm.unequal or not suffix
+    ]
 
 
 def markdown(results: Results) -> str:
     """The page; the documentation includes the summary."""
-    found = [(c["case"]["processes"], arm) for c in results["cases"] for arm in c["arms"]]
-    largest = max((size for size, _ in found), default=0)
-    of_all = [
-        (arm["subject"], arm["name"], _verdict(arm))
-        for size, arm in found
-        if size == largest and arm["whole"]
+    found = [
+        {
+            **arm,
+            "processes": c["case"]["processes"],
+            "exact": arm["error"] <= _EXACT and _off(arm["temperature"]) <= _EXACT,
+            "same_direction": arm["cosine"] > 1 - _EXACT,
+        }
+        for c in results["cases"]
+        for arm in c["arms"]
     ]
-    header = ["formula", "loss and options", f"gradient after DDP's mean, {largest} processes"]
-    summary = table(header, sorted(of_all, key=lambda row: row[0]))
-    header = ["loss and options", "processes", "scale", "cosine", "error", "d τ", "loss", ""]
-    order = list(dict.fromkeys(arm["name"] for _, arm in found))
-    found.sort(key=lambda pair: order.index(pair[1]["name"]))
-    tables = [
-        f"## {subject}\n\n"
-        + table(header, [_row(size, arm) for size, arm in found if arm["subject"] == subject])
-        for subject in _OURS
-    ]
-    parts = {"summary": summary, "tables": "\n\n".join(tables)}
-    return report.page("ddp", about=report.about(results), **parts)
+    order = list(dict.fromkeys(arm["name"] for arm in found))
+    found.sort(key=lambda arm: order.index(arm["name"]))
+    largest = max((arm["processes"] for arm in found), default=0)
+    return report.page("ddp", **results, found=found, largest=largest, subjects=_OURS)
 
 
-def _verdict(m: Results) -> str:
-    if _is_exact(m):
-        return "exact"
-    if m["cosine"] > 1 - _EXACT:
-        return f"{m['scale']:.3g} times the true one"
-    return (
-        f"another direction (cosine {m['cosine']:.3f}), {m['scale']:.3g} times as long along the "
-        "true one"
-    )
-
-
-def _is_exact(m: Results) -> bool:
-    temperature = m["temperature"]
-    right = temperature is None or abs(temperature - 1) <= _EXACT
-    return bool(m["error"] <= _EXACT and right)
-
-
-def _row(size: int, m: Results) -> list[object]:
-    temperature = "" if m["temperature"] is None else f"{m['temperature']:.4f}"
-    figures = [f"{m['scale']:.4f}", f"{m['cosine']:.4f}", f"{m['error']:.1e}", temperature]
-    verdict = "exact" if _is_exact(m) else "**not exact**"
-    return [m["name"], size, *figures, f"{m['value']:.4f}", verdict]
+def _off(temperature: float | None) -> float:
+    return 0.0 if temperature is None else abs(temperature - 1)

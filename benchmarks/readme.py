@@ -3,38 +3,22 @@
 import re
 
 from benchmarks.harness.machine import REPOSITORY, RESULTS
+from benchmarks.harness.report import page
 
-
-def _section(report: str, title: str) -> str:
-    """The text below a heading, up to the next one."""
-    return re.split(r"^## ", report.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0].strip()
+_PLACE = re.compile(r"(?<=<!-- numbers start -->\n).*?(?=\n<!-- numbers end -->)", re.DOTALL)
 
 
 def numbers() -> str:
     """What README.md shows, from the pages of the results."""
-    loss = (RESULTS / "loss_cpu.md").read_text()
-    views = (RESULTS / "augment_cpu.md").read_text()
-    described = [line[2:] for line in loss.splitlines() if line.startswith("- ")][1]
-    return f"""\
-On a CPU ({described}), beside the targets set before anything was measured.
-All sizes, spreads and the cases where others are faster are in
-`benchmarks/results/loss_cpu.md` and `benchmarks/results/augment_cpu.md`.
-
-**Losses** (`python -m benchmarks losses`)
-
-{_section(loss, "Targets")}
-
-**Views** (`python -m benchmarks views`), times as long as `SimCLRAugment`
-
-{_section(views, "Targets")}"""
+    losses, views = ((RESULTS / f"{name}_cpu.md").read_text() for name in ("loss", "augment"))
+    described = re.findall(r"^- (.*)", losses, re.MULTILINE)[1]
+    targets = [x.split("\n## Targets\n")[1].split("\n## ")[0].strip() for x in (losses, views)]
+    return page("readme", described=described, losses=targets[0], views=targets[1]).strip()
 
 
 def main() -> None:
     path = REPOSITORY / "README.md"
-    text = path.read_text()
-    start, end = "<!-- numbers start -->", "<!-- numbers end -->"
-    head, _, rest = text.partition(start)
-    _, _, tail = rest.partition(end)
-    if not tail:
-        raise SystemExit(f"README.md has no {start} … {end}")
-    path.write_text(f"{head}{start}\n{numbers()}\n{end}{tail}")
+    text, found = _PLACE.subn(lambda _: numbers(), path.read_text())
+    if not found:
+        raise SystemExit("README.md has no <!-- numbers start --> … <!-- numbers end -->")
+    path.write_text(text)

@@ -17,16 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread, time_interleaved
-from benchmarks.harness.memory import peak_of
-from benchmarks.harness.processes import fresh, world
-from benchmarks.harness.report import NONE, Results, interval, table, times
+from benchmarks.harness.processes import fresh, peak_of, world
+from benchmarks.harness.report import Results, table
 from benchmarks.harness.store import Store
 from benchmarks.losses.arms import embeddings
 from benchmarks.losses.oracle import Disagreement
 from contrastive_kit import GradCache, NTXent, ProjectionHead
 from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
-
-_PLAIN = "plain"
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "NT-Xent": nt_xent,
@@ -40,8 +37,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Case(NamedTuple):
-    """One figure."""
-
     figure: str  # "parity", "step" (of each arm) or "loss"
     n: int  # images, each of which has two views
     loss: str = ""  # of LOSSES
@@ -49,9 +44,7 @@ class Case(NamedTuple):
     rounds: int = 0  # of timing; memory is measured in any case
 
 
-def cases(kind: str, quick: bool) -> list[Case]:
-    """What is measured; right before fast."""
-    return list(plan.read(Case, "steps", kind, quick))
+cases = partial(plan.read, Case, "steps")
 
 
 def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
@@ -68,9 +61,9 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
     timed = fresh(_step_times, case) if case.rounds else {}
     arms = []
     for chunk in (None, *case.chunks):
-        memory = fresh(_step_memory, case.n, chunk)
-        arms.append({"arm": _label(chunk), "extra_mib": memory["extra_mib"], "seconds": None})
-        arms[-1] |= timed.get(_label(chunk), {})
+        extra_mib = fresh(_step_memory, case.n, chunk)
+        arm = {"arm": _label(chunk), "extra_mib": extra_mib, "seconds": None}
+        arms.append(arm | timed.get(_label(chunk), {}))
     for chunk in (None, case.chunks[-1]):
         name = "gathered over 2 processes" + ("" if chunk is None else f", {_label(chunk)}")
         first, second = world(_gathered, 2, case.n, chunk, case.rounds)
@@ -80,7 +73,7 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
 
 
 def _label(chunk_size: int | None) -> str:
-    return _PLAIN if chunk_size is None else f"GradCache, chunk_size={chunk_size}"
+    return "plain" if chunk_size is None else f"GradCache, chunk_size={chunk_size}"
 
 
 def _classes(z: Tensor) -> Tensor:
@@ -88,14 +81,11 @@ def _classes(z: Tensor) -> Tensor:
 
 
 def _encoder() -> nn.Module:
+    from torchvision.ops import Conv2dNormActivation
+
     torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for channels, out, stride in [(3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)]:
-        layers += [
-            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(out),
-            nn.ReLU(inplace=True),
-        ]
+    sizes = [(3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)]
+    layers = [Conv2dNormActivation(channels, out, 3, stride) for channels, out, stride in sizes]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), ProjectionHead(256))
 
 
@@ -121,15 +111,15 @@ def _step(
 
 def _peak(
     encoder: nn.Module, views: list[Tensor], chunk_size: int | None, gather: bool = False
-) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Of the first step; a step of a few images pays for libraries before it."""
+) -> tuple[float, Callable[[], None]]:
+    """Extra memory of the first step; a step of a few images pays for libraries before it."""
     _step(encoder, [view[:4] for view in views], chunk_size and 2, gather)()
     encoder.zero_grad()
     step = _step(encoder, views, chunk_size, gather)
-    return peak_of(step), step
+    return peak_of(step)["extra_mib"], step
 
 
-def _step_memory(n: int, chunk_size: int | None) -> dict[str, Any]:
+def _step_memory(n: int, chunk_size: int | None) -> float:
     return _peak(_encoder(), _views(n), chunk_size)[0]
 
 
@@ -149,8 +139,9 @@ def _step_times(case: Case) -> dict[str, Any]:
     views = _views(case.n)
     arms = {_label(chunk): _step(_encoder(), views, chunk) for chunk in (None, *case.chunks)}
     samples = time_interleaved(arms, budget_s=0, min_rounds=case.rounds, max_rounds=case.rounds)
+    plain = samples[_label(None)]
     return {
-        name: {"seconds": spread(values), "ratio": spread(ratios(values, samples[_PLAIN]))}
+        name: {"seconds": spread(values), "ratio": spread(ratios(values, plain))}
         for name, values in samples.items()
     }
 
@@ -158,7 +149,7 @@ def _step_times(case: Case) -> dict[str, Any]:
 def _gathered(rank: int, n: int, chunk_size: int | None, rounds: int) -> dict[str, Any]:
     """One of two processes with half the batch each: peak of the first step, then times."""
     encoder = DistributedDataParallel(_encoder())
-    peak, step = _peak(encoder, _views(n // 2, rank), chunk_size, gather=True)
+    extra_mib, step = _peak(encoder, _views(n // 2, rank), chunk_size, gather=True)
     seconds = []
     for _ in range(rounds):
         dist.barrier()
@@ -166,7 +157,7 @@ def _gathered(rank: int, n: int, chunk_size: int | None, rounds: int) -> dict[st
         step()
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-    return {"extra_mib": peak["extra_mib"], "seconds": spread(seconds) if rounds else None}
+    return {"extra_mib": extra_mib, "seconds": spread(seconds) if rounds else None}
 
 
 def _parity(n: int, chunk_size: int) -> float:
@@ -184,41 +175,11 @@ def _parity(n: int, chunk_size: int) -> float:
 
 def markdown(results: Results) -> str:
     """The page; the documentation includes the parts between the comments."""
-    of: dict[str, list[Results]] = {"parity": [], "step": [], "loss": []}
-    for c in results["cases"]:
-        of[c["case"]["figure"]].append(c)
-    parity = f"{of['parity'][0]['parity']:.1e}" if of["parity"] else NONE
-    steps, losses = _steps(of["step"], _busy(results)), _losses(of["loss"])
-    about = report.about(results)
-    return report.page("steps", about=about, parity=parity, steps=steps, losses=losses)
-
-
-def _busy(results: Results) -> str:
-    """Why times are left out, or nothing: others at work make them those of the scheduler."""
-    before, after = results["machine"]["load_average"], results["load_average_after"]
-    cores = results["machine"]["cores"]
-    if max(before, after or 0) <= cores:
-        return ""
-    return (
-        f"**The machine was busy (load {before} before, {after} after, on {cores} cores): times "
-        "are left out, memory does not depend on it.**\n\n"
-    )
-
-
-def _steps(cases: list[Results], busy: str) -> str:
-    rows = [
-        (
-            c["case"]["n"],
-            arm["arm"],
-            f"{arm['extra_mib']:.0f}",
-            interval(arm["seconds"]) if arm["seconds"] and not busy else NONE,
-            times(arm["ratio"]) if "ratio" in arm and not busy else NONE,
-        )
-        for c in cases
-        for arm in c["arms"]
-    ]
-    header = ["N", "step", "memory, MiB per process", "seconds", "time over plain"]
-    return busy + table(header, rows)
+    # Others at work make times those of the scheduler.
+    loads = results["machine"]["load_average"], results["load_average_after"] or 0
+    losses = _losses([c for c in results["cases"] if c["case"]["figure"] == "loss"])
+    busy = max(loads) > results["machine"]["cores"]
+    return report.page("steps", **results, busy=busy, losses=losses)
 
 
 def _losses(cases: list[Results]) -> str:

@@ -5,11 +5,10 @@ images. They do not do the same work: the report says what each leaves out.
 """
 
 import os
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from benchmarks import targets
 from benchmarks.harness import plan, report
 from benchmarks.harness.device import Device
 from benchmarks.harness.measure import ratios, spread
-from benchmarks.harness.report import DRY, NONE, Results, percent, table
+from benchmarks.harness.report import NONE, Results, percent, table
 from benchmarks.harness.store import Store, Trial
 from benchmarks.losses.oracle import Disagreement
 from contrastive_kit import SimCLRAugment
@@ -49,10 +48,7 @@ class Case(NamedTuple):
         return self.size // 10 // 2 * 2 + 1 if self.size >= 64 else 0
 
 
-def cases(kind: str, quick: bool) -> list[Case]:
-    """What is measured."""
-    found: list[Case] = list(plan.read(Case, "views", kind, quick))
-    return sorted(found, key=lambda case: (case.threads or 0, case.allocator))
+cases = partial(plan.read, Case, "views")
 
 
 class Prepared(NamedTuple):
@@ -77,12 +73,10 @@ class Inputs(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """One implementation: what it does, how it is built, and on which devices it runs."""
-
     note: str
-    build: Callable[..., Prepared]
-    options: Mapping[str, Any] = {}
+    build: Callable[[Inputs], Prepared]  # raises ImportError where it is not installed
     kinds: tuple[str, ...] = ("cpu",)
+    compiled: bool = False  # whether its first call at a size compiles for that size
 
 
 def _ours(of: Inputs, *, floats: bool = False, **options: Any) -> Prepared:
@@ -110,20 +104,21 @@ def _kornia(of: Inputs, *, floats: bool = False, compiled: bool = False, **crop:
     import kornia.augmentation as K
 
     case, k = of.case, of.case.kernel
-    blur = [K.RandomGaussianBlur((k, k), (0.1, 2.0), p=0.5)] if k else []
     pipeline = K.AugmentationSequential(
         K.RandomResizedCrop((case.size,) * 2, scale=(0.08, 1.0), **crop),
         K.RandomHorizontalFlip(),
         K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
         K.RandomGrayscale(p=0.2),
-        *blur,
+        *([K.RandomGaussianBlur((k, k), (0.1, 2.0), p=0.5)] if k else []),
         data_keys=["input"],
     )
     transform = torch.compile(pipeline) if compiled else pipeline
-    if floats:
-        images = of.images.float() / 255
-        return Prepared(lambda: [transform(images) for _ in range(2)], case.batch)
-    return Prepared(lambda: [transform(of.images.float() / 255) for _ in range(2)], case.batch)
+    given = of.images.float() / 255 if floats else of.images
+
+    def call() -> list[Tensor]:
+        return [transform(given if floats else given.float() / 255) for _ in range(2)]
+
+    return Prepared(call, case.batch)
 
 
 def _one_by_one(transform: Callable[[Any], Tensor], items: Any) -> Prepared:
@@ -136,14 +131,13 @@ def _torchvision(of: Inputs, *, pil: bool) -> Prepared:
     from torchvision.transforms import v2
 
     k = of.case.kernel
-    blur = [v2.RandomApply([v2.GaussianBlur(k, (0.1, 2.0))], 0.5)] if k else []
     transform = v2.Compose(
         [
             v2.RandomResizedCrop((of.case.size,) * 2, scale=(0.08, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
             v2.RandomGrayscale(0.2),
-            *blur,
+            *([v2.RandomApply([v2.GaussianBlur(k, (0.1, 2.0))], 0.5)] if k else []),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
         ]
@@ -152,9 +146,9 @@ def _torchvision(of: Inputs, *, pil: bool) -> Prepared:
 
 
 def _pil(images: Tensor) -> list[Any]:
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
-    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    return [to_pil_image(image) for image in images]
 
 
 def _lightly(of: Inputs) -> Prepared:
@@ -182,16 +176,14 @@ def _albumentations(of: Inputs) -> Prepared:
     import cv2
 
     cv2.setNumThreads(torch.get_num_threads())
-    k = of.case.kernel
-    jitter = {"brightness": (0.2, 1.8), "contrast": (0.2, 1.8), "saturation": (0.2, 1.8)}
-    blur = [A.GaussianBlur((k, k), (0.1, 2.0), p=0.5)] if k else []
+    k, by = of.case.kernel, (0.2, 1.8)
     pipeline = A.Compose(
         [
             A.RandomResizedCrop((of.case.size,) * 2, scale=(0.08, 1.0)),
             A.HorizontalFlip(p=0.5),
-            A.ColorJitter(**jitter, hue=(-0.2, 0.2), p=0.8),
+            A.ColorJitter(brightness=by, contrast=by, saturation=by, hue=(-0.2, 0.2), p=0.8),
             A.ToGray(p=0.2),
-            *blur,
+            *([A.GaussianBlur((k, k), (0.1, 2.0), p=0.5)] if k else []),
         ]
     )
 
@@ -206,40 +198,44 @@ _BOTH, _GPU = ("cpu", "cuda"), ("cuda",)
 _BY_IMAGE = "image by image, 8-bit rounding after each operation"
 
 ARMS = {
-    OURS: Arm("antialiased, per-sample order, exact", _ours, {}, _BOTH),
+    OURS: Arm("antialiased, per-sample order, exact", _ours, _BOTH),
     "SimCLRAugment, float32": Arm(
         "the same from floats: the antialias reads every pixel of the crop",
-        _ours, {"floats": True}, _BOTH,
+        partial(_ours, floats=True), _BOTH,
     ),
     "SimCLRAugment, torch": Arm(
-        "the same as the first with batched torch operations", _ours, {"backend": "torch"}, _GPU
+        "the same as the first with batched torch operations", partial(_ours, backend="torch"), _GPU
     ),
     "SimCLRAugment, float16 views": Arm(
-        "the same as the first, views in float16", _ours, {"dtype": torch.float16}, _GPU
+        "the same as the first, views in float16", partial(_ours, dtype=torch.float16), _GPU
     ),
     "SimCLRAugment, CUDA graph of one drawn table": Arm(
-        "the same as the first without drawing and sending the parameters", _graph, {}, _GPU
+        "the same as the first without drawing and sending the parameters", _graph, _GPU
     ),
-    KORNIA: Arm("no antialias, one order of the color operations a batch", _kornia, {}, _BOTH),
+    KORNIA: Arm("no antialias, one order of the color operations a batch", _kornia, _BOTH),
     "Kornia, float32": Arm(
-        "the same, conversion to floats not counted", _kornia, {"floats": True}, _BOTH
+        "the same, conversion to floats not counted", partial(_kornia, floats=True), _BOTH
     ),
     "Kornia compiled, uint8": Arm(
-        "the same under torch.compile, warm", _kornia, {"compiled": True}
+        "the same under torch.compile, warm", partial(_kornia, compiled=True), compiled=True
     ),
     RESAMPLED: Arm(
         'as the first of Kornia with `cropping_mode="resample"`: the default crops image by image',
-        _kornia, {"cropping_mode": "resample"}, _GPU,
+        partial(_kornia, cropping_mode="resample"), _GPU,
     ),
-    "torchvision v2, uint8 tensor": Arm(_BY_IMAGE, _torchvision, {"pil": False}),
-    "torchvision v2, PIL": Arm(_BY_IMAGE, _torchvision, {"pil": True}),
+    "torchvision v2, uint8 tensor": Arm(_BY_IMAGE, partial(_torchvision, pil=False)),
+    "torchvision v2, PIL": Arm(_BY_IMAGE, partial(_torchvision, pil=True)),
     "lightly, PIL": Arm("image by image, blur approximated by boxes", _lightly),
     "albumentations, numpy": Arm("image by image, no antialias, 8-bit tables", _albumentations),
 }  # fmt: skip
 
 
+def arms_of(case: Case, kind: str) -> list[str]:
+    """Names of those that take part in a case on a kind of device."""
+    return [n for n, a in ARMS.items() if kind in a.kinds and (case.compiled or not a.compiled)]
+
+
 def inputs(case: Case, device: Device) -> Inputs:
-    """The images of a case."""
     torch.manual_seed(0)
     shape = (case.batch, 3, case.source, case.source)
     noise = torch.randint(0, 256, shape, dtype=torch.uint8, device=device.device)
@@ -248,28 +244,24 @@ def inputs(case: Case, device: Device) -> Inputs:
 
 
 def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
-    """Check every arm, then time those that make plausible views, interleaved.
-
-    Raises:
-        DeviceBroken: if an arm left the device unusable.
-    """
+    """Check every arm, then time those that make plausible views, interleaved."""
     of = inputs(case, device)
     exact = SimCLRAugment(case.size, backend="torch", dtype=torch.float64)
     drawn = exact.draw(of.images)
     expected = exact(of.images, params=drawn, concat=True)
-    result: dict[str, Any] = {"memory": {}, "launches": {}, "backend": _backend(of)}
+    name, refusals = SimCLRAugment(case.size).which_backend(of.images)
     trial = Trial(case, store, device)
+    trial.result["backend"] = {"name": name, "refusal": refusals.get("triton", "")}
 
     def prepare(name: str) -> Prepared:
-        arm = ARMS[name].build(of, **ARMS[name].options)
+        arm = ARMS[name].build(of)
         check(arm, drawn, expected)
-        trial.observe(name, arm.call, result)
+        trial.observe(name, arm.call)
         return arm
 
     arms = {
         name: prepared
-        for name, arm in ARMS.items()
-        if device.kind in arm.kinds and (case.compiled or not arm.options.get("compiled"))
+        for name in arms_of(case, device.kind)
         if (prepared := trial.run(name, partial(prepare, name))) is not None
     }
     calls = {name: arm.call for name, arm in arms.items()}
@@ -281,26 +273,11 @@ def measure(case: Case, store: Store, device: Device) -> dict[str, Any]:
     if COPY in samples:
         # Each image read once, each of its two views written once.
         n_bytes = 3 * case.source**2 / 2 + 3 * case.size**2 * 4
-        result["roofline_s"] = [n_bytes * s / copied_bytes for s in samples.pop(COPY)]
-    result["seconds_per_view"] = {
+        trial.result["roofline_s"] = [n_bytes * s / copied_bytes for s in samples.pop(COPY)]
+    trial.result["seconds_per_view"] = {
         name: [s / (2 * arms[name].images) for s in values] for name, values in samples.items()
     }
-    if OURS in trial.absent:
-        result["failed"] = trial.absent[OURS]
-    return result | {"absent": trial.absent}
-
-
-def _backend(of: Inputs) -> dict[str, str]:
-    """What "auto" takes here, and why not Triton."""
-    refusal = ""
-    for name in ("cpu", "triton", "torch"):
-        try:
-            SimCLRAugment(of.case.size, backend=name)(of.images[:1])
-        except ValueError as reason:
-            refusal = str(reason)
-        else:
-            return {"name": name, "refusal": refusal if name == "torch" else ""}
-    raise RuntimeError(f"no backend runs: {refusal}")
+    return trial.outcome(OURS)
 
 
 def check(arm: Prepared, drawn: Tensor, expected: Tensor) -> None:
@@ -324,42 +301,34 @@ def check(arm: Prepared, drawn: Tensor, expected: Tensor) -> None:
 
 
 def markdown(results: Results) -> str:
-    """The report, all of it computed from the samples."""
     cases, dry, on_gpu = results["cases"], results["dry"], report.on_gpu(results)
-    samples = {_title(c): c["seconds_per_view"] for c in cases}
     sizes = {"": [_title(c) for c in cases]}
-    kind = "cuda" if on_gpu else "cpu"
     parts = {
-        "about": report.about(results),
+        **results,
         "launches": report.by_arm(cases, "launches", report.counts, sizes, dry),
         "memory": report.by_arm(cases, "memory", report.mib, sizes, dry),
-        "slower": report.listed([DRY] if dry else _slower(cases), "Nowhere in these measurements."),
+        "slower": list(_slower(cases)),
         "not_measured": report.not_measured(
             cases, lambda _: "", lambda of: ", ".join(dict.fromkeys(map(_title, of)))
         ),
-        "notes": report.listed((f"{n}: {a.note}" for n, a in ARMS.items() if kind in a.kinds), ""),
+        "arms": ARMS,
+        "times": _times,
+        "kind": "cuda" if on_gpu else "cpu",
     }
     if on_gpu:
-        rows = targets.views_on_gpu(samples, OURS, (KORNIA, RESAMPLED))
-        header = ["", "backend", "why not triton", "of the roofline"]
-        parts["backends"] = table(header, map(_backend_row, cases), dry)
-        parts["targets"] = targets.targets(rows, dry)
-        parts["times"] = _times(cases, dry)
-        return report.page("views_gpu", **parts)
+        samples = {_title(c): c["seconds_per_view"] for c in cases}
+        parts["targets"] = list(targets.views_on_gpu(samples, OURS, (KORNIA, RESAMPLED)))
+        return report.page("views_gpu", **parts, title=_title, roofline=_roofline)
     groups = defaultdict(list)
     for c in cases:
         groups[c["case"]["threads"], c["case"]["allocator"]].append(c)
-    parts["times"] = "\n\n".join(
-        f"## {threads} thread{'s' * (threads > 1)}, {allocator} allocator\n\n{_times(group, dry)}"
-        for (threads, allocator), group in groups.items()
-    )
     of_one_thread = {
         allocator: {_title(c): c["seconds_per_view"] for c in group}
         for (threads, allocator), group in groups.items()
         if threads == 1
     }
     parts["targets"] = targets.views_on_cpu(of_one_thread, OURS)
-    return report.page("views_cpu", **parts)
+    return report.page("views_cpu", **parts, groups=groups)
 
 
 def _title(c: Results) -> str:
@@ -367,10 +336,9 @@ def _title(c: Results) -> str:
     return size if c["case"]["threads"] else f"{size}, {c['case']['batch']} images"
 
 
-def _backend_row(c: Results) -> list[str]:
+def _roofline(c: Results) -> str:
     ours, roofline = c["seconds_per_view"].get(OURS), c.get("roofline_s")
-    share = percent(spread(ratios(roofline, ours))) if ours and roofline else NONE
-    return [_title(c), c["backend"]["name"], c["backend"]["refusal"] or NONE, share]
+    return percent(spread(ratios(roofline, ours))) if ours and roofline else NONE
 
 
 def _times(cases: list[Results], dry: bool) -> str:
@@ -386,11 +354,11 @@ def _cell(c: Results, name: str) -> str:
         return ""
     on_cpu = c["case"]["threads"]
     figures = [1e6 * s if on_cpu else 1 / s for s in samples[name]]
-    q1, median, q3 = (f"{q:.0f}" if on_cpu else f"{q:,.0f}" for q in quantiles(figures, n=4))
-    text = f"{median} ({q1}–{q3})"
+    q1, q2, q3 = (f"{q:.0f}" if on_cpu else f"{q:,.0f}" for q in quantiles(figures, n=4))
+    text = f"{q2} ({q1}–{q3})"
     if name == OURS or OURS not in samples:
         return text
-    return f"{text} [{statistics.median(ratios(samples[name], samples[OURS])):.2f}]"
+    return f"{text} [{median(ratios(samples[name], samples[OURS])):.2f}]"
 
 
 def _slower(cases: list[Results]) -> Iterator[str]:
@@ -399,6 +367,6 @@ def _slower(cases: list[Results]) -> Iterator[str]:
         where = f", {threads} thread(s), {c['case']['allocator']} allocator" if threads else ""
         for name in samples:
             if not name.startswith("SimCLR") and OURS in samples:
-                ratio = statistics.median(ratios(samples[name], samples[OURS]))
+                ratio = median(ratios(samples[name], samples[OURS]))
                 if ratio < 1:
                     yield f"{_title(c)}{where}: {name} takes {ratio:.2f} of the time"

@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import combinations
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import combinations, product
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from benchmarks.harness.plan import read_toml
 
 Settings = Mapping[str, Any]
 Label = tuple[str, ...]
@@ -37,7 +36,6 @@ class Run(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def arguments(self) -> list[str]:
-        """The command line."""
         texts = []
         for name, value in self.settings.items():
             flag = f"--{name.replace('_', '-')}"
@@ -100,140 +98,80 @@ class Scale:
         return Run({**self.base, **changes, "seed": seed})
 
 
-_DATA = tomllib.loads(Path(__file__).with_name("plan.toml").read_text(encoding="utf-8"))
+_DATA = read_toml(Path(__file__).with_name("plan.toml"))
 SCALES = {name: Scale(name, **values) for name, values in _DATA["scales"].items()}
 NAMES = tuple(_DATA["sections"])
 
 
 def sections(scale: Scale) -> list[Section]:
     """Every section at a scale, in the order of the report."""
-    made = {
-        "baselines": ([Cell(("SimCLR",), {"baselines": True})], []),
-        "augment": _augment(),
-        "head": _head(),
-        "batch": _batch(scale),
-        "temperature": _temperature(scale),
-        "encoder": _encoder(scale),
+    found = []
+    for name, values in _DATA["sections"].items():
+        section = Section(name, tuple(_cells(name, scale)), **{**values, "claims": ()})
+        claims = tuple(_claim(section, scale, **data) for data in values.get("claims", ()))
+        found.append(replace(section, claims=claims))
+    return found
+
+
+def _cells(section: str, scale: Scale) -> list[Cell]:
+    if section == "augment":
+        pairs = [*((name, name) for name in TRANSFORMS), *combinations(TRANSFORMS, 2)]
+        return [
+            Cell((TRANSFORMS[a], TRANSFORMS[b]), {"augment": list(dict.fromkeys((a, b)))})
+            for a, b in pairs
+        ]
+    axes: dict[str, list[dict[str, Settings]]] = {
+        "baselines": [{"SimCLR": {"baselines": True}}],
+        "head": [{name: {"head_layers": n, "eval_z": True} for n, name in HEADS.items()}],
+        "batch": [
+            {f"batch {batch}": {"batch_size": batch} for batch in scale.batches},
+            {length(epochs): {"epochs": epochs} for epochs in scale.epochs},
+        ],
+        "temperature": [{f"τ = {t:g}": {"temperature": t} for t in scale.temperatures}],
+        "encoder": [
+            _DATA["encoders"][scale.encoders]["changes"],
+            {"SimCLR": {}, "supervised": {"supervised": True}},
+        ],
     }
-    return [
-        Section(name, tuple(made[name][0]), tuple(made[name][1]), **values)
-        for name, values in _DATA["sections"].items()
-    ]
-
-
-Made = tuple[list[Cell], list[Claim]]
-
-
-def _difference(*pairs: tuple[Label, Label], share: float = 1.0) -> dict[Label, float]:
-    """The first of each pair less the second."""
-    weights: dict[Label, float] = {}
-    for better, worse in pairs:
-        weights |= {better: share, worse: -share}
-    return weights
-
-
-def _augment() -> Made:
-    singles = [Cell((name, name), {"augment": [key]}) for key, name in TRANSFORMS.items()]
-    pairs = [
-        Cell((TRANSFORMS[a], TRANSFORMS[b]), {"augment": [a, b]})
-        for a, b in combinations(TRANSFORMS, 2)
-    ]
-    best = ("crop", "colour", "h")
-    others = tuple((*c.label, "h") for c in pairs if c.label != best[:2])
-    alone = tuple((*c.label, "h") for c in singles)
-    better = _difference((best, ("crop", "crop", "h")))
-    return [*singles, *pairs], [
-        Claim("Crop and colour distortion is the best pair", {best: 1.0}, others),
-        Claim("No single transform is as good as crop and colour distortion", {best: 1.0}, alone),
-        Claim("Colour distortion added to crops helps", better),
-    ]
-
-
-def _head() -> Made:
-    cells = [Cell((name,), {"head_layers": n, "eval_z": True}) for n, name in HEADS.items()]
-    none, linear, nonlinear = ((name, "h") for name in HEADS.values())
-    than = "A non-linear head is better than"
-    h_than_z = "With a non-linear head h is better than z (there by more than 10 points)"
-    return cells, [
-        Claim(f"{than} a linear one (there by about 3 points)", _difference((nonlinear, linear))),
-        Claim(f"{than} none (there by more than 10 points)", _difference((nonlinear, none))),
-        Claim(h_than_z, _difference((nonlinear, ("non-linear", "z")))),
-    ]
-
-
-def _batch(scale: Scale) -> Made:
-    cells = [
-        Cell((f"batch {batch}", length(epochs)), {"batch_size": batch, "epochs": epochs})
-        for batch in scale.batches
-        for epochs in scale.epochs
-    ]
-    batches = [f"batch {b}" for b in scale.batches]
-    low, high = batches[0], batches[-1]
-    short, long = length(scale.epochs[0]), length(scale.epochs[-1])
-    longer = [((b, long, "h"), (b, short, "h")) for b in batches]
-    gain, kept = ((high, short, "h"), (low, short, "h")), ((low, long, "h"), (high, long, "h"))
-    return cells, [
-        Claim(
-            f"Longer training is better ({long} against {short}, mean over the batches)",
-            _difference(*longer, share=1 / len(batches)),
-        ),
-        Claim(
-            f"In short training a larger batch is better ({high} against {low}, {short})",
-            _difference(gain),
-        ),
-        Claim(
-            f"Longer training lessens the gain of the larger batch ({short} against {long})",
-            _difference(gain, kept),
-        ),
-    ]
+    cells = []
+    for choice in product(*(axis.items() for axis in axes[section])):
+        label, changes = zip(*choice, strict=True)
+        cells.append(Cell(label, reduce(or_, changes)))
+    return cells
 
 
 def length(epochs: int) -> str:
-    """So many epochs."""
     return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
-def _temperature(scale: Scale) -> Made:
-    cells = [Cell((f"τ = {t:g}",), {"temperature": t}) for t in scale.temperatures]
-    at = {t: (f"τ = {t:g}", "h") for t in scale.temperatures}
-    others = tuple(label for t, label in at.items() if t != 0.1)
-    than = "τ = 0.1 is better than"
-    return cells, [
-        Claim("τ = 0.1 is the best", {at[0.1]: 1.0}, others),
-        Claim(f"{than} τ = 1 (there by 6.4 points)", _difference((at[0.1], at[1.0]))),
-        Claim(f"{than} τ = 0.05 (there by 4.7 points)", _difference((at[0.1], at[0.05]))),
-    ]
+def _claim(
+    section: Section,
+    scale: Scale,
+    text: str,
+    better: list[str],
+    worse: Sequence[str] = (),
+    rivals: str = "",
+) -> Claim:
+    """A claim of plan.toml about the places of a section."""
+    encoders = _DATA["encoders"][scale.encoders]
+    words = {
+        "low": f"batch {scale.batches[0]}", "high": f"batch {scale.batches[-1]}",
+        "short": length(scale.epochs[0]), "long": length(scale.epochs[-1]),
+        "small": encoders["deeper"][0], "deep": encoders["deeper"][1],
+        "narrow": encoders["wider"][0], "wide": encoders["wider"][1],
+    }  # fmt: skip
+    labels = [(*cell.label, feature) for cell in section.cells for feature in section.features]
 
+    def matching(pattern: str) -> list[Label]:
+        wanted = re.compile(pattern.format(**words))
+        return [label for label in labels if wanted.fullmatch(" / ".join(label))]
 
-def _encoder(scale: Scale) -> Made:
-    data = _DATA["encoders"][scale.encoders]
-    cells = [
-        Cell((name, kind), {**changes, **extra})
-        for name, changes in data["changes"].items()
-        for kind, extra in (("SimCLR", {}), ("supervised", {"supervised": True}))
-    ]
-    (small, deep), (narrow, wide) = data["deeper"], data["wider"]
-    ours = {name: (name, "SimCLR", "h") for name in data["changes"]}
-    labels = {name: (name, "supervised", "h") for name in data["changes"]}
-    gaps = ((labels[small], ours[small]), (ours[deep], labels[deep]))
-    return cells, [
-        Claim(
-            f"A deeper encoder is better ({deep} against {small})",
-            _difference((ours[deep], ours[small])),
-        ),
-        Claim(
-            f"A wider encoder is better ({wide}, against {narrow})",
-            _difference((ours[wide], ours[narrow])),
-        ),
-        Claim(
-            "Training with labels is better (mean over the encoders)",
-            _difference(*((labels[n], ours[n]) for n in ours), share=1 / len(ours)),
-        ),
-        Claim(
-            f"The gap to labels is smaller for the deeper encoder ({deep} against {small})",
-            _difference(*gaps),
-        ),
-    ]
+    weights: dict[Label, float] = {}
+    for sign, patterns in ((1, better), (-1, worse)):
+        for found in map(matching, patterns):
+            weights |= {label: sign / len(found) for label in found}
+    others = tuple(label for label in matching(rivals) if label not in weights)
+    return Claim(text.format(**words), weights, others)
 
 
 def runs(scale: Scale, chosen: Iterable[Section], seeds: int | None = None) -> list[Run]:

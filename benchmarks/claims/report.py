@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import trainer
 from benchmarks.claims.plan import SCALES, Claim, Label, Section
-from benchmarks.harness.report import NONE, listed, page, table
+from benchmarks.harness.report import page
 
 Values = Mapping[Label, Sequence[float]]
 
@@ -54,35 +54,7 @@ def judge(claim: Claim, values: Values) -> dict[str, Any]:
     return {**result, "verdict": verdict, "difference": difference, "error": error}
 
 
-def sentence(judged: Mapping[str, Any]) -> str:
-    """A verdict in words."""
-    claim, verdict = judged["claim"], judged["verdict"]
-    if "missing" in judged:
-        missing, of = judged["missing"], judged["of"]
-        return f"{claim}: open, {missing} of the {of} accuracies that it needs are missing."
-    difference = f"{100 * judged['difference']:+.1f}"
-    if "rival" in judged:
-        *parts, feature = judged["rival"]
-        name = " + ".join(dict.fromkeys(parts)) + ("" if feature == "h" else f", {feature}")
-        difference += f" against {name}, the best of the others"
-    if verdict == "open":
-        return f"{claim}: open, {difference}, with one seed a place and so no spread."
-    words = {
-        "reproduced": "reproduced",
-        "contradicted": "**not reproduced: here it is the other way round**",
-        "undecided": "**not reproduced: no difference beyond the spread**",
-    }
-    error = f"error ± {100 * judged['error']:.1f}, {number(judged['seeds'])}"
-    return f"{claim}: {words[verdict]} ({difference}, {error})."
-
-
-def number(seeds: int) -> str:
-    """So many seeds."""
-    return "one seed" if seeds == 1 else f"{seeds} seeds"
-
-
 def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[str, float]]]) -> Any:
-    """Everything that the report says about a section."""
     values: dict[str, dict[Label, list[float]]] = {
         measure: {label: [s[measure] for s in found] for label, found in scores.items()}
         for measure in MEASURES
@@ -108,96 +80,12 @@ def summary(section: Section, seeds: int, scores: Mapping[Label, list[Mapping[st
 
 
 def markdown(found: Mapping[str, Any], picture: str) -> str:
-    """The whole report."""
     scale = SCALES[found["scale"]]
     option = "" if scale.name == "photos" else f" --scale {scale.name}"
-    parts = [part for section in found["sections"] for part in _section(section, picture)]
-    parts += [f"- failed: `{name}`: {why}" for name, why in found["failed"].items()]
-    fields = {
-        "command": f"python -m benchmarks claims{option}{' --root FOLDER' * scale.needs_root}",
-        "minutes": found["seconds"] / 60,
-        "failed": f"; failed: {len(found['failed'])}" if found["failed"] else "",
-        "trainer": trainer.TRAINER,
-        "versions": "; ".join(
-            ", ".join(f"{name} {value}" for name, value in about.items())
-            for about in found["about"]
-        )
-        or "no run is finished",
-        "commits": ", ".join(found["commits"]) or "unknown",
-        "overview": _overview(found["sections"]),
-        "sections": "\n\n".join(parts),
-    }
-    return page("claims", **{**found["machine"], **found, **fields})
-
-
-def _overview(sections: Sequence[Mapping[str, Any]]) -> str:
-    verdicts = [claim["verdict"] for section in sections for claim in section["claims"]]
-    words = {
-        "reproduced": "are reproduced",
-        "undecided": "show no difference beyond the spread",
-        "contradicted": "are contradicted",
-        "open": "are open",
-    }
-    counted = ", ".join(f"{verdicts.count(verdict)} {text}" for verdict, text in words.items())
-    return f"Of {len(verdicts)} claims of the paper, {counted}."
-
-
-def _section(section: Mapping[str, Any], picture: str) -> list[str]:
-    parts = [f"## {section['title']}", section["question"]]
-    if not section["places"]:
-        return [*parts, "**No run of this section is finished**: its claims are open."]
-    missing, seeds = section["missing"], number(section["seeds"])
-    if missing:
-        missing = f"**{missing} of {section['expected']} accuracies are missing.** "
-        parts.append(f"{missing}Planned: {seeds}.")
-    else:
-        parts.append(f"{seeds}.".capitalize())
-    if section["name"] == "augment":
-        parts.append(f"![heat map of the linear probe]({picture})")
-    if len(section["axes"]) == 2:
-        for measure, name in MEASURES.items():
-            parts.append(f"**{name}**\n\n" + _grid(section, measure))
-    else:
-        parts.append(_list(section))
-    if section["claims"]:
-        parts.append(listed(map(sentence, section["claims"]), ""))
-    return parts
-
-
-def _figure(values: Sequence[float] | None, seeds: int) -> str:
-    if not values:
-        return NONE
-    text = f"{100 * mean(values):.1f}"
-    if len(values) > 1:
-        text += f" ± {100 * stdev(values):.1f}"
-    return text if len(values) == seeds else f"{text} ({len(values)})"
-
-
-def _grid(section: Mapping[str, Any], measure: str) -> str:
-    places = {tuple(p["label"]): p[measure] for p in section["places"]}
-    rows = list(dict.fromkeys(label[0] for label in places))
-    columns = list(dict.fromkeys(label[1] for label in places))
-    body = [
-        [row, *(_figure(places.get((row, column, "h")), section["seeds"]) for column in columns)]
-        for row in rows
-    ]
-    return table(["", *columns], body)
-
-
-def _list(section: Mapping[str, Any]) -> str:
-    header = [section["axes"][0]]
-    features = list(dict.fromkeys(p["label"][-1] for p in section["places"]))
-    rows = []
-    for place in section["places"]:
-        *parts, feature = place["label"]
-        several = len(features) > 1
-        name = feature if several and feature not in ("h", "z") else " ".join(parts)
-        cells = [name, feature] if several and "z" in features else [name]
-        figures = [_figure(place[m], section["seeds"]) for m in MEASURES]
-        rows.append([*cells, *figures])
-    if "z" in features:
-        header.append("evaluated on")
-    return table([*header, *MEASURES.values()], rows)
+    command = f"python -m benchmarks claims{option}{' --root FOLDER' * scale.needs_root}"
+    parts = {"command": command, "trainer": trainer.TRAINER, "picture": picture}
+    of_numbers = {"measures": MEASURES, "mean": mean, "stdev": stdev}
+    return page("claims", **{**found, **parts, **of_numbers})
 
 
 def heat_map(section: Mapping[str, Any], title: str, path: Path) -> None:

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,7 @@ class Trainings:
             for name in ("checkpoint.pt", "encoder.pt"):
                 (folder / name).unlink(missing_ok=True)
         elif status and not self.stopping.is_set():
-            lines = (folder / "log.txt").read_text().splitlines()
-            return lines[-1] if lines else f"exit status {status}"
+            return [f"exit status {status}", *(folder / "log.txt").read_text().splitlines()][-1]
         return None
 
     def stop(self, *_: object) -> None:
@@ -82,14 +82,14 @@ class Trainings:
         self, wanted: Sequence[Run], out: Path, extra: Sequence[str], jobs: int
     ) -> dict[str, str]:
         """Train what is not finished; returns what failed, by run, and why."""
-        waiting = [run for run in wanted if not finished(out, run)]
-        done = len(wanted) - len(waiting)
+        done = sum(finished(out, run) for run in wanted)
         print(f"{done} of {len(wanted)} runs are finished", flush=True)
         failed: dict[str, str] = {}
         with ThreadPoolExecutor(jobs) as pool:
             futures = {
                 pool.submit(self.train, [*run.arguments(), *extra], out / run.key): run
-                for run in waiting
+                for run in wanted
+                if not finished(out, run)
             }
             try:
                 for future in as_completed(futures):
@@ -123,35 +123,30 @@ def read_scores(
 ) -> dict[Label, list[dict[str, float]]]:
     """The accuracies of each place of a table, over its finished seeds."""
     scores: dict[Label, list[dict[str, float]]] = {}
-    for cell in section.cells:
+    for cell, feature in product(section.cells, section.features):
         trained = "supervised" if cell.changes.get("supervised") else "SimCLR"
-        for feature in section.features:
-            key = {"h": trained, "z": f"{trained}, z"}.get(feature, feature)
-            for run in (scale.run(cell.changes, seed) for seed in range(seeds)):
-                if finished(out, run):
-                    row = json.loads((out / run.key / "results.json").read_text())[key]
-                    scores.setdefault((*cell.label, feature), []).append(row)
+        key = {"h": trained, "z": f"{trained}, z"}.get(feature, feature)
+        for run in (scale.run(cell.changes, seed) for seed in range(seeds)):
+            if finished(out, run):
+                row = json.loads((out / run.key / "results.json").read_text())[key]
+                scores.setdefault((*cell.label, feature), []).append(row)
     return scores
 
 
 def collect(scale: Scale, out: Path, seeds: int | None, failed: dict[str, str]) -> dict[str, Any]:
-    """Everything that the report says."""
     everything = sections(scale)
     planned = runs(scale, everything, seeds)
     done = [run for run in planned if finished(out, run)]
+    configs = [json.loads((out / run.key / "config.json").read_text())["about"] for run in done]
     about: list[dict[str, Any]] = []
-    commits: list[str] = []
-    for run in done:
-        of_run = json.loads((out / run.key / "config.json").read_text())["about"]
-        chosen = {name: of_run[name] for name in VERSIONS}
+    for chosen in ({name: of_run[name] for name in VERSIONS} for of_run in configs):
         about += [chosen] if chosen not in about else []
-        commits += [c] if (c := commit(of_run)) not in commits else []
     return {
         "scale": scale.name,
         "title": scale.title,
         "machine": machine.describe(),
         "about": about,
-        "commits": commits,
+        "commits": list(dict.fromkeys(map(commit, configs))),
         "base": shlex.join(Run(scale.base).arguments()),
         "planned": len(planned),
         "finished": len(done),
@@ -180,15 +175,14 @@ def write_report(found: dict[str, Any], folder: Path) -> Path:
 
 def write_pages(folder: Path) -> None:
     """The pages of all scales that have results."""
-    for scale in SCALES.values():
-        path = folder / f"{scale.file}.json"
+    for path in (folder / f"{scale.file}.json" for scale in SCALES.values()):
         if path.exists():
-            page = markdown(json.loads(path.read_text()), f"{scale.file}.png")
-            path.with_suffix(".md").write_text(page)
+            path.with_suffix(".md").write_text(
+                markdown(json.loads(path.read_text()), f"{path.stem}.png")
+            )
 
 
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type of an option."""
+def positive(kind: type) -> Callable[[str], Any]:
 
     def convert(text: str) -> Any:
         if not kind(text) > 0:
@@ -200,25 +194,24 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks claims",
+        "python -m benchmarks claims",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help="which to train [all]")
-    parser.add_argument("--scale", choices=SCALES, default="photos")
-    parser.add_argument("--root", type=Path, help="cifar scales: has train/ and test/")
-    parser.add_argument("--device", help="of the trainer [cuda if there is one]")
-    parser.add_argument("--quick", action="store_true", help="the baselines in one epoch, not kept")
-    parser.add_argument("--out", type=Path, help="kept runs [runs/reproduce/SCALE]")
-    parser.add_argument("--results", type=Path, help="for the report [benchmarks/results]")
-    parser.add_argument("--seeds", type=positive(int), help="in place of each section's own number")
-    parser.add_argument(
-        "--minutes", type=positive(float), help="stop training after that, to go on later"
-    )
-    parser.add_argument("--jobs", type=positive(int), default=1, help="runs at a time [1]")
-    parser.add_argument("--threads", type=positive(int), help="of each run [cores / jobs]")
-    parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--list", action="store_true", help="print the command lines of the runs")
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION", help="which to train [all]")
+    add("--scale", choices=SCALES, default="photos")
+    add("--root", type=Path, help="cifar scales: has train/ and test/")
+    add("--device", help="of the trainer [cuda if there is one]")
+    add("--quick", action="store_true", help="the baselines in one epoch, not kept")
+    add("--out", type=Path, help="kept runs [runs/reproduce/SCALE]")
+    add("--results", type=Path, default=machine.RESULTS, help="for the report [benchmarks/results]")
+    add("--seeds", type=positive(int), help="in place of each section's own number")
+    add("--minutes", type=positive(float), help="stop training after that, to go on later")
+    add("--jobs", type=positive(int), default=1, help="runs at a time [1]")
+    add("--threads", type=positive(int), help="of each run [cores / jobs]")
+    add("--report", action="store_true", help="train nothing")
+    add("--list", action="store_true", help="print the command lines of the runs")
     given = parser.parse_args(argv)
     unknown = sorted(set(given.sections) - set(NAMES))
     if unknown:
@@ -235,32 +228,32 @@ def main(argv: Sequence[str]) -> int:
     given = parse(argv)
     scale = SCALES[given.scale]
     extra = ["--root", str(given.root.resolve())] if given.root else []
-    if given.quick:
-        with tempfile.TemporaryDirectory() as folder:
+    out = given.out or machine.REPOSITORY / "runs" / "reproduce" / scale.name
+    with tempfile.TemporaryDirectory() as folder:
+        if given.quick:
             given.sections, given.seeds = ["baselines"], 1
-            given.out = given.results = Path(folder)
-            return _run(given, scale, [*extra, "--epochs", "1"])
-    given.results = given.results or machine.RESULTS
-    given.out = given.out or machine.REPOSITORY / "runs" / "reproduce" / scale.name
-    return _run(given, scale, extra)
-
-
-def _run(given: argparse.Namespace, scale: Scale, extra: Sequence[str]) -> int:
-    chosen = [s for s in sections(scale) if not given.sections or s.name in given.sections]
-    wanted = runs(scale, chosen, given.seeds)
-    if given.list:
-        for run in wanted:
-            print(trainer.TRAINER, shlex.join([*run.arguments(), *extra]))
-        return 0
-    failed: dict[str, str] = {}
-    if not given.report:
-        deadline = None if given.minutes is None else time.time() + 60 * given.minutes
-        threads = given.threads or max(1, (os.cpu_count() or 1) // given.jobs)
-        trainings = Trainings(threads, deadline, given.device)
-        before = signal.signal(signal.SIGTERM, trainings.stop)
-        failed = trainings.train_all(wanted, given.out, extra, given.jobs)
-        signal.signal(signal.SIGTERM, before)
-    found = collect(scale, given.out, given.seeds, failed)
-    path = write_report(found, given.results)
+            extra += ["--epochs", "1"]
+            out = given.results = Path(folder)
+        chosen = [s for s in sections(scale) if not given.sections or s.name in given.sections]
+        wanted = runs(scale, chosen, given.seeds)
+        if given.list:
+            for run in wanted:
+                print(trainer.TRAINER, shlex.join([*run.arguments(), *extra]))
+            return 0
+        failed = {} if given.report else _train(given, wanted, out, extra)
+        found = collect(scale, out, given.seeds, failed)
+        path = write_report(found, given.results)
     print(f"{found['finished']} of {found['planned']} runs are finished; the report is {path}")
     return int(bool(failed))
+
+
+def _train(
+    given: argparse.Namespace, wanted: Sequence[Run], out: Path, extra: Sequence[str]
+) -> dict[str, str]:
+    deadline = given.minutes and time.time() + 60 * given.minutes
+    threads = given.threads or max(1, (os.cpu_count() or 1) // given.jobs)
+    trainings = Trainings(threads, deadline, given.device)
+    before = signal.signal(signal.SIGTERM, trainings.stop)
+    failed = trainings.train_all(wanted, out, extra, given.jobs)
+    signal.signal(signal.SIGTERM, before)
+    return failed

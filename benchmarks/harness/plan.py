@@ -1,7 +1,6 @@
 """Which cases are measured, from benchmarks/plan.toml."""
 
 import sys
-from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,21 @@ else:
 _FILE = Path(__file__).parents[1] / "plan.toml"
 
 
-def read(
-    form: Any, subject: str, kind: str, quick: bool, defaults: Mapping[str, Any] = {}
-) -> Iterator[Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def read(form: Any, subject: str, kind: str, quick: bool) -> list[Any]:
     """Cases in the given form, a NamedTuple; a list where one value belongs is a case each."""
-    key = f"{kind}_quick" if quick else kind
-    for row in tomllib.loads(_FILE.read_text(encoding="utf-8"))[subject][key]:
-        choices = [
-            [tuple(v)] if isinstance(form._field_defaults.get(k), tuple) else v
-            for k, v in row.items()
+    data = read_toml(_FILE)[subject]
+    found = []
+    for row in data[f"{kind}_quick" if quick else kind]:
+        choices = {}
+        for name, value in (data.get(f"{kind}_all", {}) | row).items():
+            is_tuple = isinstance(form._field_defaults.get(name), tuple)
+            several = isinstance(value, list) and not is_tuple
+            choices[name] = value if several else [tuple(value) if is_tuple else value]
+        found += [
+            form(**dict(zip(choices, each, strict=True))) for each in product(*choices.values())
         ]
-        choices = [v if isinstance(v, list) else [v] for v in choices]
-        for values in product(*choices):
-            yield form(**{**defaults, **dict(zip(row, values, strict=True))})
+    return found

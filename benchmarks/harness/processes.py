@@ -1,9 +1,14 @@
-"""Functions in processes of their own: one that is fresh, or several that form a group."""
+"""Functions in processes of their own, and the peak memory of a call in one that is fresh."""
 
+import ctypes
+import gc
 import multiprocessing
+import re
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,3 +42,30 @@ def _rank(
         return function(rank, *arguments)
     finally:
         dist.destroy_process_group()
+
+
+def peak_of(call: Callable[[], object]) -> dict[str, Any]:
+    """The peak of the resident set during a call over its size just before; Linux only.
+
+    What the call was given counts as before, what it returns does not.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        was_reset = bool(Path("/proc/self/clear_refs").write_text("5"))
+    except OSError:  # the peak so far stays, and can only be higher
+        was_reset = False
+    before = _status_mib("VmRSS")
+    start = time.perf_counter()
+    result = call()
+    seconds, peak = time.perf_counter() - start, _status_mib("VmHWM")
+    del result
+    memory = {"extra_mib": peak - before, "before_mib": before, "peak_was_reset": was_reset}
+    return memory | {"seconds": seconds}
+
+
+def _status_mib(field: str) -> float:
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}: this needs Linux")
+    return int(found[1]) / 1024

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 DRY = "dry run: no figures"
 NONE = "–"
 _PAGES = Path(__file__).parents[1] / "pages"
@@ -11,10 +13,23 @@ _PAGES = Path(__file__).parents[1] / "pages"
 Results = dict[str, Any]
 Spread = Mapping[str, float]
 
+# A median with its quartiles: three digits; how many times something is something else; a fraction.
+interval: Callable[[Spread], str] = "{median:.3g} [{q1:.3g}, {q3:.3g}]".format_map
+times: Callable[[Spread], str] = "{median:.2f}× [{q1:.2f}, {q3:.2f}]".format_map
+percent: Callable[[Spread], str] = "{median:.0%} [{q1:.0%}, {q3:.0%}]".format_map
 
-def page(name: str, **parts: object) -> str:
-    """The text of benchmarks/pages/NAME.md with its figures."""
-    return (_PAGES / f"{name}.md").read_text().format(**parts)
+
+def page(name: str, /, **parts: object) -> str:
+    """The text of benchmarks/pages/NAME.md, a Jinja template, with its figures."""
+    templates = Environment(
+        loader=FileSystemLoader(_PAGES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"commit": commit, "interval": interval, "times": times}
+    return templates.get_template(f"{name}.md").render(parts)
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]], dry: bool = False) -> str:
@@ -25,23 +40,13 @@ def table(header: Iterable[object], rows: Iterable[Iterable[object]], dry: bool 
     return f"*{DRY}*\n\n{text}" if dry else text
 
 
-def interval(spread: Spread) -> str:
-    """Three digits of the median, and of the quartiles in brackets."""
-    return f"{spread['median']:.3g} [{spread['q1']:.3g}, {spread['q3']:.3g}]"
-
-
-def times(spread: Spread) -> str:
-    """How many times something is something else."""
-    return f"{spread['median']:.2f}× [{spread['q1']:.2f}, {spread['q3']:.2f}]"
-
-
-def percent(spread: Spread) -> str:
-    """A fraction as a percentage."""
-    return f"{spread['median']:.0%} [{spread['q1']:.0%}, {spread['q3']:.0%}]"
+def records(rows: Iterable[Mapping[str, object]], dry: bool = False) -> str:
+    """A table of rows that name their columns, all of them the same."""
+    rows = list(rows)
+    return table(rows[0], map(dict.values, rows), dry) if rows else NONE
 
 
 def mib(memory: Mapping[str, Any]) -> str:
-    """Extra memory."""
     extra = memory["extra_mib"]
     return f"{extra:.0f}" if extra >= 10 else f"{extra:.2g}"
 
@@ -50,11 +55,6 @@ def counts(launches: Mapping[str, int]) -> str:
     """Kernel launches, with the copies and fills behind a plus."""
     copies = launches["copies"]
     return f"{launches['kernels']} + {copies}" if copies else str(launches["kernels"])
-
-
-def listed(lines: Iterable[str], none: str) -> str:
-    """A list, or a sentence where it is empty."""
-    return "\n".join(f"- {line}" for line in lines) or none
 
 
 def commit(about: Results) -> str:
@@ -66,29 +66,6 @@ def commit(about: Results) -> str:
 def on_gpu(results: Results) -> bool:
     """Whether the results are of a GPU, or of a dry run in its place."""
     return results["dry"] or "capability" in results["machine"]
-
-
-def about(results: Results) -> str:
-    """What it ran on, and whether that is worth a figure."""
-    found = results["machine"]
-    packages = ", ".join(f"{k} {v or 'not installed'}" for k, v in found["packages"].items())
-    card = ("device", "memory_gib", "multiprocessors", "capability", "cuda", "driver", "source")
-    notes = {
-        f"**{DRY}.** Tiny sizes on a CPU, to see that everything runs.": results["dry"],
-        "**Quick mode: too few rounds and sizes to quote.**": results["quick"],
-        "**Incomplete: stopped before its last case.**": not results["complete"],
-    }
-    lines = [
-        f"Date {found['date']}, commit {commit(found)}",
-        f"{found['processor']}, {found['cores']} cores, {found['threads']} threads, "
-        f"BLAS {found['blas']}, {found['system']}",
-        f"Python {found['python']}, {packages}",
-        f"Load average before {found['load_average']}, after {results['load_average_after']}; "
-        f"{results['seconds'] / 60:.0f} minutes in all",
-    ]
-    if "capability" in found:
-        lines.insert(0, ", ".join(f"{name} {found[name]}" for name in card))
-    return "\n\n".join([*(text for text, is_so in notes.items() if is_so), listed(lines, "")])
 
 
 def of_kind(results: Results, key: str) -> list[Results]:
@@ -112,11 +89,10 @@ def by_arm(
 
 def not_measured(
     cases: list[Results], prefix: Callable[[Results], str], sizes: Callable[[list[Results]], str]
-) -> str:
+) -> list[str]:
     """What was left out, at which sizes and why."""
     found: dict[tuple[str, str], list[Results]] = {}
     for c in cases:
         for name, reason in c["absent"].items():
             found.setdefault((prefix(c) + name, reason), []).append(c)
-    lines = [f"{name} at {sizes(where)}: {reason}" for (name, reason), where in found.items()]
-    return listed(lines, "Nothing was left out.")
+    return [f"{name} at {sizes(where)}: {reason}" for (name, reason), where in found.items()]

@@ -7,7 +7,7 @@ import time
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -24,9 +24,24 @@ _GO_ON = (_DEVICE_BROKEN, -signal.SIGABRT, -signal.SIGSEGV)
 _ATTEMPTS, _GRACE_S = 6, 25
 
 
-def run(
-    subject: str, path: Path, kind: str, *, quick: bool, dry: bool, force: bool, limit_s: float
-) -> int:
+class Stage(NamedTuple):
+    """A subject, where its results are kept, and on what it is measured, see ``Store``."""
+
+    subject: str
+    path: Path
+    kind: str
+    quick: bool
+    dry: bool
+
+    def module(self) -> Any:
+        return import_module(f"benchmarks.{self.subject}")
+
+    def store(self, **options: Any) -> Store:
+        about = Device(self.kind, self.dry).describe()
+        return Store(self.path, about, quick=self.quick, dry=self.dry, **options)
+
+
+def run(stage: Stage, *, force: bool, limit_s: float) -> int:
     """Measure what is missing, in a process for each environment; returns the exit status.
 
     Raises:
@@ -34,18 +49,17 @@ def run(
         ValueError: if the results were begun elsewhere, see ``Store``.
     """
     end = time.monotonic() + limit_s
-    about, modes = Device(kind, dry).describe(), {"quick": quick, "dry": dry}
-    store = Store(path, about, **modes, force=force)
+    store = stage.store(force=force)
     if store.complete:
-        print(f"{subject}: results are there, --force measures again")
+        print(f"{stage.subject}: results are there, --force measures again")
     else:
         store.save()
-        cases = import_module(f"benchmarks.{subject}").cases(kind, quick)
+        cases = stage.module().cases(stage.kind, stage.quick)
         for environment in dict.fromkeys(map(Environment.of, cases)):
-            status = _supervise((subject, path, kind, modes, environment), environment, end)
+            status = _supervise(stage, environment, end)
             if status:
                 return status
-        store = Store(path, about, **modes)
+        store = stage.store()
         store.finish()
     failed = [case for case in store.results["cases"] if case.get("failed")]
     for case in failed:
@@ -53,13 +67,13 @@ def run(
     return int(bool(failed))
 
 
-def _supervise(arguments: tuple[Any, ...], environment: Environment, end: float) -> int:
+def _supervise(stage: Stage, environment: Environment, end: float) -> int:
     """Start the process again as long as it breaks; end one that hangs."""
     for _ in range(_ATTEMPTS):
         left_s = end - time.monotonic()
         if left_s <= 0:
             break
-        process = SPAWN.Process(target=_measure, args=(*arguments, left_s))
+        process = SPAWN.Process(target=_measure, args=(stage, environment, left_s))
         with mock.patch.dict(os.environ, environment.variables()):
             process.start()
         # It ends in time by itself; the signals are for one that hangs.
@@ -75,17 +89,14 @@ def _supervise(arguments: tuple[Any, ...], environment: Environment, end: float)
     return UNFINISHED
 
 
-def _measure(
-    subject: str, path: Path, kind: str, modes: Any, environment: Environment, limit_s: float
-) -> None:
+def _measure(stage: Stage, environment: Environment, limit_s: float) -> None:
     """The cases of an environment, in this process."""
-    module: Any = import_module(f"benchmarks.{subject}")
     if environment.threads is not None:
         torch.set_num_threads(environment.threads)
-    device = Device(kind, modes["dry"])
-    store = Store(path, device.describe(), **modes, limit_s=limit_s)
+    device, module = Device(stage.kind, stage.dry), stage.module()
+    store = stage.store(limit_s=limit_s)
     try:
-        for case in module.cases(kind, modes["quick"]):
+        for case in module.cases(stage.kind, stage.quick):
             if Environment.of(case) != environment or store.has(case._asdict()):
                 continue
             store.check_time()
@@ -95,7 +106,7 @@ def _measure(
             store.add(case._asdict(), result, time.monotonic() - start)
             device.free()
     except OutOfTime:
-        print(f"{subject}: out of time; run it again to go on where it stopped")
+        print(f"{stage.subject}: out of time; run it again to go on where it stopped")
         sys.exit(UNFINISHED)
     except DeviceBroken:
         traceback.print_exc()

@@ -17,8 +17,8 @@ Case = dict[str, Any]
 Results = dict[str, Any]
 T = TypeVar("T")
 
-# What of the machine must be the same for cases to stand in one table.
-_IDENTITY = ("device", "driver", "source")
+# What must be the same for cases to stand in one table.
+_IDENTITY = ("device", "driver", "source", "quick", "dry")
 
 
 class OutOfTime(Exception):
@@ -57,42 +57,36 @@ class Store:
         }  # fmt: skip
         if path.exists() and not force:
             self._continue(json.loads(path.read_text()))
-        self._done = {_key(case["case"]) for case in self.results["cases"]}
 
     def _continue(self, begun: Results) -> None:
-        now = self.results
+        was, now = ({**of["machine"], **of} for of in (begun, self.results))
         differing = [
-            f"{name} {begun['machine'].get(name)!r}, here it is {now['machine'].get(name)!r}"
+            f"{name} {was.get(name)!r}, here it is {now.get(name)!r}"
             for name in _IDENTITY
-            if begun["machine"].get(name) != now["machine"].get(name)
+            if was.get(name) != now.get(name)
         ]
-        differing += [f"{m} {begun[m]}" for m in ("quick", "dry") if begun[m] != now[m]]
-        if differing and (not begun["complete"] or begun["dry"] != now["dry"]):
-            raise ValueError(
-                f"{self._path} was begun with {'; '.join(differing)}: --force begins again"
-            )
         if not differing:
             self.results = begun
-            if begun["running"]:
-                begun["broke"].append(begun["running"])
-                begun["running"] = None
+            begun["broke"] += [begun["running"]] if begun["running"] else []
+            begun["running"] = None
+        elif not begun["complete"] or begun["dry"] != now["dry"]:
+            begun_with = f"{self._path} was begun with {'; '.join(differing)}"
+            raise ValueError(f"{begun_with}: --force begins again")
 
     @property
     def complete(self) -> bool:
         """Whether every case was measured, here or in an earlier run."""
-        done: bool = self.results["complete"]
-        return done
+        return bool(self.results["complete"])
 
     def left_s(self) -> float:
         return self._end - time.monotonic()
 
     def has(self, case: Case) -> bool:
-        """Whether the case is measured."""
-        return _key(case) in self._done
+        return any(_same(case, c["case"]) for c in self.results["cases"])
 
     def broke(self, case: Case, arm: str) -> bool:
         """Whether this arm ended an earlier process in this case."""
-        return any(_key(c) == _key(case) and name == arm for c, name in self.results["broke"])
+        return any(_same(case, c) and arm == name for c, name in self.results["broke"])
 
     @contextmanager
     def running(self, case: Case, arm: str) -> Iterator[None]:
@@ -106,15 +100,13 @@ class Store:
         try:
             yield
         except Exception as error:
-            if breaks_the_device(error):  # the mark stays
+            if breaks_the_device(error):
+                self.results["broke"].append([case, arm])
                 raise DeviceBroken(f"{arm} at {case}: {error}") from error
-            self.results["running"] = None
             raise
-        except KeyboardInterrupt:
+        finally:
             self.results["running"] = None
             self.save()
-            raise
-        self.results["running"] = None
 
     def check_time(self) -> None:
         """Raise ``OutOfTime`` unless a case as long as the longest so far still fits."""
@@ -122,22 +114,17 @@ class Store:
             raise OutOfTime
 
     def add(self, case: Case, result: dict[str, Any], seconds: float) -> None:
-        """Keep a case."""
         self.results["cases"].append({"case": case, **result})
         self.results["seconds"] += seconds
         self.results["load_average_after"] = load_average()
-        self.results["running"] = None
         self._longest_s = max(self._longest_s, seconds)
-        self._done.add(_key(case))
         self.save()
 
     def finish(self) -> None:
-        """Mark the subject as complete."""
         self.results["complete"] = True
         self.save()
 
     def save(self) -> None:
-        """Write the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".part")
         temporary.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
@@ -152,6 +139,7 @@ class Trial:
         self._store = store
         self.device = device
         self.absent: dict[str, str] = {}
+        self.result: dict[str, Any] = {"memory": {}, "launches": {}}
 
     def run(self, name: str, function: Callable[[], T]) -> T | None:
         """What an arm returns, or None if it raises or broke the device before.
@@ -173,11 +161,11 @@ class Trial:
             self.device.free()
         return None
 
-    def observe(self, name: str, call: Call, result: dict[str, Any]) -> None:
+    def observe(self, name: str, call: Call) -> None:
         """Keep memory and launches of a call on a GPU."""
         if self.device.on_gpu:
-            result["memory"][name] = {"extra_mib": self.device.extra_mib(call)}
-            result["launches"][name] = self.device.launches(call)
+            self.result["memory"][name] = {"extra_mib": self.device.extra_mib(call)}
+            self.result["launches"][name] = self.device.launches(call)
 
     def time(
         self, step: str, calls: Mapping[str, Call], label: str = "{}", **options: Any
@@ -195,11 +183,17 @@ class Trial:
 
         if self.device.dry:
             options |= {"budget_s": 0.0, "sample_s": 0.0, "min_rounds": 2}
-        timing = partial(
-            time_interleaved, calls, seconds=self.device.seconds, failed=failed, **options
-        )
-        return (self.run(step, timing) if calls else None) or {}
+        options |= {"seconds": self.device.seconds, "failed": failed}
+        return (
+            self.run(step, partial(time_interleaved, calls, **options)) if calls else None
+        ) or {}
+
+    def outcome(self, ours: str) -> dict[str, Any]:
+        """The result, a failure if ours is left out."""
+        failed = {"failed": self.absent[ours]} if ours in self.absent else {}
+        return {**self.result, **failed, "absent": self.absent}
 
 
-def _key(case: Case) -> str:
-    return json.dumps(case, sort_keys=True)
+def _same(case: Case, other: Case) -> bool:
+    """Whether two cases are one in JSON, which has no tuples."""
+    return json.dumps(case, sort_keys=True) == json.dumps(other, sort_keys=True)

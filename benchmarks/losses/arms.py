@@ -5,7 +5,7 @@ Arms in plain torch run under autocast then, and so do the peers that are plain 
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -16,18 +16,26 @@ from benchmarks.harness.device import Device
 from contrastive_kit.functional import info_nce, nt_xent
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Formula = Callable[[Tensor, Tensor, float], Tensor]
+# Takes unit rows, unit columns and the column of each row's positive.
+OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 OURS, TILED = "contrastive-kit", "contrastive-kit, tiled"
 EAGER, COMPILED = "eager", "compiled eager"
-
+FORWARD, BOTH, GRAPH = "forward", "forward+backward", "CUDA graph"
+# What the machine can do beside them.
+GEMM_OF_LOGITS, GEMM_SQUARE = "GEMM, M × D × M", "GEMM, 1024³"
+GEMM, COPY, ROOFLINE = "GEMM, 8192³", "copy", "roofline"
+SUBJECTS = {
+    "nt_xent": "NT-Xent",
+    "clip": "Loss of CLIP (`info_nce(symmetric=True)`)",
+    "info_nce": "InfoNCE (`info_nce`)",
+}
 PRECISIONS = ("bf16", "tf32", "fp32")
 _PER_LOGIT = {"fp32": 1e-6, "tf32": 1e-3, "bf16": 8e-3}
 
 
 class Setting(NamedTuple):
-    """What an arm is built for."""
-
+    subject: str  # of SUBJECTS
     temperature: float
     precision: str  # of PRECISIONS; of products in "tf32", of embeddings too in "bf16" (autocast)
     device: Device
@@ -37,19 +45,19 @@ class Setting(NamedTuple):
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-Build = Callable[[Setting], Loss]
-
-
 class Arm(NamedTuple):
-    """One implementation of a loss."""
-
-    build: Build  # raises ImportError where it is not installed
-    formula: str  # what it computes, a subject of ``oracle``
+    build: Callable[[Setting], Loss]  # raises ImportError where it is not installed
+    subjects: tuple[str, ...] = ("nt_xent",)
+    kinds: tuple[str, ...] = ("cpu", "cuda")
     compiled: bool = False  # whether its first call at a size compiles for that size
     # Pairs beyond which its memory is out of proportion, by kind of device.
     largest_n: Mapping[str, int] = {}
     operands: str = "fp32"  # the precision of its products where that is coarser than the setting's
-    gpu_only: bool = False
+    masks_itself: bool = True  # whether the anchor is left out of NT-Xent's negatives
+
+    def formula(self, subject: str) -> str:
+        """What it computes, see ``oracle``."""
+        return subject if self.masks_itself or subject != "nt_xent" else "nt_xent_with_self"
 
 
 def eager_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -68,56 +76,58 @@ def eager_clip(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return (F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)) / 2
 
 
-def our_nt_xent(backend: str) -> Build:
-    return lambda s: lambda z1, z2: nt_xent(z1, z2, temperature=s.temperature, backend=backend)
+def eager_info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """InfoNCE as one writes it in plain torch."""
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(z1), device=z1.device))
 
 
-def our_clip(backend: str) -> Build:
-    return lambda s: (
-        lambda z1, z2: info_nce(z1, z2, temperature=s.temperature, symmetric=True, backend=backend)
-    )
+_EAGER = {"nt_xent": eager_nt_xent, "clip": eager_clip, "info_nce": eager_info_nce}
 
 
-def _plain(formula: Formula) -> Build:
-    return lambda s: _with_autocast(lambda z1, z2: formula(z1, z2, s.temperature), s)
+def _ours(s: Setting, backend: str = "auto") -> Loss:
+    if s.subject == "nt_xent":
+        return partial(nt_xent, temperature=s.temperature, backend=backend)
+    symmetric = s.subject == "clip"
+    return partial(info_nce, temperature=s.temperature, symmetric=symmetric, backend=backend)
 
 
-def _compiled(formula: Formula) -> Build:
-    return lambda s: _plain(torch.compile(formula, dynamic=False, backend=s.device.compiler))(s)
+def _eager(s: Setting) -> Loss:
+    return _with_autocast(partial(_EAGER[s.subject], temperature=s.temperature), s)
 
 
-def _with_autocast(loss: Loss, setting: Setting) -> Loss:
-    if setting.precision != "bf16":
+def _compiled(s: Setting) -> Loss:
+    loss = torch.compile(_EAGER[s.subject], dynamic=False, backend=s.device.compiler)
+    return _with_autocast(lambda z1, z2: loss(z1, z2, s.temperature), s)
+
+
+def _with_autocast(loss: Loss, s: Setting) -> Loss:
+    if s.precision != "bf16":
         return loss
-
-    def call(z1: Tensor, z2: Tensor) -> Tensor:
-        with torch.autocast(setting.device.device.type, torch.bfloat16):
-            return loss(z1, z2)
-
-    return call
+    return torch.autocast(s.device.device.type, torch.bfloat16)(loss)
 
 
-def _lightly(setting: Setting) -> Loss:
+def _lightly(s: Setting) -> Loss:
     from lightly.loss import NTXentLoss
 
-    return _with_autocast(NTXentLoss(setting.temperature), setting)
+    return _with_autocast(NTXentLoss(s.temperature), s)
 
 
-def _metric_learning(setting: Setting) -> Loss:
+def _metric_learning(s: Setting) -> Loss:
     from pytorch_metric_learning.losses import NTXentLoss
 
-    loss = NTXentLoss(setting.temperature)
+    loss = NTXentLoss(s.temperature)
     return _with_autocast(
-        lambda z1, z2: loss(torch.cat([z1, z2]), torch.arange(len(z1)).repeat(2)), setting
+        lambda z1, z2: loss(torch.cat([z1, z2]), torch.arange(len(z1)).repeat(2)), s
     )
 
 
-def _open_clip(setting: Setting) -> Loss:
+def _open_clip(s: Setting) -> Loss:
     from open_clip.loss import ClipLoss
 
-    loss, scale = ClipLoss(), 1 / setting.temperature
+    loss, scale = ClipLoss(), 1 / s.temperature
     return _with_autocast(
-        lambda z1, z2: loss(F.normalize(z1, dim=1), F.normalize(z2, dim=1), scale), setting
+        lambda z1, z2: loss(F.normalize(z1, dim=1), F.normalize(z2, dim=1), scale), s
     )
 
 
@@ -125,18 +135,18 @@ def _unit_rows(z1: Tensor, z2: Tensor) -> Tensor:
     return F.normalize(torch.cat([z1, z2]).float(), dim=1)
 
 
-def _flex_attention(setting: Setting) -> Loss:
+def _flex_attention(s: Setting) -> Loss:
     """The logsumexp of attention over all but oneself; its values are 16 columns of no meaning."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-    attention = torch.compile(flex_attention, dynamic=False, backend=setting.device.compiler)
+    attention = torch.compile(flex_attention, dynamic=False, backend=s.device.compiler)
     mask_of = cache(lambda m, on: create_block_mask(_not_oneself, None, None, m, m, on))
-    scale = 1 / setting.temperature
+    scale = 1 / s.temperature
 
     def call(z1: Tensor, z2: Tensor) -> Tensor:
         u = _unit_rows(z1, z2)
         positive = (u * u.roll(len(z1), 0)).sum(1) * scale
-        rows = u.to(setting.dtype)[None, None]
+        rows = u.to(s.dtype)[None, None]
         options = {"block_mask": mask_of(len(u), u.device), "return_aux": AuxRequest(lse=True)}
         _, aux = attention(rows, rows, rows[..., :16].detach(), scale=scale, **options)
         return (aux.lse[0, 0] - positive).mean()
@@ -146,9 +156,6 @@ def _flex_attention(setting: Setting) -> Loss:
 
 def _not_oneself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query != key
-
-
-OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _inf_cl(s: Setting) -> OneWay:
@@ -168,63 +175,55 @@ def _cut_cross_entropy(s: Setting) -> OneWay:
     )
 
 
-def _against_itself(peer: Callable[[Setting], OneWay]) -> Arm:
-    """NT-Xent by a peer without a mask for the anchor itself: another loss, of the same cost."""
+def _linear_cross_entropy(s: Setting) -> OneWay:
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
 
-    def build(setting: Setting) -> Loss:
-        one_way = peer(setting)
-
-        def call(z1: Tensor, z2: Tensor) -> Tensor:
-            rows = _unit_rows(z1, z2).to(setting.dtype)
-            positive = torch.arange(len(rows), device=rows.device).roll(len(z1))
-            return one_way(rows, rows, positive)
-
-        return call
-
-    return Arm(build, "nt_xent_with_self", operands="tf32", gpu_only=True)
+    # Without options it computes all logits at once.
+    return lambda rows, columns, positive: linear_cross_entropy(
+        rows / s.temperature, columns, positive, options=LinearCrossEntropyOptions()
+    )
 
 
-def _both_directions(peer: Callable[[Setting], OneWay]) -> Arm:
-    """The loss of CLIP by a peer that takes rows, columns and the column of each positive."""
+def one_way(peer: Callable[[Setting], OneWay], s: Setting) -> Loss:
+    """By a peer that has no mask: NT-Xent with it is another loss, of the same cost."""
+    loss = peer(s)
 
-    def build(setting: Setting) -> Loss:
-        one_way = peer(setting)
+    def call(z1: Tensor, z2: Tensor) -> Tensor:
+        u = _unit_rows(z1, z2).to(s.dtype)
+        positive = torch.arange(len(u), device=u.device)
+        if s.subject == "nt_xent":
+            return loss(u, u, positive.roll(len(z1)))
+        a, b = (z.contiguous() for z in u.chunk(2))
+        positive = positive[: len(a)]
+        forth = loss(a, b, positive)
+        return forth if s.subject == "info_nce" else (forth + loss(b, a, positive)) / 2
 
-        def call(z1: Tensor, z2: Tensor) -> Tensor:
-            a, b = (z.contiguous() for z in _unit_rows(z1, z2).to(setting.dtype).chunk(2))
-            positive = torch.arange(len(a), device=a.device)
-            return (one_way(a, b, positive) + one_way(b, a, positive)) / 2
-
-        return call
-
-    return Arm(build, "clip", operands="tf32", gpu_only=True)
+    return call
 
 
-SUBJECTS = {
-    "nt_xent": {
-        OURS: Arm(our_nt_xent("auto"), "nt_xent"),
-        TILED: Arm(our_nt_xent("tiled"), "nt_xent", gpu_only=True),
-        EAGER: Arm(_plain(eager_nt_xent), "nt_xent"),
-        COMPILED: Arm(_compiled(eager_nt_xent), "nt_xent", compiled=True),
-        "FlexAttention": Arm(_flex_attention, "nt_xent", compiled=True, gpu_only=True),
-        "lightly": Arm(_lightly, "nt_xent"),
-        # Several tensors of 2N × 2N(2N - 2) numbers: 64 MiB each at N = 128, 0.5 GiB at N = 256.
-        "pytorch-metric-learning": Arm(
-            _metric_learning, "nt_xent", largest_n={"cpu": 128, "cuda": 256}
-        ),
-        "inf_cl": _against_itself(_inf_cl),
-        "cut-cross-entropy": _against_itself(_cut_cross_entropy),
-    },
-    "clip": {
-        OURS: Arm(our_clip("auto"), "clip"),
-        TILED: Arm(our_clip("tiled"), "clip", gpu_only=True),
-        EAGER: Arm(_plain(eager_clip), "clip"),
-        COMPILED: Arm(_compiled(eager_clip), "clip", compiled=True),
-        "open_clip": Arm(_open_clip, "clip"),
-        "inf_cl": _both_directions(_inf_cl),
-        "cut-cross-entropy": _both_directions(_cut_cross_entropy),
-    },
+_ANY, _GPU = tuple(SUBJECTS), ("cuda",)
+_ON_TF32 = {"kinds": _GPU, "operands": "tf32", "masks_itself": False}
+
+ARMS = {
+    OURS: Arm(_ours, _ANY),
+    TILED: Arm(partial(_ours, backend="tiled"), _ANY, _GPU),
+    EAGER: Arm(_eager, _ANY),
+    COMPILED: Arm(_compiled, _ANY, compiled=True),
+    "FlexAttention": Arm(_flex_attention, kinds=_GPU, compiled=True),
+    "lightly": Arm(_lightly),
+    # Several tensors of 2N × 2N(2N - 2) numbers: 64 MiB each at N = 128, 0.5 GiB at N = 256.
+    "pytorch-metric-learning": Arm(_metric_learning, largest_n={"cpu": 128, "cuda": 256}),
+    "open_clip": Arm(_open_clip, ("clip",)),
+    "inf_cl": Arm(partial(one_way, _inf_cl), _ANY, **_ON_TF32),
+    "cut-cross-entropy": Arm(partial(one_way, _cut_cross_entropy), _ANY, **_ON_TF32),
+    "torch linear_cross_entropy": Arm(partial(one_way, _linear_cross_entropy), ("info_nce",)),
 }
+
+
+def arms_of(subject: str, kind: str) -> dict[str, Arm]:
+    """Those of a subject on a kind of device."""
+    return {n: arm for n, arm in ARMS.items() if subject in arm.subjects and kind in arm.kinds}
 
 
 def gate(arm: Arm, setting: Setting) -> float:
@@ -250,11 +249,9 @@ def embeddings(n: int, d: int, seed: int = 0, noise: float = 0.65) -> tuple[Tens
 
 
 def forward(loss: Loss, z1: Tensor, z2: Tensor) -> Tensor:
-    """The value alone."""
     with torch.no_grad():
         return loss(z1, z2)
 
 
 def forward_backward(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
-    """The gradients with respect to both views."""
     return torch.autograd.grad(loss(z1, z2), (z1, z2))

@@ -22,7 +22,7 @@ class Disagreement(AssertionError):
 
 
 def oracle(subject: str, z1: Tensor, z2: Tensor, temperature: float) -> Oracle:
-    """NT-Xent or the loss of CLIP, for a block of anchors at a time.
+    """NT-Xent, the loss of CLIP or InfoNCE with the anchors z1, for a block of anchors at a time.
 
     "nt_xent_with_self" counts the anchor itself among its negatives, as losses do that have no
     mask for it. The loss of an anchor is log(1 + Σ exp(negative logit) / exp(positive logit)), in
@@ -32,19 +32,19 @@ def oracle(subject: str, z1: Tensor, z2: Tensor, temperature: float) -> Oracle:
     u = F.normalize(z, dim=2)
     leaf = u.detach().flatten(0, 1).requires_grad_()
     n, m = len(z1), 2 * len(z1)
+    anchors = n if subject == "info_nce" else m
     candidate = torch.arange(m, device=z.device)
     total = torch.zeros((), dtype=torch.float64, device=z.device)
-    for start in range(0, m, _BLOCK):
-        anchor = candidate[start : start + _BLOCK, None]
+    for anchor in candidate[:anchors, None].split(_BLOCK):
         logits = leaf[anchor[:, 0]] @ leaf.T / temperature
         positive = logits.gather(1, (anchor + n) % m)[:, 0]
         no_negative = (candidate - anchor) % n == 0
-        if subject == "clip":
+        if subject in ("clip", "info_nce"):
             no_negative |= (candidate < n) == (anchor < n)
         if subject == "nt_xent_with_self":
             no_negative &= candidate != anchor
         negatives = logits.masked_fill(no_negative, -torch.inf).logsumexp(1)
-        loss = F.softplus(negatives - positive, threshold=50).sum() / m
+        loss = F.softplus(negatives - positive, threshold=50).sum() / anchors
         loss.backward()
         total += loss.detach()
     (grad,) = torch.autograd.grad(u, z, leaf.grad.view_as(u))

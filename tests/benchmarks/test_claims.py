@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks import trainer
 from benchmarks.claims import plan, report
 from benchmarks.claims import run as claims
+from benchmarks.harness.report import page
 
 A, B, C = ("a", "h"), ("b", "h"), ("c", "h")
 A_ABOVE_B = plan.Claim("a is above b", {A: 1.0, B: -1.0})
@@ -124,6 +125,10 @@ def test_what_is_missing_is_open():
     assert "error" not in one_seed
 
 
+def sentence(judged):
+    return page("verdict", judged=judged)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "said"),
     [
@@ -136,12 +141,12 @@ def test_what_is_missing_is_open():
     ],
 )
 def test_sentences(a, b, said):
-    assert said in report.sentence(report.judge(A_ABOVE_B, {A: a, B: b}))
+    assert said in sentence(report.judge(A_ABOVE_B, {A: a, B: b}))
 
 
 def test_a_sentence_names_the_rival():
     judged = report.judge(A_IS_BEST, {A: [0.8, 0.81], B: [0.6, 0.61], C: [0.7, 0.71]})
-    assert "+10.0 against c, the best of the others" in report.sentence(judged)
+    assert "+10.0 against c, the best of the others" in sentence(judged)
 
 
 def summary_of(scores, seeds=2, **changes):
@@ -151,21 +156,31 @@ def summary_of(scores, seeds=2, **changes):
     return report.summary(dataclasses.replace(made, **changes), seeds, scores)
 
 
+def text_of(section):
+    """The page of one section, as it is read back from its file."""
+    found = {
+        "scale": "photos", "title": "", "base": "", "finished": 1, "planned": 1, "seconds": 0.0,
+        "failed": {}, "about": [], "commits": [], "machine": {"processor": "", "cores": 1},
+        "sections": [section],
+    }  # fmt: skip
+    return report.markdown(json.loads(json.dumps(found)), "x.png")
+
+
 def test_tables_say_what_is_missing():
     rows = [{"linear": 0.5, "knn": 0.4}, {"linear": 0.6, "knn": 0.4}]
     summary = summary_of({A: rows, B: rows[:1]})
     assert (summary["missing"], summary["expected"]) == (1, 4)
-    page = "\n".join(report._section(summary, "x.png"))
-    assert "1 of 4 accuracies are missing" in page
-    assert "| a | 55.0 ± 7.1 | 40.0 ± 0.0 |" in page
-    assert "| b | 50.0 (1) | 40.0 (1) |" in page
+    text = text_of(summary)
+    assert "1 of 4 accuracies are missing" in text
+    assert "| a | 55.0 ± 7.1 | 40.0 ± 0.0 |" in text
+    assert "| b | 50.0 (1) | 40.0 (1) |" in text
 
 
 def test_a_section_without_runs_makes_no_statement():
-    page = "\n".join(report._section(summary_of({}), "x.png"))
-    assert "No run of this section is finished" in page
-    assert "|" not in page
-    assert "a is above b" not in page
+    text = text_of(summary_of({}))
+    assert "No run of this section is finished" in text
+    assert "|" not in text
+    assert "a is above b" not in text
 
 
 TRAINER = """

@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import correctness, views
 from benchmarks.harness import stage
 from benchmarks.harness.device import Device
 from benchmarks.harness.machine import Environment
 from benchmarks.harness.store import DeviceBroken, OutOfTime, Store
-from benchmarks.losses import bench
-from benchmarks.losses.arms import EAGER, OURS, SUBJECTS, Arm, Setting
-from benchmarks.losses.bench import GEMM, Case
+from benchmarks.losses import arms, bench
+from benchmarks.losses.arms import ARMS, EAGER, GEMM, OURS, Arm, Setting
+from benchmarks.losses.bench import Case
 from benchmarks.targets import losses_on_cpu, losses_on_gpu, views_on_gpu
 
 ABOUT = {"device": "a card", "driver": "1", "source": "abc"}
@@ -36,8 +37,7 @@ def store(tmp_path):
 
 def _arm(monkeypatch, call):
     """Let one more arm take part, and no other than ours."""
-    arms = {OURS: SUBJECTS["nt_xent"][OURS], "other": Arm(lambda s: call, "nt_xent")}
-    monkeypatch.setitem(SUBJECTS, "nt_xent", arms)
+    monkeypatch.setattr(arms, "ARMS", {OURS: ARMS[OURS], "other": Arm(lambda s: call)})
 
 
 def _raise(error):
@@ -105,10 +105,37 @@ def test_another_loss_is_not_timed(monkeypatch, store):
     assert "other" not in result["times"]["forward"]["milliseconds"]
 
 
+def _logits_at_once(setting):
+    return lambda rows, columns, positive: F.cross_entropy(
+        rows @ columns.T / setting.temperature, positive
+    )
+
+
+@pytest.mark.parametrize("subject", arms.SUBJECTS)
+def test_an_arm_is_one_entry(monkeypatch, store, subject):
+    """Of a peer without a mask: its NT-Xent counts the anchor, and is judged by that."""
+    arm = Arm(partial(arms.one_way, _logits_at_once), tuple(arms.SUBJECTS), masks_itself=False)
+    monkeypatch.setitem(ARMS, "one more", arm)
+    result = bench.measure(CASE._replace(subject=subject), store(), DEVICE)
+    assert result["errors"]["one more"]["gradient"] < 1e-5
+    assert "one more" in result["times"]["forward+backward"]["times_ours"]
+
+
+def test_linear_cross_entropy_of_torch_is_timed_or_left_out(monkeypatch, store):
+    name = "torch linear_cross_entropy"
+    case = CASE._replace(subject="info_nce", n=40)
+    result = bench.measure(case, store(), DEVICE)
+    has_it = hasattr(F, "linear_cross_entropy")
+    assert (name in result["times"]["forward+backward"]["milliseconds"]) == has_it
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    result = bench.measure(case, store(force=True), DEVICE)
+    assert result["absent"][name].startswith("not installed (cannot import name")
+    assert name not in result["times"]["forward+backward"]["milliseconds"]
+
+
 def test_ours_failing_leaves_the_others_their_times(monkeypatch, store):
-    arms = {OURS: Arm(lambda s: _raise(ValueError("no")), "nt_xent")}
-    arms[EAGER] = SUBJECTS["nt_xent"][EAGER]
-    monkeypatch.setitem(SUBJECTS, "nt_xent", arms)
+    broken = Arm(lambda s: _raise(ValueError("no")))
+    monkeypatch.setattr(arms, "ARMS", {OURS: broken, EAGER: ARMS[EAGER]})
     result = bench.measure(CASE, store(), DEVICE)
     assert result["absent"][OURS] == result["failed"] == "ValueError: no"
     timed = result["times"]["forward"]
@@ -127,7 +154,7 @@ def test_an_arm_that_breaks_the_device_is_left_out_by_the_next_process(monkeypat
 
 
 def test_an_arm_that_cannot_be_captured_keeps_its_other_times(monkeypatch, store):
-    _arm(monkeypatch, SUBJECTS["nt_xent"][EAGER].build(Setting(0.1, "fp32", DEVICE)))
+    _arm(monkeypatch, ARMS[EAGER].build(Setting("nt_xent", 0.1, "fp32", DEVICE)))
     case = CASE._replace(graph=True)
     error = "CUDA error: operation not permitted when stream is capturing"
     device = Device("cuda", dry=True)
@@ -202,8 +229,8 @@ def run(monkeypatch, tmp_path):
     def run(*steps, limit_s=600.0):
         made = subject(*steps)
         monkeypatch.setattr(stage, "import_module", lambda name: made)
-        options = {"quick": True, "dry": True, "force": False, "limit_s": limit_s}
-        status = stage.run("made-up", path, "cuda", **options)
+        made_up = stage.Stage("made-up", path, "cuda", quick=True, dry=True)
+        status = stage.run(made_up, force=False, limit_s=limit_s)
         return status, json.loads(path.read_text())
 
     return run
