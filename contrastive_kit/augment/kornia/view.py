@@ -10,12 +10,12 @@ from contrastive_kit.augment import functional
 from contrastive_kit.augment.kornia.base import (
     Geometric,
     Params,
-    beside,
     check_tensor,
     crop_matrix,
     resized_to,
+    to_device_of,
 )
-from contrastive_kit.augment.kornia.crop import _MODES, uncrop
+from contrastive_kit.augment.kornia.geometric import _MODES, uncrop
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.simclr import SimCLRAugment
 
@@ -23,9 +23,9 @@ from contrastive_kit.augment.simclr import SimCLRAugment
 class SimCLRView(Geometric):
     """One view of `SimCLRAugment`, fused, as a single module of an ``AugmentationSequential``.
 
-    Crop, horizontal flip, colours and blur in one step. Masks are cropped and mirrored with the
+    Crop, horizontal flip, colors and blur in one step. Masks are cropped and flipped with the
     nearest pixel, boxes and keypoints move along, and `inverse` undoes the geometry and leaves the
-    colours.
+    colors.
 
     Args:
         augment: Makes one view; its recipe, generator and backend are used.
@@ -69,7 +69,8 @@ class SimCLRView(Geometric):
             "antialias": augment.recipe.antialias,
         }
 
-    def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
+    def draw(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
+        """The parameter table."""
         table = self.augment.recipe.table(uniforms[None], height=shape[-2], width=shape[-1])
         return {"table": table[0], **resized_to(self.flags["size"], shape[0])}
 
@@ -111,7 +112,7 @@ class SimCLRView(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any]
     ) -> Tensor:
         """The matrices from source to view pixels."""
-        p = unpack(beside(params["table"], input))
+        p = unpack(to_device_of(params["table"], input))
         matrix = crop_matrix(p.box, p.flip, flags["size"])
         return matrix.to(input.dtype) if input.is_floating_point() else matrix
 
@@ -119,7 +120,7 @@ class SimCLRView(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Make the views."""
-        table = beside(params["table"], input)[None]
+        table = to_device_of(params["table"], input)[None]
         views: Tensor = self.augment(input, params=table, concat=True)
         return views
 
@@ -127,7 +128,7 @@ class SimCLRView(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Crop and flip, nothing else."""
-        p = unpack(beside(params["table"], input))
+        p = unpack(to_device_of(params["table"], input))
         chosen = flags["resample"].name.lower()
         # Kornia 0.7 leaves the choice of "nearest" to this method, later releases make it before.
         is_default = chosen == self.flags["resample"].name.lower()

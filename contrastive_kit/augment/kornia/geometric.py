@@ -1,16 +1,24 @@
-"""Random crops, resized, in Kornia's pipelines."""
+"""Modules for Kornia's pipelines that move pixels."""
 
 from enum import Enum
 from typing import Any
 
 import torch
+from einops import repeat
 from kornia.constants import Resample
 from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import functional
-from contrastive_kit.augment.kornia.base import Geometric, Params, beside, crop_matrix, resized_to
+from contrastive_kit.augment.functional.images import gated
+from contrastive_kit.augment.kornia.base import (
+    Geometric,
+    Params,
+    crop_matrix,
+    resized_to,
+    to_device_of,
+)
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.recipe import Recipe
 
@@ -25,7 +33,7 @@ class RandomResizedCrop(Geometric):
     """Cut a random box out of each image and resize it, antialiased.
 
     torchvision's ``RandomResizedCrop``, with a box of its own for each sample. Masks are resized
-    with the nearest pixel; boxes and keypoints move with the image, half-pixel centres respected.
+    with the nearest pixel; boxes and keypoints move with the image, half-pixel centers respected.
 
     Args:
         size: Height and width of the result in pixels, or both as one number.
@@ -81,7 +89,8 @@ class RandomResizedCrop(Geometric):
             "antialias": antialias,
         }
 
-    def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
+    def draw(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
+        """The boxes."""
         table = self.recipe.table(uniforms[None], height=shape[-2], width=shape[-1])
         return {"box": unpack(table).box[0], **resized_to(self.flags["size"], shape[0])}
 
@@ -89,7 +98,7 @@ class RandomResizedCrop(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any]
     ) -> Tensor:
         """The matrices from source to result pixels."""
-        box = beside(params["box"], input).to(input.dtype)
+        box = to_device_of(params["box"], input).to(input.dtype)
         return crop_matrix(box, torch.zeros_like(box[:, 0]), flags["size"])
 
     def apply_transform(
@@ -98,7 +107,7 @@ class RandomResizedCrop(Geometric):
         """Crop and resize."""
         return functional.crop_resize(
             input,
-            beside(params["box"], input),
+            to_device_of(params["box"], input),
             flags["size"],
             interpolation=_MODES[flags["resample"].name.lower()],
             antialias=flags["antialias"],
@@ -131,3 +140,73 @@ def uncrop(
         align_corners=True,
     )
     return warped
+
+
+class RandomHorizontalFlip(Geometric):
+    """Flip samples horizontally, each with probability p.
+
+    Args:
+        p: Probability of the flip.
+        same_on_batch: One decision for all samples.
+        keepdim: A single ``(C, H, W)`` image stays one.
+        generator: Where the random numbers come from; the default CPU generator if None.
+
+    Shape:
+        ``(B, C, H, W)`` or ``(C, H, W)``, floating or uint8, to ``(B, C, H, W)``. uint8 becomes
+        float32 in [0, 1]; floats keep their dtype.
+
+    Raises:
+        ValueError: If p is not between 0 and 1.
+        TypeError: If p is no number, or a flag not True or False.
+
+    Example:
+        >>> import torch
+        >>> RandomHorizontalFlip(p=1.0)(torch.tensor([[[[0.0, 1.0]]]]))
+        tensor([[[[1., 0.]]]])
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        *,
+        same_on_batch: bool = False,
+        keepdim: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            0,
+            "",
+            p=p,
+            same_on_batch=same_on_batch,
+            keepdim=keepdim,
+            generator=generator,
+        )
+
+    def compute_transformation(
+        self, input: Tensor, params: Params, flags: dict[str, Any]
+    ) -> Tensor:
+        """The matrices from source to result pixels."""
+        flip = to_device_of(params["apply"], input).to(input.dtype)
+        identity = torch.eye(3, dtype=input.dtype, device=input.device)
+        matrix = repeat(identity, "i j -> b i j", b=len(flip)).clone()
+        matrix[:, 0, 0] = 1 - 2 * flip
+        matrix[:, 0, 2] = (input.shape[-1] - 1) * flip
+        return matrix
+
+    def apply_transform(
+        self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
+    ) -> Tensor:
+        """Flip the chosen samples."""
+        return gated(input.flip(-1), input, to_device_of(params["apply"], input))
+
+    def inverse_transform(
+        self,
+        input: Tensor,
+        flags: dict[str, Any],
+        transform: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Flip the same samples again."""
+        if transform is None:
+            raise ValueError("inverse needs the transform, got None")
+        return gated(input.flip(-1), input, transform[:, 0, 0] < 0)
