@@ -58,9 +58,9 @@ def _probabilities(name: str, value: object) -> Probability:
 def _blur(name: str, value: object) -> Probability | Literal["auto"]:
     if isinstance(value, bool):
         return 0.5 if value else 0.0
-    if value == "auto":
-        return "auto"
     if isinstance(value, str):
+        if value == "auto":
+            return "auto"
         raise ValueError(f"{name} must be a bool, 'auto' or a probability, got {value!r}")
     return _probabilities(name, value)
 

@@ -60,37 +60,41 @@ class _AugmentationMixin:
     Args:
         columns: How many uniform numbers `draw` takes of a sample.
         options: The module's own, as ``repr`` shows them.
-        p: Probability that a sample is changed, drawn as "apply"; None if all are.
+        p: Probability that a sample is changed, if the class is gated.
         same_on_batch: One draw for all samples.
         keepdim: A single image stays one.
         generator: Where the numbers come from; the default CPU generator if None.
+
+    Attributes:
+        gated: Whether a sample is changed with probability p, which is drawn first, as "apply".
     """
+
+    gated: ClassVar[bool] = True
 
     def __init__(
         self,
         columns: int,
         options: str,
         *,
-        p: float | None = None,
+        p: float = 1.0,
         same_on_batch: bool,
         keepdim: bool,
         generator: torch.Generator | None,
     ) -> None:
         check_flag("same_on_batch", same_on_batch)
         check_flag("keepdim", keepdim)
-        if p is not None:
+        if self.gated:
             p = to_probability("p", p)
             options = f"{options}, p={p}" if options else f"p={p}"
         super().__init__(  # type: ignore[call-arg]
             p=1.0, p_batch=1.0, same_on_batch=same_on_batch, keepdim=keepdim
         )
-        gates = int(p is not None)
-        self._param_generator = Draw(gates + columns, self._from_uniforms, generator)
+        self._param_generator = Draw(self.gated + columns, self._from_uniforms, generator)
         self._options = options
         self.probability = p
 
     def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
-        if self.probability is None:
+        if not self.gated:
             return self.draw(uniforms, shape)
         gate = (uniforms[:, 0] < self.probability).float()
         return {"apply": gate, **self.draw(uniforms[:, 1:], shape)}

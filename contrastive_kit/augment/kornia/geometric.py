@@ -62,6 +62,8 @@ class RandomResizedCrop(Geometric):
         (torch.Size([4, 3, 8, 8]), True)
     """
 
+    gated = False
+
     def __init__(
         self,
         size: int | tuple[int, int],

@@ -49,6 +49,8 @@ class SimCLRView(Geometric):
         (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]))
     """
 
+    gated = False
+
     def __init__(
         self, augment: SimCLRAugment, *, same_on_batch: bool = False, keepdim: bool = False
     ) -> None:
