@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from contrastive_kit.augment.functional.blur import blur
@@ -44,7 +43,7 @@ def render(
         pairs = ((i, row) for rows in table for i, row in zip(images, rows, strict=True))
         crops = [_crop(widen(image[None]), row[None], recipe) for image, row in pairs]
     x = to_working(torch.cat(crops))
-    p = unpack(rearrange(table, "v b column -> (v b) column"))
+    p = unpack(table.flatten(0, 1))
     factors = torch.stack((p.brightness, p.contrast, p.saturation, p.hue), dim=1).to(x.dtype)
     modes = (recipe.contrast_mean, recipe.saturation_mode)
     x = gated(jitter(x, p.order, factors, *modes), x, p.jitter)

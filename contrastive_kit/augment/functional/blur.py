@@ -5,7 +5,6 @@ from numbers import Integral
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from contrastive_kit.augment.functional.images import checked, gated, per_sample, to_result
@@ -14,7 +13,7 @@ from contrastive_kit.augment.parameters import several
 
 def _blur_matrix(size: int, sigma: Tensor, radius: int, padding: str) -> Tensor:
     """The ``(B, size, size)`` matrices that blur along one axis."""
-    sigma = rearrange(sigma.flatten(), "b -> b 1 1")
+    sigma = sigma.reshape(-1, 1, 1)
     index = torch.arange(size, device=sigma.device)
     source, target = index, index[:, None]
 

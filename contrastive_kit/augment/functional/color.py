@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from contrastive_kit.augment.functional.images import checked, gated, per_sample, to_result
@@ -16,7 +15,7 @@ def gray(images: Tensor) -> Tensor:
     """``(B, 1, H, W)``: the weighted sum of the channels."""
     red, green, blue = images.unbind(1)
     luma = GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue
-    return rearrange(luma, "b h w -> b 1 h w")
+    return luma[:, None]
 
 
 def adjust_brightness(images: Tensor, factor: float | Tensor) -> Tensor:
@@ -267,8 +266,7 @@ def color_jitter(
         per_sample("saturation", saturation, images, 0.0),
         per_sample("hue", hue, images, -0.5, 0.5),
     )
-    factors = torch.cat([column.expand(len(images), 1, 1, 1) for column in columns], dim=1)
-    factors = rearrange(factors, "b operation 1 1 -> b operation")
+    factors = torch.cat([c.reshape(-1, 1).expand(len(images), 1) for c in columns], dim=1)
     result = jitter(working, order, factors, contrast_mean, saturation_mode)
     return to_result(gated(result, working, apply), images)
 
@@ -288,8 +286,8 @@ def jitter(
     steps = [(before, 0), (before, 1), (before, 2), (after, 1), (after, 2), (after, 3)]
     for number, (own, place) in enumerate(steps):
         if number == 3:
-            x = _hue(x, rearrange(factors[:, HUE], "b -> b 1 1 1"))
-        f, operation = (rearrange(column[:, place], "b -> b 1 1 1") for column in (own, order))
+            x = _hue(x, factors[:, HUE, None, None, None])
+        f, operation = (column[:, place, None, None, None] for column in (own, order))
         x = _adjust(x, f, operation, contrast_mean, saturation_mode)
     return x
 

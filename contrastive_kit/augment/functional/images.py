@@ -3,7 +3,6 @@
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from contrastive_kit.augment.parameters import to_number
@@ -54,7 +53,7 @@ def per_sample(
             raise ValueError(f"{name} must be between {low} and {high}, got {value}")
         return torch.full((1, 1, 1, 1), value, dtype=dtype, device=images.device)
     if value.ndim == 0 or value.shape == images.shape[:1]:
-        return rearrange(value.to(dtype).reshape(-1), "b -> b 1 1 1")
+        return value.to(dtype).reshape(-1, 1, 1, 1)
     raise ValueError(
         f"{name} must be a number or a tensor of shape ({images.shape[0]},), "
         f"got {tuple(value.shape)}"
@@ -67,4 +66,4 @@ def gated(result: Tensor, images: Tensor, apply: Tensor | None) -> Tensor:
         return result
     if apply.shape != images.shape[:1]:
         raise ValueError(f"apply must have shape ({images.shape[0]},), got {tuple(apply.shape)}")
-    return torch.where(rearrange(apply != 0, "b -> b 1 1 1"), result, images)
+    return torch.where(apply.reshape(-1, 1, 1, 1) != 0, result, images)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange, repeat
 from kornia.augmentation import GeometricAugmentationBase2D, IntensityAugmentationBase2D
 from kornia.augmentation.random_generator import RandomGeneratorBase
 from torch import Tensor
@@ -177,7 +176,7 @@ def resized_to(size: tuple[int, int], batch: int) -> Params:
     """The parameter by which Kornia's containers draw what follows for images of the new size."""
     # Kornia before 0.9 reads the first row, also where there is none.
     sizes = torch.tensor(size, dtype=torch.long, device="cpu")
-    return {"output_size": repeat(sizes, "side -> b side", b=batch)} if batch else {}
+    return {"output_size": sizes.expand(batch, 2)} if batch else {}
 
 
 def crop_matrix(box: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
@@ -191,4 +190,4 @@ def crop_matrix(box: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
     )
     zero, one = torch.zeros_like(scale_x), torch.ones_like(scale_x)
     rows = (scale_x, zero, shift_x, zero, scale_y, shift_y, zero, zero, one)
-    return rearrange(list(rows), "(i j) b -> b i j", i=3)
+    return torch.stack(rows, dim=-1).reshape(-1, 3, 3)

@@ -4,7 +4,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-from einops import repeat
 from kornia.constants import Resample
 from kornia.geometry.transform import warp_affine
 from torch import Tensor
@@ -190,7 +189,7 @@ class RandomHorizontalFlip(Geometric):
         """The matrices from source to result pixels."""
         flip = to_device_of(params["apply"], input).to(input.dtype)
         identity = torch.eye(3, dtype=input.dtype, device=input.device)
-        matrix = repeat(identity, "i j -> b i j", b=len(flip)).clone()
+        matrix = identity.repeat(len(flip), 1, 1)
         matrix[:, 0, 0] = 1 - 2 * flip
         matrix[:, 0, 2] = (input.shape[-1] - 1) * flip
         return matrix
