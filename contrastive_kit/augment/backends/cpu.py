@@ -47,9 +47,6 @@ _TINY = 1e-30
 _LOOKED_AT = 4
 # What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
 _BLUR_REACH = 4.5
-# Up to this radius shifted sums are faster than products of tiles.
-_BLUR_SHIFTS = 3
-_BLUR_TILE = 16
 
 
 class _Row(NamedTuple):
@@ -338,47 +335,17 @@ def _finish(x: Tensor, rows: list[_Row], table: Tensor, plane: Tensor, recipe: R
 
 
 def _blur(sample: Tensor, sigma: float, recipe: Recipe) -> Tensor:
-    """Separable blur of ``(c, H, W)``, but for the taps too small to be seen."""
+    """Separable blur of ``(c, H, W)`` by shifted sums, but for taps too small to be seen."""
     radius = recipe.taps // 2
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     reach = min(radius, math.ceil(_BLUR_REACH * sigma - 0.5))
-    weights = [weight / total for weight in weights[: reach + 1]]
     mode = "reflect" if recipe.blur_padding == "reflect" else "constant"
-    tiled = reach > _BLUR_SHIFTS and all(side % _BLUR_TILE == 0 for side in recipe.size)
-    blur = _blur_by_tiles if tiled else _blur_by_shifts
-    # Rows stand between the channels, so that those of a tile are one block of memory.
-    across = blur(F.pad(sample[None], (reach, reach, 0, 0), mode=mode)[0], 2, weights)
-    rows = rearrange(across, "c h w -> 1 1 h (c w)")
-    down = blur(F.pad(rows, (0, 0, reach, reach), mode=mode)[0], 1, weights)
-    return rearrange(down, "1 h (c w) -> c h w", c=len(sample))
-
-
-def _blur_by_shifts(x: Tensor, dim: int, weights: list[float]) -> Tensor:
-    """Weighted sums of the shifted image, which is padded along `dim`."""
-    reach = len(weights) - 1
-    side = x.shape[dim] - 2 * reach
-    blurred = x.narrow(dim, reach, side) * weights[0]
-    for offset in range(1, reach + 1):
-        for start in (reach - offset, reach + offset):
-            blurred.add_(x.narrow(dim, start, side), alpha=weights[offset])
-    return blurred
-
-
-def _blur_by_tiles(x: Tensor, dim: int, weights: list[float]) -> Tensor:
-    """Products with the banded matrix of the blur, of which only the band is multiplied.
-
-    A tile of results needs the pixels of the tile and those within reach of it: the windows
-    overlap, and are strided views of the image, which is padded along `dim`.
-    """
-    window = _BLUR_TILE + 2 * (len(weights) - 1)
-    band = _empty(_BLUR_TILE, window).zero_()
-    diagonals = band.as_strided((_BLUR_TILE, 2 * len(weights) - 1), (window + 1, 1))
-    diagonals.copy_(_floats(weights[:0:-1] + weights))
-    if dim == 2:
-        tiles = x.flatten(0, 1).unfold(1, window, _BLUR_TILE).transpose(0, 1)
-        blurred = torch.bmm(tiles, band.t().expand(len(tiles), -1, -1))
-        return rearrange(blurred, "tile (c h) w -> c h (tile w)", c=len(x))
-    tiles = x[0].unfold(0, window, _BLUR_TILE).mT
-    blurred = torch.bmm(band.expand(len(tiles), -1, -1), tiles)
-    return rearrange(blurred, "tile h w -> 1 (tile h) w")
+    x = F.pad(sample[None], (reach,) * 4, mode=mode)[0]
+    for dim, side in ((2, recipe.size[1]), (1, recipe.size[0])):
+        blurred = x.narrow(dim, reach, side) * (weights[0] / total)
+        for offset in range(1, reach + 1):
+            for start in (reach - offset, reach + offset):
+                blurred.add_(x.narrow(dim, start, side), alpha=weights[offset] / total)
+        x = blurred
+    return x
