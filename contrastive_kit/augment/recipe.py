@@ -248,7 +248,7 @@ class Recipe:
         object.__setattr__(self, name, value)  # what the dataclass itself does
 
     def makes(self, step: str) -> bool:
-        """Whether any view may be blurred ("blur"), or solarized ("solarize")."""
+        """Whether some view may have this step: one that is left out where its probability is 0."""
         return any(_each(self.blur_probability if step == "blur" else getattr(self, step)))
 
     def steps(self, *, made: bool) -> list[str]:
