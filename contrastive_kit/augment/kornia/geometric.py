@@ -28,7 +28,38 @@ _MODES: dict[str, functional.Interpolation] = {
 }
 
 
-class RandomResizedCrop(Geometric):
+class Cropping(Geometric):
+    """Base of the modules that crop and resize."""
+
+    gated = False
+
+    def keep_flags(self, size: tuple[int, int], interpolation: str, antialias: bool) -> None:
+        """Keep what the samples share where Kornia's containers look for it."""
+        self.flags = {
+            "size": size,
+            "resample": Resample.get(interpolation),
+            "align_corners": False,
+            "antialias": antialias,
+        }
+
+    def inverse_transform(
+        self,
+        input: Tensor,
+        flags: dict[str, Any],
+        transform: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Put the views back where they were; what the crop cut away is black."""
+        if transform is None or size is None:
+            raise ValueError("inverse needs the transform and the size of the images, got None")
+        mode, matrix = flags["resample"].name.lower(), transform[:, :2].to(input.dtype)
+        back: Tensor = warp_affine(
+            input, matrix, size, mode, padding_mode="zeros", align_corners=True
+        )
+        return back
+
+
+class RandomResizedCrop(Cropping):
     """Cut a random box out of each image and resize it, antialiased.
 
     torchvision's ``RandomResizedCrop``, with a box of its own for each sample. Masks are resized
@@ -61,8 +92,6 @@ class RandomResizedCrop(Geometric):
         (torch.Size([4, 3, 8, 8]), True)
     """
 
-    gated = False
-
     def __init__(
         self,
         size: int | tuple[int, int],
@@ -83,12 +112,7 @@ class RandomResizedCrop(Geometric):
             N_UNIFORMS, options, same_on_batch=same_on_batch, keepdim=keepdim, generator=generator
         )
         self.recipe = Recipe(scale=scale, ratio=ratio)
-        self.flags = {
-            "size": shape,
-            "resample": Resample.get(interpolation),
-            "align_corners": False,
-            "antialias": antialias,
-        }
+        self.keep_flags(shape, interpolation, antialias)
 
     def draw(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
         """The boxes."""
@@ -113,34 +137,6 @@ class RandomResizedCrop(Geometric):
             interpolation=_MODES[flags["resample"].name.lower()],
             antialias=flags["antialias"],
         )
-
-    def inverse_transform(
-        self,
-        input: Tensor,
-        flags: dict[str, Any],
-        transform: Tensor | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Put the views back where they were; what the crop cut away is black."""
-        return uncrop(input, flags, transform, size)
-
-
-def uncrop(
-    input: Tensor, flags: dict[str, Any], transform: Tensor | None, size: tuple[int, int] | None
-) -> Tensor:
-    """Warp views back into images of the given size, black where the view does not reach."""
-    if transform is None or size is None:
-        raise ValueError("inverse needs the transform and the size of the images, got None")
-    mode = flags["resample"].name.lower()
-    warped: Tensor = warp_affine(
-        input,
-        transform[:, :2].to(input.dtype),
-        size,
-        mode,
-        padding_mode="zeros",
-        align_corners=True,
-    )
-    return warped
 
 
 class RandomHorizontalFlip(Geometric):

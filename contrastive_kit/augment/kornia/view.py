@@ -3,24 +3,22 @@
 from typing import Any
 
 import torch
-from kornia.constants import Resample
 from torch import Tensor
 
 from contrastive_kit.augment import functional
 from contrastive_kit.augment.kornia.base import (
-    Geometric,
     Params,
     check_tensor,
     crop_matrix,
     resized_to,
     to_device_of,
 )
-from contrastive_kit.augment.kornia.geometric import _MODES, uncrop
+from contrastive_kit.augment.kornia.geometric import _MODES, Cropping
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.simclr import SimCLRAugment
 
 
-class SimCLRView(Geometric):
+class SimCLRView(Cropping):
     """One view of `SimCLRAugment`, fused, as a single module of an ``AugmentationSequential``.
 
     Crop, horizontal flip, colors and blur in one step. Masks are cropped and flipped with the
@@ -49,8 +47,6 @@ class SimCLRView(Geometric):
         (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]))
     """
 
-    gated = False
-
     def __init__(
         self, augment: SimCLRAugment, *, same_on_batch: bool = False, keepdim: bool = False
     ) -> None:
@@ -64,12 +60,8 @@ class SimCLRView(Geometric):
             generator=augment.generator,
         )
         self.augment = augment
-        self.flags = {
-            "size": augment.recipe.size,
-            "resample": Resample.get(augment.recipe.interpolation),
-            "align_corners": False,
-            "antialias": augment.recipe.antialias,
-        }
+        recipe = augment.recipe
+        self.keep_flags(recipe.size, recipe.interpolation, recipe.antialias)
 
     def draw(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
         """The parameter table."""
@@ -142,13 +134,3 @@ class SimCLRView(Geometric):
             interpolation="nearest" if is_default else _MODES[chosen],
             antialias=flags["antialias"],
         )
-
-    def inverse_transform(
-        self,
-        input: Tensor,
-        flags: dict[str, Any],
-        transform: Tensor | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Put the views back where they were; what the crop cut away is black."""
-        return uncrop(input, flags, transform, size)
