@@ -2,19 +2,21 @@
 
 `SimCLRAugment` makes whole views; the other modules are its parts, for Kornia's pipelines;
 `functional` holds the operations themselves. Names load on first use: `functional` and
-`SimCLRAugment` need torch only, the modules import Kornia.
+`SimCLRAugment` need torch and einops only, the modules import Kornia.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from contrastive_kit.augment.kornia.blur import GaussianBlur as GaussianBlur
-    from contrastive_kit.augment.kornia.color import ColorJitter as ColorJitter
-    from contrastive_kit.augment.kornia.crop import RandomResizedCrop as RandomResizedCrop
-    from contrastive_kit.augment.kornia.flip import RandomHorizontalFlip as RandomHorizontalFlip
-    from contrastive_kit.augment.kornia.grayscale import RandomGrayscale as RandomGrayscale
-    from contrastive_kit.augment.kornia.solarize import RandomSolarize as RandomSolarize
+    from contrastive_kit.augment.kornia.geometric import (
+        RandomHorizontalFlip as RandomHorizontalFlip,
+    )
+    from contrastive_kit.augment.kornia.geometric import RandomResizedCrop as RandomResizedCrop
+    from contrastive_kit.augment.kornia.intensity import ColorJitter as ColorJitter
+    from contrastive_kit.augment.kornia.intensity import GaussianBlur as GaussianBlur
+    from contrastive_kit.augment.kornia.intensity import RandomGrayscale as RandomGrayscale
+    from contrastive_kit.augment.kornia.intensity import RandomSolarize as RandomSolarize
     from contrastive_kit.augment.kornia.view import SimCLRView as SimCLRView
     from contrastive_kit.augment.recipe import BYOL as BYOL
     from contrastive_kit.augment.recipe import CIFAR as CIFAR
@@ -29,12 +31,12 @@ _HOME = {
     "GOOGLE_RESEARCH": "recipe",
     "IMAGENET": "recipe",
     "Recipe": "recipe",
-    "ColorJitter": "kornia.color",
-    "GaussianBlur": "kornia.blur",
-    "RandomGrayscale": "kornia.grayscale",
-    "RandomHorizontalFlip": "kornia.flip",
-    "RandomResizedCrop": "kornia.crop",
-    "RandomSolarize": "kornia.solarize",
+    "ColorJitter": "kornia.intensity",
+    "GaussianBlur": "kornia.intensity",
+    "RandomGrayscale": "kornia.intensity",
+    "RandomHorizontalFlip": "kornia.geometric",
+    "RandomResizedCrop": "kornia.geometric",
+    "RandomSolarize": "kornia.intensity",
     "SimCLRAugment": "simclr",
     "SimCLRView": "kornia.view",
 }

@@ -1,12 +1,12 @@
 """The parameters of views: how they are packed, and the numbers that callers pass.
 
-They are one table, a float32 tensor whose last dimension has the columns named by
-`ViewParameters`, so that it is saved, sliced, moved and replayed like any other tensor.
+They are one table, a float32 tensor whose last dimension is made of the fields of `ViewParameters`,
+so that it is saved, sliced, moved and replayed like any other tensor.
 """
 
 from collections.abc import Iterable
 from contextlib import suppress
-from enum import IntEnum
+from itertools import accumulate
 from numbers import Complex, Real
 from typing import NamedTuple
 
@@ -16,40 +16,9 @@ from torch import Tensor
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 CROP_TRIES = 10
-# Uniform numbers of a sample of a view. Those of a step never move: a new step takes some of the
-# unused ones at the end, so that the views of a seed stay what they are.
-N_USED = 2 * CROP_TRIES + 16
+# Uniform numbers of a sample of a view. Those of a step never move: a new step takes the first that
+# no step has, so that the views of a seed stay what they are.
 N_UNIFORMS = 64
-
-
-class Column(IntEnum):
-    """The columns of a parameter table. The tensors of `ViewParameters` are made of these.
-
-    The four columns from ORDER on hold the order of the colour operations, and the factor of an
-    operation stands its number behind BRIGHTNESS.
-    """
-
-    TOP = 0
-    LEFT = 1
-    HEIGHT = 2
-    WIDTH = 3
-    FLIP = 4
-    JITTER = 5
-    ORDER = 6
-    BRIGHTNESS = 10
-    CONTRAST = 11
-    SATURATION = 12
-    HUE = 13
-    GRAYSCALE = 14
-    BLUR = 15
-    SIGMA = 16
-    SOLARIZE = 17
-
-
-N_COLUMNS = max(Column) + 1
-BOX = slice(Column.TOP, Column.FLIP)
-ORDER = slice(Column.ORDER, Column.BRIGHTNESS)
-FACTORS = slice(Column.BRIGHTNESS, Column.GRAYSCALE)
 
 
 class ViewParameters(NamedTuple):
@@ -61,13 +30,13 @@ class ViewParameters(NamedTuple):
     Attributes:
         box: Top, left, height and width of the crop, in source pixels.
         flip: 1 where the view is flipped horizontally, else 0.
-        jitter: 1 where the four colour operations apply, else 0.
-        order: The order of the colour operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+        jitter: 1 where the four color operations apply, else 0.
+        order: The order of the color operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
         brightness: Brightness factor, 1 leaves the image alone.
         contrast: Contrast factor, 1 leaves the image alone.
         saturation: Saturation factor, 1 leaves the image alone.
         hue: Hue shift in turns, between -0.5 and 0.5.
-        grayscale: 1 where the view loses its colour, else 0.
+        grayscale: 1 where the view loses its color, else 0.
         blur: 1 where the view is blurred, else 0.
         sigma: Standard deviation of the blur in output pixels.
         solarize: 1 where the view is solarized, else 0.
@@ -87,22 +56,31 @@ class ViewParameters(NamedTuple):
     solarize: Tensor
 
 
+# A field is one column of the table, but for these.
+_WIDE = {"box": 4, "order": 4}
+_WIDTHS = [_WIDE.get(name, 1) for name in ViewParameters._fields]
+N_COLUMNS = sum(_WIDTHS)
+# The first column of each field.
+COLUMN = dict(zip(ViewParameters._fields, accumulate([0, *_WIDTHS]), strict=False))
+
+
 def unpack(table: Tensor) -> ViewParameters:
     """Name the columns of a parameter table.
 
     Args:
         table: A table as returned by ``SimCLRAugment(...)(images, return_params=True)``:
-            ``(..., 18)``, floating.
+            ``(..., columns)``, floating.
 
     Returns:
         Views of the table, so writing to a field writes to the table.
 
     Raises:
-        ValueError: If the last dimension is not 18.
+        ValueError: If the last dimension is not that of a table.
 
     Example:
         >>> import torch
-        >>> table = torch.zeros(2, 5, 18)
+        >>> from contrastive_kit import SimCLRAugment
+        >>> _, table = SimCLRAugment(8)(torch.rand(5, 3, 9, 9), return_params=True)
         >>> unpack(table).box.shape, unpack(table).hue.shape
         (torch.Size([2, 5, 4]), torch.Size([2, 5]))
     """
@@ -110,9 +88,8 @@ def unpack(table: Tensor) -> ViewParameters:
         raise ValueError(
             f"table must have {N_COLUMNS} columns in its last dimension, got {tuple(table.shape)}"
         )
-    flip, jitter = table[..., Column.FLIP], table[..., Column.JITTER]
-    scalars = table[..., Column.BRIGHTNESS :].unbind(-1)
-    return ViewParameters(table[..., BOX], flip, jitter, table[..., ORDER], *scalars)
+    fields = zip(torch.split(table, _WIDTHS, dim=-1), _WIDTHS, strict=True)
+    return ViewParameters(*(field if width > 1 else field[..., 0] for field, width in fields))
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
@@ -123,9 +100,9 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
 
 
 def to_number(name: str, value: object) -> float:
-    """A number of any kind, NumPy's and a tensor of one value too, as a float.
+    """A real number of Python or NumPy, or a tensor of one value, as a float.
 
-    Text is none, nor are True and False, nor complex numbers.
+    Strings, bools and complex numbers raise.
     """
     is_complex = isinstance(value, Complex) and not isinstance(value, Real)
     is_bool = str(getattr(value, "dtype", type(value).__name__)) in ("bool", "torch.bool")

@@ -4,10 +4,10 @@ One call draws one ``torch.rand``; everything a view does follows from its row o
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from contrastive_kit._checks import check_choice, check_flag
 from contrastive_kit.augment import functional
 from contrastive_kit.augment.parameters import (
     CROP_TRIES,
-    N_USED,
     several,
     to_number,
     to_numbers,
@@ -28,6 +27,94 @@ IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Range = tuple[float, float]
 # One probability for all views, or one a view.
 Probability = float | Sequence[float]
+
+
+def _flag(name: str, value: bool) -> bool:
+    check_flag(name, value)
+    return value
+
+
+def _one_of(*choices: str) -> Callable[[str, str], str]:
+    def check(name: str, value: str) -> str:
+        check_choice(name, value, choices)
+        return value
+
+    return check
+
+
+def _positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return int(value)
+
+
+def _probabilities(name: str, value: object) -> Probability:
+    """One probability for all views, or one a view."""
+    if not several(value):
+        return to_probability(name, value)
+    return tuple(to_probability(name, number) for number in to_numbers(name, value))
+
+
+def _blur(name: str, value: object) -> Probability | Literal["auto"]:
+    if isinstance(value, bool):
+        return 0.5 if value else 0.0
+    if isinstance(value, str):
+        if value == "auto":
+            return "auto"
+        raise ValueError(f"{name} must be a bool, 'auto' or a probability, got {value!r}")
+    return _probabilities(name, value)
+
+
+def _range(high: float) -> Callable[[str, object], Range]:
+    def check(name: str, value: object) -> Range:
+        ends = to_numbers(name, value)
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= high:
+            raise ValueError(
+                f"{name} must be a range (low, high) with 0.0 <= low <= high <= {high}, got {value}"
+            )
+        if ends[0] == 0 or ends[1] == math.inf:
+            finite = " and finite" if high == math.inf else ""
+            raise ValueError(f"{name} must be positive{finite}, got {ends}")
+        return ends[0], ends[1]
+
+    return check
+
+
+def _threshold(name: str, value: object) -> float:
+    threshold = to_number(name, value)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {threshold}")
+    return threshold
+
+
+def _normalization(
+    name: str, normalize: object
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if normalize is None:
+        return None
+    try:
+        mean, std = (tuple(float(value) for value in part) for part in normalize)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        mean = std = ()
+    finite = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
+    if len(mean) != 3 or len(std) != 3 or not finite:
+        raise ValueError(
+            f"{name} must be three means and three positive standard deviations, all finite, "
+            f"got {normalize!r}"
+        )
+    return mean, std
+
+
+def _option(default: Any, check: Callable[[str, Any], Any], *, step: bool = False) -> Any:
+    """A field: its default, and what turns a caller's value into the one kept, or raises.
+
+    A `step` is left out of all views where its probability is 0.
+    """
+    return field(default=default, metadata={"check": check, "step": step})
+
+
+def _each(probability: Probability | str) -> Sequence[float | str]:
+    return probability if isinstance(probability, tuple) else (probability,)
 
 
 class Options(TypedDict, total=False):
@@ -58,13 +145,13 @@ class Options(TypedDict, total=False):
 class Recipe:
     """What all views of a `SimCLRAugment` share; the defaults are SimCLR's at strength 1.
 
-    The crop is distributed as torchvision's ``RandomResizedCrop.get_params``, its centred fallback
-    included. Every gate, every factor and the order of the colour operations is drawn per sample.
+    The crop is distributed as torchvision's ``RandomResizedCrop.get_params``, its centered fallback
+    included. Every gate, every factor and the order of the color operations is drawn per sample.
     A recipe is changed by ``dataclasses.replace(recipe, strength=0.5)``.
 
     Attributes:
         size: Height and width of the views in pixels, or both as one number.
-        strength: s, the strength of the colour jitter, not negative: 1 for ImageNet, 0.5 for CIFAR.
+        strength: s, the strength of the color jitter, not negative: 1 for ImageNet, 0.5 for CIFAR.
         views: How many views, at least 1.
         blur: The probability of the blur, one number for all views or one a view. True is 0.5,
             False is 0, and "auto" is 0.5 for views of 64 pixels and more and 0 below, as in the
@@ -74,9 +161,9 @@ class Recipe:
         scale: Range of the crop's area, as a fraction of the image's.
         ratio: Range of the crop's width over its height, log-uniform.
         flip: Probability of the horizontal flip.
-        jitter: Probability of the four colour operations.
+        jitter: Probability of the four color operations.
         colors: Brightness, contrast, saturation and hue of the jitter at strength 1.
-        grayscale: Probability of losing the colour.
+        grayscale: Probability of losing the color.
         sigma: Range of the blur's standard deviation, in pixels of the view.
         kernel_size: Odd number of taps of the blur; 10 % of the shorter side made odd if None.
         solarize: The probability of solarizing after the blur, one number or one a view.
@@ -102,110 +189,89 @@ class Recipe:
         (-0.2, 0.2)
     """
 
-    size: tuple[int, int] = (224, 224)
-    strength: float = 1.0
-    views: int = 2
-    blur: Probability | Literal["auto"] = "auto"
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None
-    scale: Range = (0.08, 1.0)
-    ratio: Range = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: float = 0.8
-    colors: Sequence[float] = (0.8, 0.8, 0.8, 0.2)
-    grayscale: float = 0.2
-    sigma: Range = (0.1, 2.0)
-    kernel_size: int | None = None
-    solarize: Probability = 0.0
-    solarize_threshold: float = 0.5
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    antialias: bool = True
-    contrast_mean: Literal["gray", "channel"] = "gray"
-    saturation_mode: Literal["gray", "hsv"] = "gray"
-    blur_padding: Literal["reflect", "zeros"] = "reflect"
+    size: tuple[int, int] = _option((224, 224), lambda _, size: functional.check_size(size))
+    strength: float = _option(1.0, to_number)
+    views: int = _option(2, _positive_int)
+    blur: Probability | Literal["auto"] = _option("auto", _blur, step=True)
+    normalize: tuple[Sequence[float], Sequence[float]] | None = _option(None, _normalization)
+    scale: Range = _option((0.08, 1.0), _range(1.0))
+    ratio: Range = _option((3 / 4, 4 / 3), _range(math.inf))
+    flip: float = _option(0.5, to_probability)
+    jitter: float = _option(0.8, to_probability)
+    colors: Sequence[float] = _option((0.8, 0.8, 0.8, 0.2), to_numbers)
+    grayscale: float = _option(0.2, to_probability)
+    sigma: Range = _option((0.1, 2.0), _range(math.inf))
+    kernel_size: int | None = _option(None, lambda _, taps: taps)
+    solarize: Probability = _option(0.0, _probabilities, step=True)
+    solarize_threshold: float = _option(0.5, _threshold)
+    interpolation: Literal["bilinear", "bicubic"] = _option(
+        "bilinear", lambda _, interpolation: functional.check_interpolation(interpolation)
+    )
+    antialias: bool = _option(True, _flag)
+    contrast_mean: Literal["gray", "channel"] = _option("gray", _one_of("gray", "channel"))
+    saturation_mode: Literal["gray", "hsv"] = _option("gray", _one_of("gray", "hsv"))
+    # check_kernel reads it.
+    blur_padding: Literal["reflect", "zeros"] = _option("reflect", lambda _, padding: padding)
     blur_probability: Probability = field(init=False, repr=False, compare=False)
     taps: int = field(init=False, repr=False, compare=False)
     color_ranges: tuple[Range, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_flag("antialias", self.antialias)
-        check_choice("contrast_mean", self.contrast_mean, ("gray", "channel"))
-        check_choice("saturation_mode", self.saturation_mode, ("gray", "hsv"))
-        size, views = functional.check_size(self.size), _positive_int("views", self.views)
-        blur: Probability | Literal["auto"] = self.blur
-        if isinstance(blur, bool):
-            blur = 0.5 if blur else 0.0
-        elif not isinstance(blur, str):
-            blur = _per_view("blur", blur, views)
-        elif blur != "auto":
-            raise ValueError(f"blur must be a bool, 'auto' or a probability, got {blur!r}")
-        self._keep(
-            size=size,
-            views=views,
-            blur=blur,
-            normalize=_to_normalization(self.normalize),
-            scale=_to_range("scale", self.scale, 0.0, 1.0),
-            ratio=_to_range("ratio", self.ratio, 0.0, math.inf),
-            sigma=_to_range("sigma", self.sigma, 0.0, math.inf),
-            flip=to_probability("flip", self.flip),
-            jitter=to_probability("jitter", self.jitter),
-            grayscale=to_probability("grayscale", self.grayscale),
-            solarize=_per_view("solarize", self.solarize, views),
-            solarize_threshold=to_number("solarize_threshold", self.solarize_threshold),
-            interpolation=functional.check_interpolation(self.interpolation),
-            strength=to_number("strength", self.strength),
-            colors=to_numbers("colors", self.colors),
-        )
-        if not 0 <= self.solarize_threshold <= 1:
-            raise ValueError(f"solarize_threshold must be in [0, 1], got {self.solarize_threshold}")
-        if self.scale[0] <= 0:
-            raise ValueError(f"scale must be positive, got {self.scale}")
-        for name in ("ratio", "sigma"):
-            low, high = getattr(self, name)
-            if low <= 0 or math.isinf(high):
-                raise ValueError(f"{name} must be positive and finite, got {(low, high)}")
+        for option in fields(self):
+            if option.init:
+                value = option.metadata["check"](option.name, getattr(self, option.name))
+                self._keep(option.name, value)
+                several_views = option.metadata["step"] and isinstance(value, tuple)
+                if several_views and len(value) != self.views:
+                    raise ValueError(
+                        f"{option.name} must be one probability or one for each of the "
+                        f"{self.views} views, got {value}"
+                    )
+        blur = self.blur
         if blur == "auto":
-            blur = 0.5 if min(size) >= 64 else 0.0
-        blurs = _any(blur)
+            blur = 0.5 if min(self.size) >= 64 else 0.0
         kernel_size = self.kernel_size
         if kernel_size is None:
-            kernel_size = max(3, min(size) // 10 // 2 * 2 + 1)
+            kernel_size = max(3, min(self.size) // 10 // 2 * 2 + 1)
         # What is not blurred may be smaller than the kernel.
-        radii = functional.check_kernel(kernel_size, size if blurs else (), self.blur_padding)
+        blurred = self.size if any(_each(blur)) else ()
+        radii = functional.check_kernel(kernel_size, blurred, self.blur_padding)
         if radii[0] != radii[1]:
             raise ValueError(f"kernel_size must be one for both axes, got {kernel_size}")
         taps = 2 * radii[0] + 1
-        self._keep(
-            kernel_size=None if self.kernel_size is None else taps,
-            blur_probability=blur,
-            taps=taps if blurs else 0,
-            color_ranges=_color_ranges(self.colors, self.strength),
-        )
+        self._keep("kernel_size", None if self.kernel_size is None else taps)
+        self._keep("blur_probability", blur)
+        self._keep("taps", taps if blurred else 0)
+        self._keep("color_ranges", _color_ranges(self.colors, self.strength))
 
-    def _keep(self, **values: object) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # what the dataclass itself does
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # what the dataclass itself does
 
-    @property
-    def solarizes(self) -> bool:
-        """Whether any view may be solarized."""
-        return _any(self.solarize)
+    def makes(self, step: str) -> bool:
+        """Whether some view may have this step: one that is left out where its probability is 0."""
+        return any(_each(self.blur_probability if step == "blur" else getattr(self, step)))
+
+    def steps(self, *, made: bool) -> list[str]:
+        """The steps that some view may have, or those that none may, as their probability is 0."""
+        steps = [option.name for option in fields(self) if option.metadata.get("step")]
+        return [step for step in steps if self.makes(step) == made]
 
     def table(self, uniforms: Tensor, *, height: int | Tensor, width: int | Tensor) -> Tensor:
         """Turn uniform numbers into a parameter table; deterministic, without a host sync.
 
         Args:
-            uniforms: ``(views, batch, 64)`` float32 in [0, 1). The last 28 are not used yet.
+            uniforms: ``(views, batch, 64)`` float32 in [0, 1); the last ones are for steps to come.
             height: Height of the images in pixels, or ``(batch,)`` where they differ.
             width: Width of the images in pixels, or ``(batch,)`` where they differ.
 
         Returns:
-            The parameter table, ``(views, batch, 18)`` float32 on the device of `uniforms`.
+            The parameter table, ``(views, batch, columns)`` float32 on the device of `uniforms`.
         """
         area_u, ratio_u = uniforms[..., :CROP_TRIES], uniforms[..., CROP_TRIES : 2 * CROP_TRIES]
         order_u = uniforms[..., 2 * CROP_TRIES : 2 * CROP_TRIES + 4]
         (
             top_u, left_u, flip_u, jitter_u, *factors_u, grayscale_u, blur_u, sigma_u, solarize_u,
-        ) = uniforms[..., 2 * CROP_TRIES + 4 : N_USED].unbind(-1)  # fmt: skip
+        ) = uniforms[..., 2 * CROP_TRIES + 4 : 36].unbind(-1)  # fmt: skip
         crop_height, crop_width = self._crop_shape(area_u, ratio_u, height, width)
         fallback_height, fallback_width = self._fallback_shape(height, width)
         missing = crop_height == 0
@@ -215,7 +281,7 @@ class Recipe:
         left = (left_u * (room_x + 1)).floor().minimum(room_x)
         order = order_u.argsort(dim=-1).to(uniforms.dtype)
 
-        columns = (
+        columns = [
             torch.where(missing, (height - fallback_height) // 2, top),
             torch.where(missing, (width - fallback_width) // 2, left),
             torch.where(missing, fallback_height, crop_height),
@@ -228,7 +294,7 @@ class Recipe:
             _view_gates(blur_u, self.blur_probability),
             _scaled(sigma_u, self.sigma),
             _view_gates(solarize_u, self.solarize),
-        )
+        ]
         return torch.stack(columns, dim=-1)
 
     def _crop_shape(
@@ -255,7 +321,7 @@ class Recipe:
     def _fallback_shape(
         self, height: int | Tensor, width: int | Tensor
     ) -> tuple[int | Tensor, int | Tensor]:
-        """The largest centred crop whose ratio is in range."""
+        """The largest centered crop whose ratio is in range."""
         narrowest, widest = self.ratio
         if isinstance(height, Tensor) or isinstance(width, Tensor):
             # Named, or as_tensor would move them to the default device.
@@ -285,37 +351,6 @@ def _view_gates(uniforms: Tensor, probability: Probability) -> Tensor:
     return torch.stack([_gate(row, p) for row, p in zip(uniforms, probability, strict=True)])
 
 
-def _positive_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
-    return int(value)
-
-
-def _any(probability: Probability) -> bool:
-    return any(probability) if isinstance(probability, Sequence) else probability > 0
-
-
-def _per_view(name: str, value: object, views: int) -> Probability:
-    """One probability for all views, or one a view."""
-    if not several(value):
-        return to_probability(name, value)
-    numbers = to_numbers(name, value)
-    if len(numbers) != views:
-        raise ValueError(
-            f"{name} must be one probability or one for each of the {views} views, got {numbers}"
-        )
-    return tuple(to_probability(name, number) for number in numbers)
-
-
-def _to_range(name: str, value: object, low: float, high: float) -> tuple[float, float]:
-    ends = to_numbers(name, value)
-    if len(ends) != 2 or not low <= ends[0] <= ends[1] <= high:
-        raise ValueError(
-            f"{name} must be a range (low, high) with {low} <= low <= high <= {high}, got {value}"
-        )
-    return ends[0], ends[1]
-
-
 def _color_ranges(colors: Sequence[float], strength: float) -> tuple[Range, ...]:
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and not negative, got {strength}")
@@ -325,22 +360,6 @@ def _color_ranges(colors: Sequence[float], strength: float) -> tuple[Range, ...]
     if hue > 0.5:
         raise ValueError(f"strength times the hue of colors must be at most 0.5, got {hue}")
     return *((max(0.0, 1 - factor), 1 + factor) for factor in factors), (-hue, hue)
-
-
-def _to_normalization(normalize: object) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    if normalize is None:
-        return None
-    try:
-        mean, std = (tuple(float(value) for value in part) for part in normalize)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        mean = std = ()
-    finite = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
-    if len(mean) != 3 or len(std) != 3 or not finite:
-        raise ValueError(
-            "normalize must be three means and three positive standard deviations, all finite, "
-            f"got {normalize!r}"
-        )
-    return mean, std
 
 
 IMAGENET = Recipe(blur=True)
@@ -359,7 +378,7 @@ GOOGLE_RESEARCH = Recipe(
 """The operations of the google-research/simclr code rather than torchvision's.
 
 Bicubic resize without antialiasing, contrast about each channel's mean, saturation in HSV, blur
-that sees black beyond the border. The crop's distribution, its half-pixel centres and the per-image
+that sees black beyond the border. The crop's distribution, its half-pixel centers and the per-image
 sigma stay torchvision's.
 """
 
@@ -368,6 +387,6 @@ BYOL = Recipe(
 )
 """BYOL's asymmetric pair (Grill et al., 2020, table 6).
 
-Weaker colours than SimCLR's; the first view is always blurred, the second with probability 0.1 and
+Weaker colors than SimCLR's; the first view is always blurred, the second with probability 0.1 and
 solarized with probability 0.2.
 """

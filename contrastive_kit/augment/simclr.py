@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,10 +21,9 @@ from contrastive_kit.augment.backends import (
     choose,
 )
 from contrastive_kit.augment.parameters import (
+    COLUMN,
     N_COLUMNS,
     N_UNIFORMS,
-    ORDER,
-    Column,
     to_device,
     unpack,
 )
@@ -38,18 +38,35 @@ Views = tuple[Tensor, ...]
 
 SIMCLR = Recipe()
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def _with_options(init: _Init) -> _Init:
+    """Name a recipe's options in the signature of ``__init__``, for ``help()`` and editors.
+
+    The default shown is ``...``, as an option that is not given is that of the recipe.
+    """
+    own = signature(init)
+    parameters = list(own.parameters.values())[:-1]
+    parameters += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=..., annotation=annotation)
+        for name, annotation in Options.__annotations__.items()
+    ]
+    init.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return init
+
 
 class SimCLRAugment(Draws):
-    r"""Independent random views of each image: crop, flip, colour jitter, grayscale, blur.
+    r"""Independent random views of each image: crop, flip, color jitter, grayscale, blur.
 
     The augmentation of SimCLR (Chen et al., 2020, appendix A), with torchvision's definition of
     each operation: an antialiased bilinear ``RandomResizedCrop``, a horizontal flip with
     probability 0.5, ``ColorJitter(0.8s, 0.8s, 0.8s, 0.2s)`` with probability 0.8, grayscale
     with probability 0.2, and a Gaussian blur over 10 % of the side with probability 0.5. Every
-    sample has parameters of its own, the order of its colour operations included.
+    sample has parameters of its own, the order of its color operations included.
 
-    uint8 images are cropped in uint8 and coloured in floats, as torchvision's tensor transforms do;
-    feed uint8 where you can, for it is 4 times less to move and faster to crop.
+    uint8 images are cropped in uint8 and their colors changed in floats, as torchvision's tensor
+    transforms do. Feed uint8 where you can: it is a quarter of the bytes and faster to crop.
 
     All random numbers come from one ``torch.rand`` on the CPU (or on the generator's device), so
     the same seed gives the same views on every device. Nothing waits for the GPU.
@@ -78,20 +95,21 @@ class SimCLRAugment(Draws):
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If `dtype` is not floating, a flag is not True or False, something is no number
-            where one must be, or an option is none of `Recipe`'s.
+            where one is expected, or an option is not one of `Recipe`'s.
 
     Example:
         >>> import torch
         >>> augment = SimCLRAugment(32, strength=0.5, generator=torch.Generator().manual_seed(0))
         >>> images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
         >>> (v1, v2), params = augment(images, return_params=True)
-        >>> v1.shape, v1.dtype, params.shape
-        (torch.Size([8, 3, 32, 32]), torch.float32, torch.Size([2, 8, 18]))
+        >>> v1.shape, v1.dtype, params.shape[:2]
+        (torch.Size([8, 3, 32, 32]), torch.float32, torch.Size([2, 8]))
         >>> again, _ = augment(images, params=params)
         >>> torch.equal(v1, again)
         True
     """
 
+    @_with_options
     def __init__(
         self,
         size: int | tuple[int, int],
@@ -152,7 +170,7 @@ class SimCLRAugment(Draws):
             images: ``(B, 3, H, W)``, or a list of B images ``(3, H_i, W_i)``.
 
         Returns:
-            The parameter table, ``(views, B, 18)`` float32 on the generator's device;
+            The parameter table, ``(views, B, columns)`` float32 on the generator's device;
             `contrastive_kit.augment.parameters.unpack` names its columns.
         """
         _check_images(images)
@@ -235,9 +253,8 @@ class SimCLRAugment(Draws):
         Raises:
             ValueError: If a shape does not fit, the named backend does not take the images, or
                 `check_values` finds some out of range. If `params` on the CPU are not finite, or
-                hold a box that is not inside its image, an order of the colour operations that is
-                none, a sigma of 0 for a blur, or a blur or a solarization where this module has a
-                probability of 0 for it.
+                hold a box that is not inside its image, an order of the color operations that is
+                no permutation, a sigma of 0 for a blur, or a step whose probability is 0 here.
             TypeError: If the images are neither uint8 nor floating, or `params` are not floating.
         """
         first = _check_images(images)
@@ -287,22 +304,21 @@ class SimCLRAugment(Draws):
         if bool(no_order.any()):
             raise ValueError(
                 "params must hold each of 0, 1, 2 and 3 once in the columns of the order, "
-                f"{int(ORDER.start)} to {int(ORDER.stop) - 1}, got {p.order[no_order][0].tolist()}"
+                f"{COLUMN['order']} to {COLUMN['order'] + 3}, got {p.order[no_order][0].tolist()}"
             )
-        for name, column, asked, made in (
-            ("blur", Column.BLUR, p.blur, self.recipe.taps),
-            ("solarize", Column.SOLARIZE, p.solarize, self.recipe.solarizes),
-        ):
-            if not made and bool(asked.any()):
+        for name in self.recipe.steps(made=False):
+            asked = getattr(p, name)
+            if bool(asked.any()):
                 raise ValueError(
-                    f"params must have 0 in column {column:d}, as this SimCLRAugment has {name}=0; "
-                    f"got another number for {int(asked.count_nonzero())} of {asked.numel()} views"
+                    f"params must have 0 in column {COLUMN[name]}, as this SimCLRAugment has "
+                    f"{name}=0; got another number for {int(asked.count_nonzero())} of "
+                    f"{asked.numel()} views"
                 )
         no_sigma = (p.blur != 0) & (p.sigma <= 0)
         if bool(no_sigma.any()):
             raise ValueError(
-                f"params must hold a positive sigma in column {Column.SIGMA:d} where column "
-                f"{Column.BLUR:d} asks for a blur, got {float(p.sigma[no_sigma][0])}"
+                f"params must hold a positive sigma in column {COLUMN['sigma']} where column "
+                f"{COLUMN['blur']} asks for a blur, got {float(p.sigma[no_sigma][0])}"
             )
 
     def __getstate__(self) -> dict[str, Any]:

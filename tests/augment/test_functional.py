@@ -204,12 +204,17 @@ def test_both_routes_of_the_crop_agree(data):
     tall, wide = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     top, left = data.draw(st.integers(0, height - tall)), data.draw(st.integers(0, width - wide))
     size = (data.draw(st.integers(1, 24)), data.draw(st.integers(2, 24)))
-    options = (data.draw(st.sampled_from(["bilinear", "bicubic"])), data.draw(st.booleans()))
+    interpolation, antialias = (
+        data.draw(st.sampled_from(["bilinear", "bicubic"])),
+        data.draw(st.booleans()),
+    )
     images = torch.rand(1, 2, height, width, dtype=torch.float64)
     box = torch.tensor([[top, left, tall, wide]])
     flip = torch.tensor([data.draw(st.booleans())])
-    each = ck._crop_each(images, box, size, flip, *options)
-    close(ck.crop_matmul(images, box, size, flip, *options), each)
+    each = ck.crop_resize(
+        images, box, size, flip=flip, interpolation=interpolation, antialias=antialias
+    )
+    close(ck.crop_matmul(images, box, size, flip, interpolation, antialias), each)
 
 
 SAMPLE = {

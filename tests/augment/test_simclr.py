@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
+import sys
 import warnings
 
 import numpy as np
@@ -115,6 +117,27 @@ def test_google_research_flavour(backend, make_images):
         x = ck.grayscale(x, apply=p.grayscale)
         x = ck.gaussian_blur(x, p.sigma, kernel_size=3, padding="zeros", apply=p.blur)
         torch.testing.assert_close(result[number], x[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_an_image_is_checked_once(backend, make_images):
+    """A batch by one check and a list by one an image, however many views and steps follow."""
+    images = make_images(5, 40, 36, torch.uint8)
+    augment = SimCLRAugment(64, recipe=BYOL, normalize=IMAGENET_NORMALIZATION, backend=backend)
+    params = augment.draw(images)
+    called = []
+
+    def note(frame, event, _):
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    for given, checks in ((images, 1), (list(images), 5)):
+        called.clear()
+        sys.setprofile(note)
+        augment(given)
+        augment(given, params=params)
+        sys.setprofile(None)
+        assert called.count("check_images") == 2 * checks
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -329,6 +352,20 @@ def test_options_replace_those_of_the_recipe():
         expected.strength = 1.0
     with pytest.raises(TypeError, match="recipe must be a Recipe, got str"):
         SimCLRAugment(32, recipe="cifar")
+
+
+def test_the_signature_names_the_options_of_a_recipe():
+    options = {f.name for f in dataclasses.fields(Recipe) if f.init}
+    parameters = inspect.signature(SimCLRAugment).parameters
+    own = {"recipe", "generator", "backend", "dtype", "memory_format", "check_values"}
+    assert set(parameters) == options | own
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "size")
+
+    class Fixed(SimCLRAugment):
+        def __init__(self, size):
+            super().__init__(size, recipe=CIFAR)
+
+    assert list(inspect.signature(Fixed).parameters) == ["size"]
 
 
 def test_byol_pair_is_asymmetric(make_images):

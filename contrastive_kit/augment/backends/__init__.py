@@ -18,7 +18,7 @@ class Backend(NamedTuple):
 
     Attributes:
         refuse: Why it cannot make views of these images in this dtype, or None if it can.
-        render: Makes the views ``(V · B, 3, *size)`` of images from a table ``(V, B, 18)`` on
+        render: Makes the views ``(V · B, 3, *size)`` of images from a table ``(V, B, columns)`` on
             their device, in a dtype and a memory format.
     """
 

@@ -1,7 +1,7 @@
 """The views of a batch on CUDA, made by Triton kernels: the host's part.
 
 Three launches: the crop with the sums that the contrast needs, the total of those sums, the
-colours; two more where views are blurred. None of it depends on the batch or waits for the GPU.
+colors; two more where views are blurred. None of it depends on the batch or waits for the GPU.
 
 Beside the result this takes 3 bytes a pixel of the views for uint8 images and 12 for floats; where
 views may be blurred 12 more for uint8 images, and 12 more for a result in half precision.
@@ -67,8 +67,8 @@ def render_into(images: Tensor, table: Tensor, recipe: Recipe, out: Tensor) -> N
 
     Args:
         images: ``(B, 3, H, W)``, uint8, float32, float16 or bfloat16, with any strides.
-        table: ``(V, B, 18)`` on the device of the images. A box that is not inside its image is
-            moved into it.
+        table: ``(V, B, columns)`` on the device of the images. A box that is not inside its image
+            is moved into it.
         recipe: What the samples share.
         out: ``(V · B, 3, *size)``, float32, float16 or bfloat16, with any strides; overwritten.
     """
@@ -82,7 +82,7 @@ def render_into(images: Tensor, table: Tensor, recipe: Recipe, out: Tensor) -> N
         recipe.saturation_mode == "hsv",
         recipe.taps,
         recipe.blur_padding == "reflect",
-        recipe.solarize_threshold if recipe.solarizes else math.inf,
+        recipe.solarize_threshold if recipe.makes("solarize") else math.inf,
         *map(list, recipe.normalize or ((0.0,) * 3, (1.0,) * 3)),
     )
 

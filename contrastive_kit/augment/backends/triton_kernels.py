@@ -1,4 +1,4 @@
-"""The Triton kernels of the views: crop, colours, blur.
+"""The Triton kernels of the views: crop, colors, blur.
 
 A program makes a block of pixels of one view of one image. Everything it branches on is the same
 for the whole program: the view's row of the parameter table. The columns of a row and the meaning
@@ -13,25 +13,23 @@ import triton
 import triton.language as tl
 
 from contrastive_kit.augment import parameters
-from contrastive_kit.augment.parameters import Column
+from contrastive_kit.augment.parameters import COLUMN
 
 BRIGHTNESS = tl.constexpr(parameters.BRIGHTNESS)
 CONTRAST = tl.constexpr(parameters.CONTRAST)
 HUE = tl.constexpr(parameters.HUE)
-# Plain numbers: Triton compiles no enumeration.
-N_COLUMNS = tl.constexpr(int(parameters.N_COLUMNS))
-COLUMN_TOP = tl.constexpr(int(Column.TOP))
-COLUMN_LEFT = tl.constexpr(int(Column.LEFT))
-COLUMN_HEIGHT = tl.constexpr(int(Column.HEIGHT))
-COLUMN_WIDTH = tl.constexpr(int(Column.WIDTH))
-COLUMN_FLIP = tl.constexpr(int(Column.FLIP))
-COLUMN_JITTER = tl.constexpr(int(Column.JITTER))
-COLUMN_ORDER = tl.constexpr(int(Column.ORDER))
-COLUMN_FACTORS = tl.constexpr(int(Column.BRIGHTNESS))
-COLUMN_GRAYSCALE = tl.constexpr(int(Column.GRAYSCALE))
-COLUMN_BLUR = tl.constexpr(int(Column.BLUR))
-COLUMN_SIGMA = tl.constexpr(int(Column.SIGMA))
-COLUMN_SOLARIZE = tl.constexpr(int(Column.SOLARIZE))
+N_COLUMNS = tl.constexpr(parameters.N_COLUMNS)
+COLUMN_TOP = tl.constexpr(COLUMN["box"])
+COLUMN_LEFT = tl.constexpr(COLUMN["box"] + 1)
+COLUMN_HEIGHT = tl.constexpr(COLUMN["box"] + 2)
+COLUMN_WIDTH = tl.constexpr(COLUMN["box"] + 3)
+COLUMN_FLIP = tl.constexpr(COLUMN["flip"])
+COLUMN_JITTER = tl.constexpr(COLUMN["jitter"])
+COLUMN_ORDER = tl.constexpr(COLUMN["order"])
+COLUMN_FACTORS = tl.constexpr(COLUMN["brightness"])
+COLUMN_GRAYSCALE = tl.constexpr(COLUMN["grayscale"])
+COLUMN_BLUR = tl.constexpr(COLUMN["blur"])
+COLUMN_SIGMA = tl.constexpr(COLUMN["sigma"])
 TINY = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -69,16 +67,16 @@ def _axis(
     """The taps of each result pixel along one axis: first pixel, distance from it, scale, number.
 
     A box that is not inside the image is moved into it, so that no address can be outside. The
-    centre of a result pixel, extent · (index + 1/2) / TARGET, is split exactly into a whole number
+    center of a result pixel, extent · (index + 1/2) / TARGET, is split exactly into a whole number
     and a rest: as one float it would be off by 1e-5 pixels at the far end of a photograph.
     """
     extent = tl.minimum(tl.maximum(extent, 1.0), source.to(tl.float32))
     start = tl.minimum(tl.maximum(start, 0.0), source - extent).to(tl.int32)
     stretch = tl.maximum(extent / TARGET, 1.0) if ANTIALIAS else 1.0
     extent = extent.to(tl.int32)
-    centre = extent * (2 * index + 1)
-    whole = centre // (2 * TARGET)
-    rest = (centre % (2 * TARGET)).to(tl.float32) / (2 * TARGET) - 0.5
+    center = extent * (2 * index + 1)
+    whole = center // (2 * TARGET)
+    rest = (center % (2 * TARGET)).to(tl.float32) / (2 * TARGET) - 0.5
     first = tl.floor(rest - SUPPORT * stretch) + 1
     taps = tl.ceil(2 * SUPPORT * stretch).to(tl.int32)
     return start, extent, whole + first.to(tl.int32), rest - first, 1.0 / stretch, taps
@@ -119,7 +117,7 @@ def _hue(red, green, blue, shift):
 def _adjust(
     operation, red, green, blue, params, mean_red, mean_green, mean_blue, HSV: tl.constexpr
 ):
-    """One operation of the colour jitter; the means are what the contrast moves away from."""
+    """One operation of the color jitter; the means are what the contrast moves away from."""
     factor = tl.load(params + COLUMN_FACTORS + operation)
     if operation == HUE:
         red, green, blue = _hue(red, green, blue, factor)
@@ -152,13 +150,16 @@ def _store(red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_
     tl.store(pointer + 2 * stride_c, blue, mask=wanted)
 
 
+COLUMN_SOLARIZE = tl.constexpr(COLUMN["solarize"])
+
+
 @triton.jit
 def _finish(
     red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
-    solarize, threshold, mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
+    params, threshold, mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
 ):  # fmt: skip
-    """Solarize, normalise and store."""
-    if solarize != 0:
+    """The steps after the blur, the normalization and the store."""
+    if tl.load(params + COLUMN_SOLARIZE) != 0:
         red = tl.where(red >= threshold, 1 - red, red)
         green = tl.where(green >= threshold, 1 - green, green)
         blue = tl.where(blue >= threshold, 1 - blue, blue)
@@ -175,7 +176,7 @@ def crop_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     BICUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, HSV: tl.constexpr,
 ):  # fmt: skip
-    """Crop, resize and mirror; sum each channel of what the contrast will see, tile by tile.
+    """Crop, resize and flip; sum each channel of what the contrast will see, tile by tile.
 
     Writes ``crops`` (V · B, 3, HEIGHT · WIDTH), uint8 or float32, and ``sums`` (V · B, 3, tiles).
     """
@@ -209,7 +210,7 @@ def crop_kernel(
     )
     images += image.to(tl.int64) * stride_n + top * stride_y + left * stride_x
     WHOLE: tl.constexpr = crops.dtype.element_ty == tl.uint8
-    # Whole grey levels go from one axis to the next, as in torch; that shows where they overshoot.
+    # Whole gray levels go from one axis to the next, as in torch; that shows where they overshoot.
     BETWEEN: tl.constexpr = BICUBIC if WHOLE else False
     zero = tl.zeros((BLOCK,), tl.float32)
     total, red, green, blue = zero, zero, zero, zero
@@ -313,7 +314,7 @@ def color_kernel(
             return
     _finish(
         red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
-        tl.load(params + COLUMN_SOLARIZE), threshold,
+        params, threshold,
         mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
     )  # fmt: skip
 
@@ -365,7 +366,7 @@ def blur_kernel(
     if VERTICAL:
         _finish(
             red, green, blue, out, row, y, x, wanted, stride_n, stride_c, stride_y, stride_x,
-            tl.load(params + COLUMN_SOLARIZE), threshold,
+            params, threshold,
             mean_red, mean_green, mean_blue, scale_red, scale_green, scale_blue,
         )  # fmt: skip
     else:

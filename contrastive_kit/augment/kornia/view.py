@@ -3,29 +3,27 @@
 from typing import Any
 
 import torch
-from kornia.constants import Resample
 from torch import Tensor
 
 from contrastive_kit.augment import functional
 from contrastive_kit.augment.kornia.base import (
-    Geometric,
     Params,
-    beside,
     check_tensor,
     crop_matrix,
     resized_to,
+    to_device_of,
 )
-from contrastive_kit.augment.kornia.crop import _MODES, uncrop
+from contrastive_kit.augment.kornia.geometric import _MODES, Cropping
 from contrastive_kit.augment.parameters import N_UNIFORMS, unpack
 from contrastive_kit.augment.simclr import SimCLRAugment
 
 
-class SimCLRView(Geometric):
+class SimCLRView(Cropping):
     """One view of `SimCLRAugment`, fused, as a single module of an ``AugmentationSequential``.
 
-    Crop, horizontal flip, colours and blur in one step. Masks are cropped and mirrored with the
+    Crop, horizontal flip, colors and blur in one step. Masks are cropped and flipped with the
     nearest pixel, boxes and keypoints move along, and `inverse` undoes the geometry and leaves the
-    colours.
+    colors.
 
     Args:
         augment: Makes one view; its recipe, generator and backend are used.
@@ -62,14 +60,11 @@ class SimCLRView(Geometric):
             generator=augment.generator,
         )
         self.augment = augment
-        self.flags = {
-            "size": augment.recipe.size,
-            "resample": Resample.get(augment.recipe.interpolation),
-            "align_corners": False,
-            "antialias": augment.recipe.antialias,
-        }
+        recipe = augment.recipe
+        self.keep_flags(recipe.size, recipe.interpolation, recipe.antialias)
 
-    def _from_uniforms(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
+    def draw(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
+        """The parameter table."""
         table = self.augment.recipe.table(uniforms[None], height=shape[-2], width=shape[-1])
         return {"table": table[0], **resized_to(self.flags["size"], shape[0])}
 
@@ -111,7 +106,7 @@ class SimCLRView(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any]
     ) -> Tensor:
         """The matrices from source to view pixels."""
-        p = unpack(beside(params["table"], input))
+        p = unpack(to_device_of(params["table"], input))
         matrix = crop_matrix(p.box, p.flip, flags["size"])
         return matrix.to(input.dtype) if input.is_floating_point() else matrix
 
@@ -119,7 +114,7 @@ class SimCLRView(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Make the views."""
-        table = beside(params["table"], input)[None]
+        table = to_device_of(params["table"], input)[None]
         views: Tensor = self.augment(input, params=table, concat=True)
         return views
 
@@ -127,7 +122,7 @@ class SimCLRView(Geometric):
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Crop and flip, nothing else."""
-        p = unpack(beside(params["table"], input))
+        p = unpack(to_device_of(params["table"], input))
         chosen = flags["resample"].name.lower()
         # Kornia 0.7 leaves the choice of "nearest" to this method, later releases make it before.
         is_default = chosen == self.flags["resample"].name.lower()
@@ -139,13 +134,3 @@ class SimCLRView(Geometric):
             interpolation="nearest" if is_default else _MODES[chosen],
             antialias=flags["antialias"],
         )
-
-    def inverse_transform(
-        self,
-        input: Tensor,
-        flags: dict[str, Any],
-        transform: Tensor | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Put the views back where they were; what the crop cut away is black."""
-        return uncrop(input, flags, transform, size)
