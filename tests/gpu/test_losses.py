@@ -82,6 +82,14 @@ def relative_error(actual, expected):
     return float(difference / torch.linalg.vector_norm(expected.double()).clamp(min=1e-30))
 
 
+def errors(actual, expected):
+    """Of the value, and of all gradients together."""
+    return (
+        relative_error(actual[0], expected[0]),
+        relative_error(torch.stack(actual[1:]), torch.stack(expected[1:])),
+    )
+
+
 def assert_same_bits(first, second):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b), "two runs on the same embeddings differ, or there is a NaN"
@@ -97,10 +105,16 @@ def check(loss, backend, precision, size, temperature, device):
         actual = gradients(partial(loss, backend=backend), pair, temperature)
         again = gradients(partial(loss, backend=backend), pair, temperature)
     assert_same_bits(actual, again)
-    error = relative_error(actual[0], expected[0])
-    assert error <= value_budget(precision, temperature, *size)
-    error = relative_error(torch.stack(actual[1:]), torch.stack(expected[1:]))
-    assert error <= gradient_budget(precision, temperature, *size)
+    value, gradient = errors(actual, expected)
+    budgets = (
+        value_budget(precision, temperature, *size),
+        gradient_budget(precision, temperature, *size),
+    )
+    if min(size) < 4:  # two entries can cancel, whoever computes them
+        eager = gradients(partial(loss, backend="reference"), pair, temperature)
+        budgets = tuple(map(max, budgets, (4 * error for error in errors(eager, expected))))
+    assert value <= budgets[0]
+    assert gradient <= budgets[1]
 
 
 clip = partial(info_nce, symmetric=True)
@@ -135,6 +149,11 @@ def tensor_temperature(z1, z2, *, temperature, **options):
     )
 
 
+def decoupled(z1, z2, *, temperature, **options):
+    """Its value crosses zero, where a relative error says nothing: raised by the largest logits."""
+    return nt_xent(z1, z2, temperature=temperature, decoupled=True, **options) + 2 / temperature
+
+
 def long_and_short(z1, z2, **options):
     return nt_xent(z1 * 2**13, z2 * 2**-13, **options)
 
@@ -146,7 +165,7 @@ def strided(z1, z2, **options):
 VARIANTS = {
     "three views": three_views,
     "equal ids": equal_ids,
-    "decoupled": partial(nt_xent, decoupled=True),
+    "decoupled": decoupled,
     "one direction": info_nce,
     "a queue": queue,
     "temperature as a tensor": tensor_temperature,
