@@ -82,15 +82,25 @@ def sup_con(
     label = labels.repeat(len(views))
     itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
     logits = (u @ u.T / temperature).masked_fill(itself, -torch.inf)
-    log_p = logits - logits.logsumexp(1, keepdim=True)
     positive = (label[:, None] == label[None, :]) & ~itself
-    if variant == "in":
-        n_positives = positive.sum(1, dtype=log_p.dtype)
-        loss = n_positives.log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)
-        loss = loss.masked_fill(n_positives == 0, torch.nan)
-    else:
-        loss = -_mean_of_finite(log_p.masked_fill(~positive, -torch.inf))
-    return loss.view(views.shape[:2])
+    return _of_several_positives(logits, positive, variant).view(views.shape[:2])
+
+
+def sup_con_between(
+    query: Tensor,
+    labels: Tensor,
+    key: Tensor,
+    key_labels: Tensor,
+    temperature: float | Tensor,
+    variant: str = "out",
+) -> Tensor:
+    """SupCon across two sides, equations (15) and (16): each query against all keys, (N,).
+
+    NaN where a query has no key of its label.
+    """
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature
+    positive = labels[:, None] == key_labels[None, :]
+    return _of_several_positives(logits, positive, variant)
 
 
 def siglip(
@@ -159,6 +169,16 @@ def _cross_entropy(
     of_all = log_total - _mean_of_finite(logits)
     loss = (1 - label_smoothing) * of_positives + label_smoothing * of_all
     return _zero_without_negatives(loss, negative_logits)
+
+
+def _of_several_positives(logits: Tensor, positive: Tensor, variant: str) -> Tensor:
+    """The losses of SupCon from logits, -inf where there is no pair, and which are positive."""
+    log_p = logits - logits.logsumexp(1, keepdim=True)
+    if variant == "in":
+        n_positives = positive.sum(1, dtype=log_p.dtype)
+        loss = n_positives.log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)
+        return loss.masked_fill(n_positives == 0, torch.nan)
+    return -_mean_of_finite(log_p.masked_fill(~positive, -torch.inf))
 
 
 def _weighted_by_hardness(negative_logits: Tensor, hardness: float) -> Tensor:

@@ -73,6 +73,24 @@ def sup_con(views, labels, temperature, variant="out"):
     return losses
 
 
+def sup_con_between(query, labels, key, key_labels, temperature, variant="out"):
+    """Loss of every query among all keys, (N,), 0 for one without a key of its label."""
+    query, key = np.asarray(query, dtype=np.float64), np.asarray(key, dtype=np.float64)
+    losses = np.zeros(len(query))
+    for i, z in enumerate(query):
+        logits = [_cosine(z, k) / temperature for k in key]
+        log_total = _log_sum_exp(logits) if logits else 0.0
+        same = [int(label) == int(labels[i]) for label in key_labels]
+        log_p = [s - log_total for s, is_same in zip(logits, same, strict=True) if is_same]
+        if not log_p:
+            continue
+        if variant == "out":
+            losses[i] = -math.fsum(log_p) / len(log_p)
+        else:
+            losses[i] = -math.log(math.fsum(math.exp(x) for x in log_p) / len(log_p))
+    return losses
+
+
 def siglip(z1, z2, temperature, bias, ids=None):
     """Loss of every row of ``z1``, (N,)."""
     z1, z2 = np.asarray(z1, dtype=np.float64), np.asarray(z2, dtype=np.float64)

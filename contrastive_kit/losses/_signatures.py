@@ -41,6 +41,9 @@ class InfoNCEKeywords(_CrossEntropyKeywords, total=False):
 class SupConKeywords(LossKeywords, total=False):
     """Those of ``sup_con``."""
 
+    keys: Tensor | None
+    key_labels: Tensor | None
+    symmetric: bool
     variant: str
 
 

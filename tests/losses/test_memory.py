@@ -15,6 +15,14 @@ LOSSES = {
     "sup_con in": lambda a, b, **k: sup_con(
         a, b, labels=torch.arange(len(a)) // 4, variant="in", **k
     ),
+    "sup_con keys": lambda a, b, **k: sup_con(
+        a,
+        labels=torch.arange(len(a)) // 4,
+        keys=b,
+        key_labels=torch.arange(len(a)) // 3,
+        symmetric=True,
+        **k,
+    ),
     "siglip": siglip,
 }
 
@@ -33,6 +41,7 @@ def peak(loss_fn, n):
         ("hardness", 80),
         ("sup_con", 48),
         ("sup_con in", 80),
+        ("sup_con keys", 48),
         ("siglip", 16),
     ],
 )
