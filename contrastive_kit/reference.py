@@ -74,7 +74,7 @@ def info_nce_with_negatives(
 def sup_con(
     views: Tensor, labels: Tensor, temperature: float | Tensor, variant: str = "out"
 ) -> Tensor:
-    """SupCon, equation (15), or (16) if ``variant`` is "in", of ``views`` (V, N, D): (V, N).
+    """SupCon, equation (15), (16) or (32) by ``variant``, of ``views`` (V, N, D): (V, N).
 
     NaN where an anchor has no positive.
     """
@@ -94,7 +94,7 @@ def sup_con_between(
     temperature: float | Tensor,
     variant: str = "out",
 ) -> Tensor:
-    """SupCon across two sides, equations (15) and (16): each query against all keys, (N,).
+    """SupCon across two sides, by the same equations: each query against all keys, (N,).
 
     NaN where a query has no key of its label.
     """
@@ -131,7 +131,10 @@ def kept_logsumexp(q: Tensor, k: Tensor, excluded: Tensor) -> Tensor:
 
 
 def kept_softplus_sum(q: Tensor, k: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
-    """Equation (18): the sum of softplus over the kept entries of ``q @ k.T + bias``, (R,)."""
+    """Equation (18): the sum of softplus over the kept entries of ``q @ k.T + bias``, (R,).
+
+    The bias is one number, or one of each row, (R, 1).
+    """
     return -F.logsigmoid(-(q @ k.T + bias)).masked_fill(excluded, 0).sum(1)
 
 
@@ -173,6 +176,10 @@ def _cross_entropy(
 
 def _of_several_positives(logits: Tensor, positive: Tensor, variant: str) -> Tensor:
     """The losses of SupCon from logits, -inf where there is no pair, and which are positive."""
+    if variant == "pairwise":
+        negatives = logits.masked_fill(positive, -torch.inf).logsumexp(1, keepdim=True)
+        log_p = torch.where(positive, logits - torch.logaddexp(logits, negatives), -torch.inf)
+        return -_mean_of_finite(log_p)
     log_p = logits - logits.logsumexp(1, keepdim=True)
     if variant == "in":
         n_positives = positive.sum(1, dtype=log_p.dtype)

@@ -62,14 +62,8 @@ def sup_con(views, labels, temperature, variant="out"):
     losses = np.zeros((n_views, n))
     for v, i in rows:
         logits = {a: _cosine(views[v, i], views[a]) / temperature for a in rows if a != (v, i)}
-        log_total = _log_sum_exp(list(logits.values()))
-        log_p = [s - log_total for (_, j), s in logits.items() if int(labels[j]) == int(labels[i])]
-        if not log_p:
-            continue
-        if variant == "out":
-            losses[v, i] = -math.fsum(log_p) / len(log_p)
-        else:
-            losses[v, i] = -math.log(math.fsum(math.exp(x) for x in log_p) / len(log_p))
+        same = [int(labels[j]) == int(labels[i]) for _, j in logits]
+        losses[v, i] = _of_several_positives(list(logits.values()), same, variant)
     return losses
 
 
@@ -79,15 +73,8 @@ def sup_con_between(query, labels, key, key_labels, temperature, variant="out"):
     losses = np.zeros(len(query))
     for i, z in enumerate(query):
         logits = [_cosine(z, k) / temperature for k in key]
-        log_total = _log_sum_exp(logits) if logits else 0.0
         same = [int(label) == int(labels[i]) for label in key_labels]
-        log_p = [s - log_total for s, is_same in zip(logits, same, strict=True) if is_same]
-        if not log_p:
-            continue
-        if variant == "out":
-            losses[i] = -math.fsum(log_p) / len(log_p)
-        else:
-            losses[i] = -math.log(math.fsum(math.exp(x) for x in log_p) / len(log_p))
+        losses[i] = _of_several_positives(logits, same, variant)
     return losses
 
 
@@ -102,6 +89,21 @@ def siglip(z1, z2, temperature, bias, ids=None):
             logit = _cosine(z1[i], z2[j]) / temperature + bias
             losses[i] += math.log1p(math.exp(-logit if i == j else logit))
     return losses
+
+
+def _of_several_positives(logits, is_positive, variant):
+    """One anchor: out, in or pairwise; 0 without positives."""
+    positives = [s for s, positive in zip(logits, is_positive, strict=True) if positive]
+    negatives = [s for s, positive in zip(logits, is_positive, strict=True) if not positive]
+    if not positives:
+        return 0.0
+    if variant == "pairwise":
+        log_p = [p - _log_sum_exp([p, *negatives]) for p in positives]
+    else:
+        log_p = [p - _log_sum_exp(logits) for p in positives]
+    if variant == "in":
+        return -math.log(math.fsum(math.exp(x) for x in log_p) / len(log_p))
+    return -math.fsum(log_p) / len(log_p)
 
 
 def _loss(positives, negatives, decoupled, label_smoothing, hardness):

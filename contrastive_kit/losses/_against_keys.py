@@ -11,8 +11,22 @@ from contrastive_kit.losses._gathered import gather_batch, settings_of
 from contrastive_kit.losses._kept import equal_id_counts
 from contrastive_kit.losses._options import Options, Scalar
 from contrastive_kit.losses._stats import ContrastiveStats
-from contrastive_kit.losses._two_sides import Found, TwoSides, inside, outside, statistics_of
-from contrastive_kit.ops import Exclusion, Problem, logsumexp_for, mma_dtype, scaled_unit_rows
+from contrastive_kit.losses._two_sides import (
+    Found,
+    TwoSides,
+    inside,
+    outside,
+    pairwise,
+    statistics_of,
+)
+from contrastive_kit.ops import (
+    Exclusion,
+    Problem,
+    logsumexp_for,
+    mma_dtype,
+    scaled_unit_rows,
+    softplus_sum_for,
+)
 
 
 class Given(NamedTuple):
@@ -66,8 +80,16 @@ def against_keys(given: Given, gather: bool, return_stats: bool) -> LossOutput:
         )
         return logsumexp_for(problem, options.backend)(problem)
 
-    of_variant = outside if options.variant == "out" else inside
-    losses = torch.cat([of_variant(x, logsumexp) for x in sides])
+    def softplus_sum(of: TwoSides, bias: Tensor) -> Tensor:
+        dtype = mma_dtype(*views, given.keys)
+        problem = Problem(-of.rows, of.columns, of.positives(), mma_dtype=dtype)
+        return softplus_sum_for(problem, options.backend)(problem, bias)
+
+    if options.variant == "pairwise":
+        losses = torch.cat([pairwise(x, logsumexp, softplus_sum) for x in sides])
+    else:
+        of_variant = outside if options.variant == "out" else inside
+        losses = torch.cat([of_variant(x, logsumexp) for x in sides])
     has_positive = torch.cat([x.n_positives() for x in sides]) > 0
     of_rows, of_keys = losses[: n_views * n].view(n_views, n), losses[n_views * n :]
     if options.reduction != "mean":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Scalar = float | Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
-VARIANTS = ("out", "in")
+VARIANTS = ("out", "in", "pairwise")
 
 
 class Options(NamedTuple):
@@ -32,7 +32,7 @@ class Options(NamedTuple):
     Attributes:
         decoupled: leave the positives out of the denominator, equation (11).
         symmetric: average with the loss of keys against queries.
-        variant: "out" or "in", equations (15) and (16).
+        variant: "out", "in" or "pairwise", equations (15), (16) and (32).
         label_smoothing: the part of the target spread over all candidates, equation (12).
         hardness: how much the most similar negatives are preferred, equation (13).
         reduction: "mean", "sum" or "none".

@@ -51,6 +51,7 @@ class TwoSides(NamedTuple):
 
 Found = tuple[Tensor, LogitStatistics | None]
 LogSumExpOf = Callable[..., Found]
+SoftplusSumOf = Callable[[TwoSides, Tensor], Tensor]
 
 
 def outside(sides: TwoSides, logsumexp: LogSumExpOf) -> Tensor:
@@ -99,6 +100,16 @@ def inside(sides: TwoSides, logsumexp: LogSumExpOf) -> Tensor:
     positives = torch.where(n == 0, 0, positives)
     loss = F.softplus(negatives - positives, threshold=50) + n.to(positives.dtype).log()
     return torch.where(n == 0, 0, loss)
+
+
+def pairwise(sides: TwoSides, logsumexp: LogSumExpOf, softplus_sum: SoftplusSumOf) -> Tensor:
+    """The loss of each anchor whose positives do not compete, equation (32), 0 without any."""
+    negatives, _ = logsumexp(sides, sides.negatives())
+    sums = softplus_sum(sides, negatives[: len(sides.rows)])
+    if sides.both:
+        of_columns = softplus_sum(sides.swapped(), negatives[len(sides.rows) :])
+        sums = torch.cat([sums, of_columns])
+    return sums / sides.n_positives().clamp(min=1)
 
 
 @torch.no_grad()

@@ -34,9 +34,10 @@ from contrastive_kit.losses._labelled import (
     inside,
     label_statistics,
     outside,
+    pairwise,
 )
 from contrastive_kit.losses._module import LossModule
-from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._options import CheckedOptions, Options, Scalar, check_options
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import (
     Exclusion,
@@ -44,6 +45,7 @@ from contrastive_kit.ops import (
     logsumexp_for,
     mma_dtype,
     scaled_unit_rows,
+    softplus_sum_for,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def sup_con(
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> LossOutput:
-    r"""SupCon, the supervised contrastive loss: L_out, or L_in by name; on one side or across two.
+    r"""SupCon, the supervised contrastive loss, in three variants, on one side or across two.
 
     .. math::
 
@@ -97,7 +99,10 @@ def sup_con(
             \log \frac{e^{s_{ip}}}{\sum_{a \ne i} e^{s_{ia}}},
         \qquad
         \ell_i^{in} = -\log \frac{1}{|P(i)|} \sum_{p \in P(i)}
-            \frac{e^{s_{ip}}}{\sum_{a \ne i} e^{s_{ia}}}
+            \frac{e^{s_{ip}}}{\sum_{a \ne i} e^{s_{ia}}},
+        \qquad
+        \ell_i^{pairwise} = -\frac{1}{|P(i)|} \sum_{p \in P(i)}
+            \log \frac{e^{s_{ip}}}{e^{s_{ip}} + \sum_{n \notin P(i) \cup \{i\}} e^{s_{in}}}
 
     The positives P(i) of an anchor are all views of all images of its label, but itself; the
     denominator holds everything but itself. Where every image has its own label, "out" is
@@ -118,7 +123,9 @@ def sup_con(
             then receives its gradient. The value of a tensor is not checked; if it is not positive
             the loss is NaN.
         variant: "out", the mean of log-probabilities, which the paper recommends; "in", the
-            logarithm of the mean probability. They are equal where there is one positive.
+            logarithm of the mean probability; "pairwise", as "out" but with each positive against
+            the negatives alone, so that positives do not push each other apart (SINCERE). They are
+            equal where there is one positive.
         symmetric: average with the loss of keys against views, as UniCL; only with ``keys``.
         sample_weight: floating numbers (N,) ≥ 0, one for each image, that multiply the losses of
             its anchors; the mean is weighted, Σ w·ℓ / Σ w. The sign is not checked. Not with
@@ -138,7 +145,7 @@ def sup_con(
             candidates several times; keys may then not be empty.
         process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``. "triton" has no sum over positives for
-            the variant "in".
+            the variants "in" and "pairwise".
 
     Returns:
         The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast;
@@ -161,8 +168,8 @@ def sup_con(
         O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
         nothing of size N × N (except with ``backend="reference"``). With ``gather_distributed`` N
         is the number of images of all processes.
-        "out" costs what ``nt_xent`` does. "in" costs twice that; no fused kernel computes its sum
-        over positives, which runs in tiles on a GPU.
+        "out" costs what ``nt_xent`` does, "in" twice that, "pairwise" three times; no fused kernel
+        computes their sum over positives, which runs in tiles on a GPU.
 
     Note:
         An image that is alone with its label keeps the relative precision of a tiny loss, as in
@@ -172,7 +179,8 @@ def sup_con(
 
     References:
         Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362, equations 2 and 3; Yang
-        et al., Unified Contrastive Learning, arXiv 2204.03610, equations 2 to 4 (keys).
+        et al., Unified Contrastive Learning, arXiv 2204.03610, equations 2 to 4 (keys); Feeney and
+        Hughes, SINCERE, arXiv 2309.14277, equation 6 (pairwise).
 
     Example:
         >>> import torch
@@ -222,25 +230,11 @@ def sup_con(
         given = Given(views, labels, keys, key_labels, sample_weight, temperature, options)
         return against_keys(given, gather, return_stats)
     rows = scaled_unit_rows(views, temperature)
-    weight_per_process = None
+    batch, weight_per_process = LabelledBatch.alone(rows, labels), None
     if gather:
-        settings = settings_of(
-            "sup_con",
-            views,
-            temperature=temperature,
-            labels=labels,
-            sample_weight=sample_weight,
-            **options.of_the_loss().changed(),
+        batch, weight_per_process = _gathered(
+            views, rows, labels, temperature, sample_weight, options
         )
-        everything = gather_batch(rows, labels, sample_weight, process_group, settings)
-        batch = LabelledBatch.among(rows, everything)
-        has_positive = len(views) * equal_id_counts(everything.ids, everything.ids) > 1
-        anchors = has_positive.to(rows.dtype)
-        if everything.sample_weight is not None:
-            anchors = anchors * everything.sample_weight
-        weight_per_process = anchors.sum() / everything.n_processes
-    else:
-        batch = LabelledBatch.alone(rows, labels)
     n_positives = equal_id_counts(batch.labels, batch.candidate_labels) - 1
     whole = Problem(
         batch.rows,
@@ -253,8 +247,17 @@ def sup_con(
         problem = whole._replace(exclusion=exclusion, statistics=statistics)
         return logsumexp_for(problem, backend)(problem)
 
-    of_variant = outside if variant == "out" else inside
-    per_anchor = of_variant(batch, n_positives.clamp(min=1), logsumexp)
+    def softplus_sum(exclusion: Exclusion, bias: Tensor) -> Tensor:
+        """Over the candidates of each anchor, of the bias less their logit."""
+        problem = Problem(-batch.rows, batch.candidates, exclusion, mma_dtype=whole.mma_dtype)
+        return softplus_sum_for(problem, backend)(problem, bias)
+
+    at_least_one = n_positives.clamp(min=1)
+    if variant == "pairwise":
+        per_anchor = pairwise(batch, at_least_one, logsumexp, softplus_sum)
+    else:
+        of_variant = outside if variant == "out" else inside
+        per_anchor = of_variant(batch, at_least_one, logsumexp)
     per_anchor = torch.where(n_positives == 0, 0, per_anchor).view(len(views), n)
     if reduction == "mean":
         anchors = (n_positives[:n] > 0).to(rows.dtype)
@@ -263,6 +266,31 @@ def sup_con(
     if not return_stats:
         return loss
     return loss, label_statistics(batch, n_positives, logsumexp, temperature)
+
+
+def _gathered(
+    views: tuple[Tensor, ...],
+    rows: Tensor,
+    labels: Tensor,
+    temperature: Scalar,
+    sample_weight: Tensor | None,
+    options: Options,
+) -> tuple[LabelledBatch, Tensor]:
+    """Own anchors among the images of all processes, and what the mean divides by."""
+    settings = settings_of(
+        "sup_con",
+        views,
+        temperature=temperature,
+        labels=labels,
+        sample_weight=sample_weight,
+        **options.of_the_loss().changed(),
+    )
+    everything = gather_batch(rows, labels, sample_weight, options.process_group, settings)
+    has_positive = len(views) * equal_id_counts(everything.ids, everything.ids) > 1
+    anchors = has_positive.to(rows.dtype)
+    if everything.sample_weight is not None:
+        anchors = anchors * everything.sample_weight
+    return LabelledBatch.among(rows, everything), anchors.sum() / everything.n_processes
 
 
 def _check_keys(
@@ -310,7 +338,7 @@ class SupCon(LossModule):
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
             decay.
-        variant: "out" or "in".
+        variant: "out", "in" or "pairwise".
         symmetric: average with the loss of keys against views; calls then need ``keys``.
         reduction: "mean", "sum" or "none".
         gather_distributed: take the images, or keys, of all processes as positives and negatives.

@@ -82,7 +82,7 @@ def check_keys(rank, size, variant, symmetric, weighs):
         torch.testing.assert_close(each, of_rows)
 
 
-@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("variant", ["out", "in", "pairwise"])
 @pytest.mark.parametrize(("symmetric", "weighs"), [(False, False), (False, True), (True, False)])
 def test_sup_con_between_two_sides(world, variant, symmetric, weighs):
     world.run(check_keys, variant, symmetric, weighs)

@@ -15,6 +15,9 @@ LOSSES = {
     "sup_con in": lambda a, b, **k: sup_con(
         a, b, labels=torch.arange(len(a)) // 4, variant="in", **k
     ),
+    "sup_con pairwise": lambda a, b, **k: sup_con(
+        a, b, labels=torch.arange(len(a)) // 4, variant="pairwise", **k
+    ),
     "sup_con keys": lambda a, b, **k: sup_con(
         a,
         labels=torch.arange(len(a)) // 4,
@@ -41,6 +44,7 @@ def peak(loss_fn, n):
         ("hardness", 80),
         ("sup_con", 48),
         ("sup_con in", 80),
+        ("sup_con pairwise", 48),
         ("sup_con keys", 48),
         ("siglip", 16),
     ],

@@ -6,7 +6,8 @@ average over anchors as we do, so the factor is 1 wherever none is noted:
 * lightly ``NTXentLoss`` normalises; with a memory bank it is InfoNCE with shared negatives, which
   get no gradient.
 * pytorch-metric-learning ``NTXentLoss`` normalises, and averages over positive pairs. With more
-  than two views the denominator of a pair leaves the other positives out, unlike L_out.
+  than two views the denominator of a pair leaves the other positives out, unlike L_out: it is
+  SupCon "pairwise", but for the mean, in which an anchor counts as often as it has positives.
 * open_clip ``ClipLoss`` takes normalised embeddings and 1 / temperature.
 * lightly ``DCLLoss`` normalises; one logsumexp over the negatives of both views, as equation 6.
 * pytorch-metric-learning ``SupConLoss`` normalises, and averages over the anchors whose loss is
@@ -141,6 +142,61 @@ def test_sup_con_is_that_of_pytorch_metric_learning(n_views, temperature):
         sup_con(*z, labels=labels, temperature=temperature),
         theirs(torch.cat(z), labels.repeat(n_views)),
         z,
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_pairwise_sup_con_is_the_nt_xent_of_pytorch_metric_learning(n_views, temperature):
+    theirs = metric_losses().NTXentLoss(temperature)
+    z = views(23, 20, n_views)
+    labels = torch.arange(23) // 3 % 7
+    labels[5] = -1
+    positives = n_views * (labels[:, None] == labels[None, :]).sum(1) - 1
+    assert len(positives.unique()) > 1
+    assert_same(
+        sup_con(
+            *z,
+            labels=labels,
+            temperature=temperature,
+            variant="pairwise",
+            sample_weight=positives.double(),
+        ),
+        theirs(torch.cat(z), labels.repeat(n_views)),
+        z,
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_pairwise_sup_con_with_keys_is_that_of_pytorch_metric_learning(temperature):
+    theirs = metric_losses().NTXentLoss(temperature)
+    query, key = views(13, 20)[0], views(29, 20)[0]
+    labels, key_labels = torch.arange(13) % 5, torch.arange(29) % 11 % 7
+    positives = (labels[:, None] == key_labels[None, :]).sum(1)
+    assert_same(
+        sup_con(
+            query,
+            labels=labels,
+            keys=key,
+            key_labels=key_labels,
+            temperature=temperature,
+            variant="pairwise",
+            sample_weight=positives.double(),
+        ),
+        theirs(query, labels, ref_emb=key, ref_labels=key_labels),
+        (query, key),
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sup_con_with_keys_is_that_of_pytorch_metric_learning(temperature):
+    theirs = metric_losses().SupConLoss(temperature)
+    query, key = views(13, 20)[0], views(29, 20)[0]
+    labels, key_labels = torch.arange(13) % 5, torch.arange(29) % 11 % 7
+    assert_same(
+        sup_con(query, labels=labels, keys=key, key_labels=key_labels, temperature=temperature),
+        theirs(query, labels, ref_emb=key, ref_labels=key_labels),
+        (query, key),
     )
 
 

@@ -18,7 +18,7 @@ from contrastive_kit.functional import info_nce, sup_con
 from contrastive_kit.ops import BACKENDS
 
 backends = pytest.mark.parametrize("backend", list(BACKENDS))
-variants = pytest.mark.parametrize("variant", ["out", "in"])
+variants = pytest.mark.parametrize("variant", ["out", "in", "pairwise"])
 # Labels with one row and several keys, several rows and one key, one and one, several and several;
 # and on each side one that the other lacks.
 LABELS = torch.tensor([3, 8, 8, -1, 5, 5, 5, 99])
@@ -130,7 +130,7 @@ def test_a_label_for_each_pair_is_info_nce(symmetric, backend):
     query, key = random_sides(5, 9, 9)
     labels, order = torch.randperm(9) - 4, torch.randperm(9)
     expected = info_nce(query, key, temperature=0.1, symmetric=symmetric)
-    for variant in ("out", "in"):
+    for variant in ("out", "in", "pairwise"):
         actual = sup_con(
             query, labels=labels, keys=key[order], key_labels=labels[order], symmetric=symmetric,
             variant=variant, backend=backend,
@@ -298,7 +298,11 @@ def test_statistics(symmetric, backend):
     assert not any(figure.requires_grad for figure in stats)
 
 
-@given(seed=st.integers(0, 2**31), variant=st.sampled_from(["out", "in"]), both=st.booleans())
+@given(
+    seed=st.integers(0, 2**31),
+    variant=st.sampled_from(["out", "in", "pairwise"]),
+    both=st.booleans(),
+)
 @settings(max_examples=40, deadline=None)
 def test_random_labels_equal_the_reference(seed, variant, both):
     """Whatever the multiplicities of labels are on both sides."""
@@ -327,7 +331,9 @@ def test_integers_of_any_kind_name_labels(dtype):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(("variant", "symmetric"), [("out", True), ("in", False)])
+@pytest.mark.parametrize(
+    ("variant", "symmetric"), [("out", True), ("in", False), ("pairwise", False)]
+)
 def test_compiles_into_one_graph(variant, symmetric):
     query, key = wanting(*random_sides())
 
