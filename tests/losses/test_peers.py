@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from contrastive_kit import NegativeQueue
 from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
 
 SIZES = [(2, 3), (3, 1), (63, 60), (252, 130)]
@@ -198,6 +199,31 @@ def test_sup_con_with_keys_is_that_of_pytorch_metric_learning(temperature):
         theirs(query, labels, ref_emb=key, ref_labels=key_labels),
         (query, key),
     )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sup_con_with_a_queue_is_the_cross_batch_memory_of_pytorch_metric_learning(temperature):
+    """Keys go into the memory first; queries, which do not, are compared with all of it."""
+    losses = metric_losses()
+    theirs = losses.CrossBatchMemory(losses.SupConLoss(temperature), 20, memory_size=30)
+    queue = NegativeQueue(20, 30, labels=True).double()
+    of_keys = torch.arange(14) >= 6
+    for _ in range(5):
+        query, key = views(6, 20)[0], views(8, 20)[0]
+        labels = torch.randint(0, 5, (14,))
+        queue(key, labels[of_keys])
+        assert_same(
+            sup_con(
+                query,
+                labels=labels[:6],
+                keys=queue.negatives(),
+                key_labels=queue.labels(),
+                temperature=temperature,
+            ),
+            theirs(torch.cat([query, key]), labels, enqueue_mask=of_keys),
+            (query,),
+        )
+    assert len(queue) == 30
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
