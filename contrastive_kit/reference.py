@@ -119,6 +119,27 @@ def siglip(
     return loss.sum(1)
 
 
+def siglip_with_labels(
+    z1: Tensor,
+    labels: Tensor,
+    z2: Tensor,
+    z2_labels: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    *,
+    balance_positives: bool = False,
+) -> Tensor:
+    """The sigmoid loss whose matches are the pairs of equal label, equation (33) or (34): (N,)."""
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature + bias
+    match = labels[:, None] == z2_labels[None, :]
+    loss = -F.logsigmoid(torch.where(match, logits, -logits))
+    if balance_positives:
+        # An end without a match has none to weigh.
+        of_row, of_column = (match.sum(dim, True, dtype=loss.dtype).clamp(1) for dim in (1, 0))
+        loss = torch.where(match, loss * (1 / of_row + 1 / of_column) / 2, loss)
+    return loss.sum(1)
+
+
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Equation (14): the mean of ``losses`` (..., N) weighted by ``weights`` (N,)."""
     weights = weights.expand_as(losses)

@@ -91,6 +91,24 @@ def siglip(z1, z2, temperature, bias, ids=None):
     return losses
 
 
+def siglip_with_labels(z1, labels, z2, z2_labels, temperature, bias, balance_positives=False):
+    """Loss of every row of ``z1``, (N,), where the pairs of equal label match."""
+    z1, z2 = np.asarray(z1, dtype=np.float64), np.asarray(z2, dtype=np.float64)
+    labels, z2_labels = [int(x) for x in labels], [int(x) for x in z2_labels]
+    losses = np.zeros(len(z1))
+    for i in range(len(z1)):
+        for j in range(len(z2)):
+            logit = _cosine(z1[i], z2[j]) / temperature + bias
+            if labels[i] != z2_labels[j]:
+                losses[i] += math.log1p(math.exp(logit))
+                continue
+            weight = 1.0
+            if balance_positives:
+                weight = (1 / z2_labels.count(labels[i]) + 1 / labels.count(z2_labels[j])) / 2
+            losses[i] += weight * math.log1p(math.exp(-logit))
+    return losses
+
+
 def _of_several_positives(logits, is_positive, variant):
     """One anchor: out, in or pairwise; 0 without positives."""
     positives = [s for s, positive in zip(logits, is_positive, strict=True) if positive]

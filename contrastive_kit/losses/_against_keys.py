@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kit.distributed import gather_rows, row_counts
 from contrastive_kit.losses._common import LossOutput, logit_bound, reduce
-from contrastive_kit.losses._gathered import gather_batch, settings_of
+from contrastive_kit.losses._gathered import gather_batch, gather_labels, settings_of
 from contrastive_kit.losses._kept import equal_id_counts
 from contrastive_kit.losses._options import Options, Scalar
 from contrastive_kit.losses._stats import ContrastiveStats
@@ -134,13 +133,10 @@ def _gathered(
         row_labels = labels.repeat_interleave(n_views)
         sides.append(TwoSides(keys, of_keys.own_ids, all_rows, row_labels, False))
     else:
-        counts = row_counts(given.labels, group, settings=settings)
-        labels = gather_rows(given.labels.long(), group, counts)
-        if weights is not None:
-            weights = gather_rows(weights.to(rows.dtype), group, counts)
+        labels, weights = gather_labels(given.labels, weights, group, settings)
     of_images = (equal_id_counts(labels, of_keys.ids) > 0).to(rows.dtype)
     if weights is not None:
-        of_images = of_images * weights
+        of_images = of_images * weights.to(rows.dtype)
     matched_keys = (equal_id_counts(of_keys.ids, labels) > 0).to(rows.dtype)
     n = of_keys.n_processes
     return sides, [of_images.sum() / n, matched_keys.sum() / n]

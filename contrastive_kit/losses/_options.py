@@ -33,6 +33,7 @@ class Options(NamedTuple):
         decoupled: leave the positives out of the denominator, equation (11).
         symmetric: average with the loss of keys against queries.
         variant: "out", "in" or "pairwise", equations (15), (16) and (32).
+        balance_positives: weigh each match by how many share its ends, equation (34).
         label_smoothing: the part of the target spread over all candidates, equation (12).
         hardness: how much the most similar negatives are preferred, equation (13).
         reduction: "mean", "sum" or "none".
@@ -44,6 +45,7 @@ class Options(NamedTuple):
     decoupled: bool = False
     symmetric: bool = False
     variant: str = "out"
+    balance_positives: bool = False
     label_smoothing: float = 0.0
     hardness: float = 0.0
     reduction: str = "mean"
@@ -92,6 +94,7 @@ def check_options(
     check_choice("variant", options.variant, VARIANTS)
     check_flag("decoupled", options.decoupled)
     check_flag("symmetric", options.symmetric)
+    check_flag("balance_positives", options.balance_positives)
     check_gathering(options.gather_distributed, options.process_group)
     check_backend(options.backend, primitive)
     smoothing = _check_number("label_smoothing", options.label_smoothing, 1.0)

@@ -52,3 +52,6 @@ class SigLIPKeywords(LossKeywords, total=False):
 
     logit_bias: float | Tensor
     ids: Tensor | None
+    labels: Tensor | None
+    z2_labels: Tensor | None
+    balance_positives: bool

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from budgets import VALUE, assert_within, gradient_budget
 
 from contrastive_kit import reference
-from contrastive_kit.functional import sup_con
+from contrastive_kit.functional import siglip, sup_con
 
 TEMPERATURE = 0.2
 BUDGET = 10 * gradient_budget(torch.float64, TEMPERATURE)
@@ -99,3 +99,43 @@ def check_bad_keys(rank, size):
 
 def test_empty_keys_of_one_process_raise_on_all(several):
     several.run(check_bad_keys)
+
+
+def check_siglip(rank, size, balance, weighs):
+    images, captions = [3 + 2 * r % 3 for r in range(size)], [5 - r % 2 for r in range(size)]
+    n, m = sum(images), sum(captions)
+    mine, mine_of_z2 = share_of(rank, images), share_of(rank, captions)
+    labels, z2_labels = torch.arange(n) * 3 % (n - 1), torch.arange(m) * 5 % (n + 1)
+    weights = torch.rand(n, dtype=torch.float64) if weighs else torch.ones(n, dtype=torch.float64)
+    exact = [torch.randn(count, 5, dtype=torch.float64) for count in (n, m)]
+    exact += [torch.tensor(x, dtype=torch.float64) for x in (TEMPERATURE, -2.0)]
+    exact = [x.requires_grad_() for x in exact]
+    losses = reference.siglip_with_labels(
+        exact[0], labels, exact[1], z2_labels, *exact[2:], balance_positives=balance
+    )
+    mean = reference.weighted_mean(losses, weights)
+    expected = torch.autograd.grad(mean, exact)
+    own = {
+        "labels": labels[mine],
+        "z2_labels": z2_labels[mine_of_z2],
+        "balance_positives": balance,
+        "sample_weight": weights[mine] if weighs else None,
+        "gather_distributed": True,
+    }
+    inputs = [exact[0][mine], exact[1][mine_of_z2], *exact[2:]]
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = siglip(*inputs[:2], temperature=inputs[2], logit_bias=inputs[3], **own)
+    dz1, dz2, d_tau, d_bias = torch.autograd.grad(loss, inputs)
+    assert_within(mean_over_ranks(loss, size), mean, 10 * VALUE[torch.float64])
+    assert_within(dz1 / size, expected[0][mine], BUDGET)
+    assert_within(dz2 / size, expected[1][mine_of_z2], BUDGET)
+    assert_within(mean_over_ranks(d_tau, size), expected[2], 10 * BUDGET)
+    assert_within(mean_over_ranks(d_bias, size), expected[3], 10 * BUDGET)
+    each = siglip(*inputs[:2], temperature=TEMPERATURE, logit_bias=-2.0, reduction="none", **own)
+    torch.testing.assert_close(each, (losses * weights)[mine].detach())
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("balance", [False, True])
+def test_siglip_with_labels(world, balance, weighs):
+    world.run(check_siglip, balance, weighs)

@@ -27,6 +27,7 @@ LOSSES = {
         **k,
     ),
     "siglip": siglip,
+    "siglip labels": lambda a, b, **k: siglip(a, b, labels=torch.arange(len(a)) // 4, **k),
 }
 
 
@@ -47,6 +48,7 @@ def peak(loss_fn, n):
         ("sup_con pairwise", 48),
         ("sup_con keys", 48),
         ("siglip", 16),
+        ("siglip labels", 16),
     ],
 )
 def test_memory_is_linear_in_n(name, limit):
