@@ -140,6 +140,22 @@ def siglip_with_labels(
     return loss.sum(1)
 
 
+def similarity_distillation(
+    query: Tensor,
+    key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    temperature: float | Tensor,
+    teacher_temperature: float,
+) -> Tensor:
+    """Cross entropy against the distribution of a teacher, equation (35): (N,)."""
+    query, key, teacher_query, teacher_key = (
+        F.normalize(x, dim=1) for x in (query, key, teacher_query, teacher_key)
+    )
+    target = (teacher_query @ teacher_key.T / teacher_temperature).softmax(1).detach()
+    return -(target * (query @ key.T / temperature).log_softmax(1)).sum(1)
+
+
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Equation (14): the mean of ``losses`` (..., N) weighted by ``weights`` (N,)."""
     weights = weights.expand_as(losses)

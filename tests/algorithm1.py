@@ -109,6 +109,22 @@ def siglip_with_labels(z1, labels, z2, z2_labels, temperature, bias, balance_pos
     return losses
 
 
+def similarity_distillation(query, key, teacher_query, teacher_key, temperature, teacher_tau):
+    """Loss of every query, (N,): cross entropy against the softmax of the teacher."""
+    query, key, teacher_query, teacher_key = (
+        np.asarray(x, dtype=np.float64) for x in (query, key, teacher_query, teacher_key)
+    )
+    losses = np.zeros(len(query))
+    for i in range(len(query)):
+        logits = [_cosine(query[i], k) / temperature for k in key]
+        taught = [_cosine(teacher_query[i], k) / teacher_tau for k in teacher_key]
+        log_total, log_taught = _log_sum_exp(logits), _log_sum_exp(taught)
+        losses[i] = math.fsum(
+            math.exp(t - log_taught) * (log_total - s) for t, s in zip(taught, logits, strict=True)
+        )
+    return losses
+
+
 def _of_several_positives(logits, is_positive, variant):
     """One anchor: out, in or pairwise; 0 without positives."""
     positives = [s for s, positive in zip(logits, is_positive, strict=True) if positive]

@@ -4,7 +4,13 @@ import pytest
 import torch
 from memory import peak_mebibytes
 
-from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
+from contrastive_kit.functional import (
+    info_nce,
+    nt_xent,
+    siglip,
+    similarity_distillation,
+    sup_con,
+)
 
 LOSSES = {
     "nt_xent": nt_xent,
@@ -25,6 +31,9 @@ LOSSES = {
         key_labels=torch.arange(len(a)) // 3,
         symmetric=True,
         **k,
+    ),
+    "distillation": lambda a, b, **k: similarity_distillation(
+        a, b, a.flip(1), b.flip(1), symmetric=True, **k
     ),
     "siglip": siglip,
     "siglip labels": lambda a, b, **k: siglip(a, b, labels=torch.arange(len(a)) // 4, **k),
@@ -47,6 +56,7 @@ def peak(loss_fn, n):
         ("sup_con in", 80),
         ("sup_con pairwise", 48),
         ("sup_con keys", 48),
+        ("distillation", 48),
         ("siglip", 16),
         ("siglip labels", 16),
     ],

@@ -26,7 +26,13 @@ import torch
 import torch.nn.functional as F
 
 from contrastive_kit import NegativeQueue
-from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
+from contrastive_kit.functional import (
+    info_nce,
+    nt_xent,
+    siglip,
+    similarity_distillation,
+    sup_con,
+)
 
 SIZES = [(2, 3), (3, 1), (63, 60), (252, 130)]
 TEMPERATURES = [1.0, 0.1, 0.05]
@@ -237,6 +243,33 @@ def test_siglip_is_that_of_open_clip(n, d, temperature):
         siglip(image, text, temperature=(-logit_scale).exp(), logit_bias=bias),
         theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale.exp(), bias),
         (image, text, logit_scale, bias),
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (63, 60)])
+def test_similarity_distillation_is_that_of_open_clip(n, d, temperature):
+    theirs = open_clip_losses().DistillClipLoss()
+    image, text = views(n, d)
+    of_teacher = [F.normalize(x, dim=1).detach() for x in views(n, 2 * d + 1)]
+    logit_scale = torch.tensor(math.log(1 / temperature), dtype=torch.float64, requires_grad=True)
+    assert_same(
+        similarity_distillation(
+            image,
+            text,
+            *of_teacher,
+            temperature=(-logit_scale).exp(),
+            teacher_temperature=0.05,
+            symmetric=True,
+        ),
+        theirs(
+            F.normalize(image, dim=1),
+            F.normalize(text, dim=1),
+            logit_scale.exp(),
+            *of_teacher,
+            20.0,
+        )[1],
+        (image, text, logit_scale),
     )
 
 

@@ -178,20 +178,6 @@ def test_statistics():
     torch.testing.assert_close(torch.stack(stats), torch.stack(expected))
 
 
-@balancing
-def test_compiles_into_one_graph(balance):
-    inputs = wanting(*random_sides())
-
-    def loss(z1, z2):
-        return siglip(
-            z1, z2, labels=LABELS, z2_labels=Z2_LABELS, balance_positives=balance, logit_bias=-2.0
-        )
-
-    expected = torch.autograd.grad(loss(*inputs), inputs)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), expected)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

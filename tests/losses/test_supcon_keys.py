@@ -331,24 +331,6 @@ def test_integers_of_any_kind_name_labels(dtype):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(
-    ("variant", "symmetric"), [("out", True), ("in", False), ("pairwise", False)]
-)
-def test_compiles_into_one_graph(variant, symmetric):
-    query, key = wanting(*random_sides())
-
-    def loss(query, key):
-        return sup_con(
-            query, labels=LABELS, keys=key, key_labels=KEY_LABELS, variant=variant,
-            symmetric=symmetric,
-        )  # fmt: skip
-
-    expected = torch.autograd.grad(loss(query, key), (query, key))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    actual = torch.autograd.grad(compiled(query, key), (query, key))
-    torch.testing.assert_close(actual, expected)
-
-
 class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
