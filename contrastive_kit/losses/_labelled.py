@@ -74,7 +74,7 @@ class LabelledBatch:
         view = torch.arange(n_views, device=self.views.device)
         row = self.images * n_views + view.repeat_interleave(self.views.shape[1])
         if self.columns is None:
-            return Exclusion(0, row, row, self.labels, self.labels)
+            return Exclusion(0, row, None, self.labels)
         # Candidates of other processes come image by image, the views of each beside each other.
         columns = torch.arange(len(self.columns), device=row.device)
         return Exclusion(0, row, columns, self.labels, self.column_labels)

@@ -42,11 +42,16 @@ class TwoSides(NamedTuple):
 
     def negatives(self) -> Exclusion:
         """The pairs of different labels."""
-        return Exclusion(0, self.row_labels, self.column_labels)
+        return Exclusion(0, *self._labels())
 
     def positives(self) -> Exclusion:
         """The pairs of equal labels."""
-        return Exclusion(0, None, None, self.row_labels, self.column_labels)
+        return Exclusion(0, None, None, *self._labels())
+
+    def _labels(self) -> tuple[Tensor, Tensor | None]:
+        """Those of rows and of columns, None if they are one tensor: Dynamo takes none twice."""
+        same = self.column_labels is self.row_labels
+        return self.row_labels, None if same else self.column_labels
 
 
 Found = tuple[Tensor, LogitStatistics | None]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from budgets import VALUE, assert_within, gradient_budget
 
 from contrastive_kit import reference
-from contrastive_kit.functional import siglip, sup_con
+from contrastive_kit.functional import siglip, similarity_distillation, sup_con
 
 TEMPERATURE = 0.2
 BUDGET = 10 * gradient_budget(torch.float64, TEMPERATURE)
@@ -139,3 +139,52 @@ def check_siglip(rank, size, balance, weighs):
 @pytest.mark.parametrize("balance", [False, True])
 def test_siglip_with_labels(world, balance, weighs):
     world.run(check_siglip, balance, weighs)
+
+
+def check_distillation(rank, size, symmetric, weighs):
+    queries, keys = [3 + 2 * r % 3 for r in range(size)], [5 - r % 2 for r in range(size)]
+    n, m = sum(queries), sum(keys)
+    mine, mine_of_keys = share_of(rank, queries), share_of(rank, keys)
+    weights = torch.rand(n, dtype=torch.float64) if weighs else torch.ones(n, dtype=torch.float64)
+    query, key, taught, taught_key = (
+        torch.randn(count, d, dtype=torch.float64) for count, d in ((n, 5), (m, 5), (n, 3), (m, 3))
+    )
+    tau = torch.tensor(TEMPERATURE, dtype=torch.float64)
+    exact = [x.clone().requires_grad_() for x in (query, key, tau)]
+    forth = reference.similarity_distillation(*exact[:2], taught, taught_key, exact[2], 0.1)
+    back = reference.similarity_distillation(*exact[1::-1], taught_key, taught, exact[2], 0.1)
+    mean = reference.weighted_mean(forth, weights)
+    if symmetric:
+        mean = (mean + back.mean()) / 2
+    expected = torch.autograd.grad(mean, exact)
+
+    inputs = [x.clone().requires_grad_() for x in (query[mine], key[mine_of_keys], tau)]
+
+    def call(temperature, reduction):
+        return similarity_distillation(
+            *inputs[:2],
+            taught[mine],
+            taught_key[mine_of_keys],
+            temperature=temperature,
+            teacher_temperature=0.1,
+            symmetric=symmetric,
+            sample_weight=weights[mine] if weighs else None,
+            reduction=reduction,
+            gather_distributed=True,
+        )
+
+    loss = call(inputs[2], "mean")
+    d_query, d_key, d_tau = torch.autograd.grad(loss, inputs)
+    assert_within(mean_over_ranks(loss, size), mean, 10 * VALUE[torch.float64])
+    assert_within(d_query / size, expected[0][mine], BUDGET)
+    assert_within(d_key / size, expected[1][mine_of_keys], BUDGET)
+    assert_within(mean_over_ranks(d_tau, size), expected[2], 10 * BUDGET)
+    of_rows = (forth * weights)[mine].detach()
+    if symmetric:
+        of_rows = torch.cat([of_rows, back[mine_of_keys].detach()])
+    torch.testing.assert_close(call(TEMPERATURE, "none"), of_rows)
+
+
+@pytest.mark.parametrize(("symmetric", "weighs"), [(False, False), (False, True), (True, False)])
+def test_similarity_distillation(world, symmetric, weighs):
+    world.run(check_distillation, symmetric, weighs)

@@ -73,6 +73,9 @@ LOSSES = {
         temperature=t,
         logit_bias=-10 * t,
     ),
+    "siglip labels of both": lambda a, b, t: siglip(
+        a, b, labels=torch.arange(len(a)) // 2, temperature=t, return_stats=True
+    )[0],
     "distillation": lambda a, b, t: similarity_distillation(
         a, b, a.flip(1)[:, 1:], b.flip(1)[:, 1:], temperature=t, symmetric=True
     ),
