@@ -86,6 +86,22 @@ def sup_con(
     return _of_several_positives(logits, positive, variant).view(views.shape[:2])
 
 
+def sup_con_of_multi_hot(views: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
+    """SupCon with positives weighted by shared labels (N, C), equation (36): (V, N).
+
+    NaN where an anchor shares no label with another row.
+    """
+    u = F.normalize(views.flatten(0, 1), dim=1)
+    labels = labels.to(u.dtype).repeat(len(views), 1)
+    itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
+    logits = u @ u.T / temperature
+    log_p = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    weights = (labels @ labels.T).masked_fill(itself, 0)
+    total = weights.sum(1)
+    loss = -(weights * log_p).sum(1) / total.masked_fill(total == 0, 1)
+    return loss.masked_fill(total == 0, torch.nan).view(views.shape[:2])
+
+
 def sup_con_between(
     query: Tensor,
     labels: Tensor,

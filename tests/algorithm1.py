@@ -67,6 +67,23 @@ def sup_con(views, labels, temperature, variant="out"):
     return losses
 
 
+def sup_con_of_multi_hot(views, labels, temperature):
+    """Loss of every anchor, (V, N), whose positives count by the product of their labels."""
+    views, labels = np.asarray(views, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    n_views, n, _ = views.shape
+    rows = [(v, i) for v in range(n_views) for i in range(n)]
+    losses = np.zeros((n_views, n))
+    for v, i in rows:
+        logits = {a: _cosine(views[v, i], views[a]) / temperature for a in rows if a != (v, i)}
+        log_total = _log_sum_exp(list(logits.values()))
+        weights = {(w, j): float(labels[i] @ labels[j]) for w, j in logits}
+        total = math.fsum(weights.values())
+        if total:
+            losses[v, i] = math.fsum(weights[a] * (log_total - s) for a, s in logits.items())
+            losses[v, i] /= total
+    return losses
+
+
 def sup_con_between(query, labels, key, key_labels, temperature, variant="out"):
     """Loss of every query among all keys, (N,), 0 for one without a key of its label."""
     query, key = np.asarray(query, dtype=np.float64), np.asarray(key, dtype=np.float64)

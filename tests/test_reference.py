@@ -105,6 +105,15 @@ def test_sup_con_between_two_sides_is_its_loop(variant):
     np.testing.assert_allclose(actual.nan_to_num(), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_sup_con_of_multi_hot_is_its_loop(n_views):
+    views = torch.randn(n_views, 6, 5, dtype=torch.float64)
+    labels = (torch.rand(6, 4) < 0.5).double() * torch.rand(4).double()
+    expected = algorithm1.sup_con_of_multi_hot(views, labels, 0.3)
+    actual = reference.sup_con_of_multi_hot(views, labels, 0.3).nan_to_num()
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("balance", [False, True])
 def test_siglip_with_labels_is_its_loop(balance):
     z1, z2 = torch.randn(6, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)

@@ -37,6 +37,11 @@ from contrastive_kit.losses._labelled import (
     pairwise,
 )
 from contrastive_kit.losses._module import LossModule
+from contrastive_kit.losses._multi_hot import (
+    check_multi_hot,
+    check_of_multi_hot,
+    sup_con_of_multi_hot,
+)
 from contrastive_kit.losses._options import CheckedOptions, Options, Scalar, check_options
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import (
@@ -115,7 +120,10 @@ def sup_con(
     Args:
         *views: one or more views, embeddings (N, D) each, N ≥ 2 (1 with ``keys``), any floating
             dtype, normalised here. Row i of every view is image i.
-        labels: integers (N,), the label of each image.
+        labels: integers (N,), the label of each image; or numbers (N, C) ≥ 0 of any dtype, its
+            labels among C: a positive then counts by the product of both rows, for zeros and ones
+            the number of shared labels. Only for the variant "out", without ``keys`` and
+            ``return_stats``. The sign is not checked.
         keys: None, or the candidates (M, D), any number of them, instead of the views; a queue
             that is still empty has M = 0, and all losses are 0.
         key_labels: integers (M,), the label of each key.
@@ -157,7 +165,8 @@ def sup_con(
         NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for no view, shapes or devices that do not match, sparse or nested tensors,
             fewer than two rows without ``keys``, ``keys`` without ``key_labels`` or the reverse,
-            ``symmetric`` without ``keys`` or with ``sample_weight``, a temperature that is not
+            ``symmetric`` without ``keys`` or with ``sample_weight``, labels (N, C) with ``keys``,
+            ``return_stats`` or another variant than "out", a temperature that is not
             positive and finite, an unknown ``variant``, ``reduction`` or ``backend``; on every
             process, if one of them raises, or they differ in options, or in embeddings but for
             their number.
@@ -167,7 +176,7 @@ def sup_con(
     Memory:
         O(V·N·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the backward;
         nothing of size N × N (except with ``backend="reference"``). With ``gather_distributed`` N
-        is the number of images of all processes.
+        is the number of images of all processes. Labels (N, C) add O((N + D)·C).
         "out" costs what ``nt_xent`` does, "in" twice that, "pairwise" three times; no fused kernel
         computes their sum over positives, which runs in tiles on a GPU.
 
@@ -216,7 +225,11 @@ def sup_con(
             raise ValueError(
                 f"views[0] must have at least 2 rows, or there are no negatives; got {n}"
             )
-        check_ids("labels", labels, n, "views[0]", views[0])
+        if isinstance(labels, Tensor) and labels.ndim == 2:
+            check_multi_hot(labels, n, views[0])
+            check_of_multi_hot(options, keys, return_stats)
+        else:
+            check_ids("labels", labels, n, "views[0]", views[0])
         if sample_weight is not None:
             check_sample_weight(sample_weight, n, "views[0]", views[0])
         _check_keys(views[0], keys, key_labels, symmetric, sample_weight, gather)
@@ -225,6 +238,8 @@ def sup_con(
 
     temperature, _ = checked(check, process_group) if gather else check()
     n = views[0].shape[0]
+    if labels.ndim == 2:
+        return sup_con_of_multi_hot(views, labels, sample_weight, temperature, options, gather)
     if keys is not None:
         assert key_labels is not None
         given = Given(views, labels, keys, key_labels, sample_weight, temperature, options)

@@ -188,3 +188,33 @@ def check_distillation(rank, size, symmetric, weighs):
 @pytest.mark.parametrize(("symmetric", "weighs"), [(False, False), (False, True), (True, False)])
 def test_similarity_distillation(world, symmetric, weighs):
     world.run(check_distillation, symmetric, weighs)
+
+
+def check_multi_hot(rank, size, n_views, weighs):
+    counts = [3 + 2 * r % 3 for r in range(size)]
+    n, mine = sum(counts), share_of(rank, counts)
+    labels = (torch.rand(n, 4, dtype=torch.float64) < 0.3) * torch.arange(1, 5) / 3
+    labels[0] = 0
+    labels[1:3, 1] = 1
+    weights = torch.rand(n, dtype=torch.float64) if weighs else torch.ones(n, dtype=torch.float64)
+    views = torch.randn(n_views, n, 5, dtype=torch.float64, requires_grad=True)
+    losses = reference.sup_con_of_multi_hot(views, labels, TEMPERATURE)
+    mean = weighted(losses, weights.expand_as(losses))
+    (expected,) = torch.autograd.grad(mean, views)
+    inputs = [x.detach().clone().requires_grad_() for x in views[:, mine]]
+    loss = sup_con(
+        *inputs,
+        labels=labels[mine],
+        temperature=TEMPERATURE,
+        sample_weight=weights[mine] if weighs else None,
+        gather_distributed=True,
+    )
+    grads = torch.stack(torch.autograd.grad(loss, inputs))
+    assert_within(mean_over_ranks(loss, size), mean, 10 * VALUE[torch.float64])
+    torch.testing.assert_close(grads / size, expected[:, mine], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_sup_con_with_several_labels_of_an_image(world, n_views, weighs):
+    world.run(check_multi_hot, n_views, weighs)

@@ -64,6 +64,9 @@ LOSSES = {
         temperature=t,
         variant="pairwise",
     ),
+    "sup_con multi-hot": lambda a, b, t: sup_con(
+        a, b, labels=torch.arange(len(a))[:, None] % torch.arange(2, 5), temperature=t
+    ),
     "siglip labels": lambda a, b, t: siglip(
         a,
         torch.cat([a, b]),

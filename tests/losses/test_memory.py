@@ -32,6 +32,7 @@ LOSSES = {
         symmetric=True,
         **k,
     ),
+    "sup_con multi-hot": lambda a, b, **k: sup_con(a, b, labels=a.detach() > 0.5, **k),
     "distillation": lambda a, b, **k: similarity_distillation(
         a, b, a.flip(1), b.flip(1), symmetric=True, **k
     ),
@@ -56,6 +57,7 @@ def peak(loss_fn, n):
         ("sup_con in", 80),
         ("sup_con pairwise", 48),
         ("sup_con keys", 48),
+        ("sup_con multi-hot", 48),
         ("distillation", 48),
         ("siglip", 16),
         ("siglip labels", 16),
