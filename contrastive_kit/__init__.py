@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from contrastive_kit.encoders import resnet_encoder as resnet_encoder
     from contrastive_kit.grad_cache import GradCache as GradCache
     from contrastive_kit.heads import ProjectionHead as ProjectionHead
+    from contrastive_kit.losses.distillation import (
+        SimilarityDistillation as SimilarityDistillation,
+    )
     from contrastive_kit.losses.infonce import InfoNCE as InfoNCE
     from contrastive_kit.losses.ntxent import NTXent as NTXent
     from contrastive_kit.losses.siglip import SigLIP as SigLIP
@@ -28,6 +31,7 @@ _HOME = {
     "NTXent": "contrastive_kit.losses.ntxent",
     "ProjectionHead": "contrastive_kit.heads",
     "SigLIP": "contrastive_kit.losses.siglip",
+    "SimilarityDistillation": "contrastive_kit.losses.distillation",
     "SimCLRAugment": "contrastive_kit.augment.simclr",
     "SupCon": "contrastive_kit.losses.supcon",
     "resnet_encoder": "contrastive_kit.encoders",

@@ -116,7 +116,9 @@ def check_ids(name: str, ids: Tensor, n: int, other_name: str, other: Tensor) ->
     check_device(name, ids, other_name, other)
 
 
-def check_temperature(temperature: object, z: Tensor | None = None) -> float | Tensor:
+def check_temperature(
+    temperature: object, z: Tensor | None = None, name: str = "temperature"
+) -> float | Tensor:
     """``temperature``, a finite number above 0, or a floating tensor of one value; else raise.
 
     A tensor must be where the embeddings ``z`` are, or a scalar on the CPU. A number must leave
@@ -126,16 +128,16 @@ def check_temperature(temperature: object, z: Tensor | None = None) -> float | T
     is not positive gives a NaN loss.
     """
     if isinstance(temperature, Tensor):
-        check_scalar("temperature", temperature, z)
+        check_scalar(name, temperature, z)
         return temperature
-    number = check_number("temperature", temperature)
+    number = check_number(name, temperature)
     if not 0 < number < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, got {number}")
+        raise ValueError(f"{name} must be a finite number above 0, got {number}")
     if z is not None:
         dtype = compute_dtype(z)
         if number < torch.finfo(dtype).eps:
             raise ValueError(
-                f"temperature must be at least {torch.finfo(dtype).eps:.2g} for a loss in {dtype}, "
+                f"{name} must be at least {torch.finfo(dtype).eps:.2g} for a loss in {dtype}, "
                 f"got {number}"
             )
     return number

@@ -1,7 +1,7 @@
 """A queue of keys from earlier batches: many negatives at the price of a small batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,16 @@ from contrastive_kit._checks import (
     check_dense,
     check_device,
     check_embeddings,
+    check_flag,
     check_gathering,
+    check_ids,
     check_int,
 )
 from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
 from contrastive_kit.ops import scaled_unit_rows
+
+# The label of a place that has never had a key.
+_NO_LABEL = torch.iinfo(torch.int64).min
 
 
 class NegativeQueue(nn.Module):
@@ -37,6 +42,10 @@ class NegativeQueue(nn.Module):
     ``negatives = queue(torch.cat([key1, key2]))`` serves both losses. Nor do keys belong beside the
     queue, ``torch.cat([key, negatives])``: each would be the negative of its own query.
 
+    With ``labels`` it is the memory of XBM: it also holds the label of each key, and what it held
+    are the ``keys`` and ``key_labels`` of ``SupCon``, among which an anchor finds positives too. To
+    those the keys of the same call may be added, if they are none of the anchors.
+
     Args:
         dim: length D of a key.
         size: number of keys to hold; MoCo has 65,536.
@@ -44,12 +53,14 @@ class NegativeQueue(nn.Module):
             process has the same queue. If False each process has a queue of its own, which must
             then not be inside a ``DistributedDataParallel`` that broadcasts its buffers.
         process_group: the processes to gather from; None for all of them.
+        labels: also hold an integer label of each key; each call then needs the labels of its keys.
 
     Raises:
-        TypeError: if ``dim`` or ``size`` is no integer, for keys that are not floating tensors.
-        ValueError: if ``dim`` or ``size`` is below 1, for keys of another shape or device, for a
-            ``process_group`` without ``gather_distributed``. With it, in training, on every
-            process if one of them raises.
+        TypeError: if ``dim`` or ``size`` is no integer, for keys that are not floating tensors,
+            labels that are not integers.
+        ValueError: if ``dim`` or ``size`` is below 1, for keys or labels of another shape or
+            device, labels where none are held or the reverse, for a ``process_group`` without
+            ``gather_distributed``. With it, in training, on every process if one of them raises.
         RuntimeError: in training with ``gather_distributed`` where there is no process group.
 
     Memory:
@@ -57,7 +68,8 @@ class NegativeQueue(nn.Module):
 
     References:
         He et al., Momentum Contrast for Unsupervised Visual Representation Learning,
-        arXiv 1911.05722, algorithm 1.
+        arXiv 1911.05722, algorithm 1; Wang et al., Cross-Batch Memory for Embedding Learning, arXiv
+        1912.06798, algorithm 1 (labels).
 
     Example:
         >>> import torch
@@ -68,9 +80,17 @@ class NegativeQueue(nn.Module):
         ...     loss = loss_fn(query, key, negatives=queue(key))
         >>> len(queue)
         24
+        >>> from contrastive_kit import SupCon
+        >>> loss_fn, memory = SupCon(), NegativeQueue(dim=16, size=100, labels=True)
+        >>> for _ in range(3):
+        ...     z, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8) % 3
+        ...     keys, key_labels = memory(z, labels)
+        ...     loss = loss_fn(z, labels=labels)
+        ...     loss = loss + loss_fn(z, labels=labels, keys=keys, key_labels=key_labels)
     """
 
     rows: Tensor
+    row_labels: Tensor
 
     def __init__(
         self,
@@ -79,45 +99,60 @@ class NegativeQueue(nn.Module):
         *,
         gather_distributed: bool = False,
         process_group: "dist.ProcessGroup | None" = None,
+        labels: bool = False,
     ) -> None:
         super().__init__()
         dim, size = check_int("dim", dim, 1), check_int("size", size, 1)
         check_gathering(gather_distributed, process_group)
+        check_flag("labels", labels)
         if process_group is not None:
             rank_and_size(process_group)
+        self.has_labels = labels
         self.gather_distributed = gather_distributed
         self.process_group = process_group
         self.register_buffer("rows", torch.zeros(size, dim))
+        if labels:
+            self.register_buffer("row_labels", torch.full((size,), _NO_LABEL))
         # A Python number: one in a tensor would have to be read back from the device.
         self._taken = 0
 
-    def forward(self, keys: Tensor) -> Tensor:
+    @overload
+    def forward(self, keys: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, keys: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, keys: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Negatives from earlier calls, and the keys go into the queue if it is in training mode.
 
         Args:
             keys: embeddings (n, D), any floating dtype, not necessarily normalised. With n = 0 the
                 queue stays as it is, or takes in the keys of the other processes.
+            labels: integers (n,), the label of each key, where the queue holds labels.
 
         Returns:
-            A detached copy of the rows held before the call, oldest first: (K, D), 0 ≤ K ≤ size.
+            A detached copy of the rows held before the call, oldest first: (K, D), 0 ≤ K ≤ size;
+            where it holds labels, the pair of the rows and their labels, int64 (K,).
         """
         if torch.compiler.is_compiling():
-            step: Callable[[Tensor], Tensor] = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
-            return step(keys)
-        return self._step(keys)
+            step: Callable[[Tensor, Tensor | None], Tensor | tuple[Tensor, Tensor]]
+            step = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
+            return step(keys, labels)
+        return self._step(keys, labels)
 
-    def _step(self, keys: Tensor) -> Tensor:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _step(self, keys: Tensor, labels: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         if self.training and self.gather_distributed:
             rank_and_size(self.process_group)  # raises first where there are no processes
-            checked(lambda: self._check(keys), self.process_group)
+            checked(lambda: self._check(keys, labels), self.process_group)
         else:
-            self._check(keys)
-        negatives = self.negatives()
+            self._check(keys, labels)
+        held = (self.negatives(), self.labels()) if self.has_labels else self.negatives()
         if self.training:
-            self._take(keys)
-        return negatives
+            self._take(keys, labels)
+        return held
 
-    def _check(self, keys: Tensor) -> None:
+    def _check(self, keys: Tensor, labels: Tensor | None) -> None:
         dim = self.rows.shape[1]
         if isinstance(keys, Tensor):
             check_dense("keys", keys)
@@ -126,28 +161,55 @@ class NegativeQueue(nn.Module):
         if keys.shape[1] != dim:
             raise ValueError(f"keys must have shape (n, {dim}), got {tuple(keys.shape)}")
         check_device("keys", keys, "the queue", self.rows)
+        if labels is None:
+            if self.has_labels:
+                raise ValueError("labels must be given to a queue that holds labels=True, got None")
+        elif self.has_labels:
+            check_ids("labels", labels, len(keys), "keys", keys)
+        else:
+            raise ValueError("labels are held only by NegativeQueue(..., labels=True); omit them")
 
     def negatives(self) -> Tensor:
         """A detached copy of the rows held, oldest first: (K, D), 0 ≤ K ≤ size."""
-        if self._taken < len(self.rows):
-            return self.rows[: self._taken].clone()
-        return self.rows.roll(-self._taken % len(self.rows), 0)
+        return self._in_order(self.rows)
+
+    def labels(self) -> Tensor:
+        """A copy of the labels of the rows held, oldest first: int64 (K,), 0 ≤ K ≤ size.
+
+        Raises:
+            ValueError: for a queue without labels.
+        """
+        if not self.has_labels:
+            raise ValueError("labels are held only by NegativeQueue(..., labels=True)")
+        return self._in_order(self.row_labels)
+
+    def _in_order(self, held: Tensor) -> Tensor:
+        if self._taken < len(held):
+            return held[: self._taken].clone()
+        return held.roll(-self._taken % len(held), 0)
 
     @torch.no_grad()
-    def _take(self, keys: Tensor) -> None:
-        settings = f"keys of {keys.dtype}"
+    def _take(self, keys: Tensor, labels: Tensor | None) -> None:
+        settings = f"keys of {keys.dtype}{', with labels' if self.has_labels else ''}"
         dtype = torch.promote_types(keys.dtype, self.rows.dtype)
         keys = scaled_unit_rows((keys.to(dtype),), 1.0)[0]
         if self.gather_distributed:
             counts = row_counts(keys, self.process_group, settings=settings)
             keys = gather_rows(keys, self.process_group, counts)
+            if labels is not None:
+                labels = gather_rows(labels.long(), self.process_group, counts)
         size = len(self.rows)
         start = (self._taken + max(0, len(keys) - size)) % size
         kept = keys[-size:].to(self.rows.dtype)
         until_end = min(len(kept), size - start)
-        for begin, block in ((start, kept[:until_end]), (0, kept[until_end:])):
-            place = self.rows[begin : begin + len(block)]
-            place.copy_(torch.where(block.isfinite().all(1, keepdim=True), block, place))
+        for begin, block in ((start, slice(until_end)), (0, slice(until_end, None))):
+            rows = kept[block]
+            place = slice(begin, begin + len(rows))
+            finite = rows.isfinite().all(1)
+            self.rows[place] = torch.where(finite[:, None], rows, self.rows[place])
+            if labels is not None:
+                of_rows = labels[-size:][block].long()
+                self.row_labels[place] = torch.where(finite, of_rows, self.row_labels[place])
         self._taken += len(keys)
 
     def __len__(self) -> int:
@@ -166,14 +228,20 @@ class NegativeQueue(nn.Module):
         self._taken = int(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        taken = self._taken
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        rows = state_dict.get(f"{prefix}rows")
-        if rows is None or rows.shape != self.rows.shape:
-            # Torch refuses such rows, but would take the number that belongs to them.
+        taken, held = self._taken, dict(self.named_buffers())
+        given = {name: state_dict.get(f"{prefix}{name}") for name in held}
+        if any(x is None or x.shape != held[name].shape for name, x in given.items()):
+            # Torch refuses such buffers, but would take what else belongs to them.
+            before = {name: x.clone() for name, x in held.items()}
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            for name, x in before.items():
+                held[name].copy_(x)
             self._taken = taken
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The options, as the constructor takes them."""
         size, dim = self.rows.shape
-        return f"dim={dim}, size={size}, gather_distributed={self.gather_distributed}"
+        shown = f"dim={dim}, size={size}, gather_distributed={self.gather_distributed}"
+        return f"{shown}, labels=True" if self.has_labels else shown

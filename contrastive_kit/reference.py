@@ -74,7 +74,7 @@ def info_nce_with_negatives(
 def sup_con(
     views: Tensor, labels: Tensor, temperature: float | Tensor, variant: str = "out"
 ) -> Tensor:
-    """SupCon, equation (15), or (16) if ``variant`` is "in", of ``views`` (V, N, D): (V, N).
+    """SupCon, equation (15), (16) or (32) by ``variant``, of ``views`` (V, N, D): (V, N).
 
     NaN where an anchor has no positive.
     """
@@ -82,15 +82,41 @@ def sup_con(
     label = labels.repeat(len(views))
     itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
     logits = (u @ u.T / temperature).masked_fill(itself, -torch.inf)
-    log_p = logits - logits.logsumexp(1, keepdim=True)
     positive = (label[:, None] == label[None, :]) & ~itself
-    if variant == "in":
-        n_positives = positive.sum(1, dtype=log_p.dtype)
-        loss = n_positives.log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)
-        loss = loss.masked_fill(n_positives == 0, torch.nan)
-    else:
-        loss = -_mean_of_finite(log_p.masked_fill(~positive, -torch.inf))
-    return loss.view(views.shape[:2])
+    return _of_several_positives(logits, positive, variant).view(views.shape[:2])
+
+
+def sup_con_of_multi_hot(views: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
+    """SupCon with positives weighted by shared labels (N, C), equation (36): (V, N).
+
+    NaN where an anchor shares no label with another row.
+    """
+    u = F.normalize(views.flatten(0, 1), dim=1)
+    labels = labels.to(u.dtype).repeat(len(views), 1)
+    itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
+    logits = u @ u.T / temperature
+    log_p = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    weights = (labels @ labels.T).masked_fill(itself, 0)
+    total = weights.sum(1)
+    loss = -(weights * log_p).sum(1) / total.masked_fill(total == 0, 1)
+    return loss.masked_fill(total == 0, torch.nan).view(views.shape[:2])
+
+
+def sup_con_between(
+    query: Tensor,
+    labels: Tensor,
+    key: Tensor,
+    key_labels: Tensor,
+    temperature: float | Tensor,
+    variant: str = "out",
+) -> Tensor:
+    """SupCon across two sides, by the same equations: each query against all keys, (N,).
+
+    NaN where a query has no key of its label.
+    """
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature
+    positive = labels[:, None] == key_labels[None, :]
+    return _of_several_positives(logits, positive, variant)
 
 
 def siglip(
@@ -109,6 +135,43 @@ def siglip(
     return loss.sum(1)
 
 
+def siglip_with_labels(
+    z1: Tensor,
+    labels: Tensor,
+    z2: Tensor,
+    z2_labels: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    *,
+    balance_positives: bool = False,
+) -> Tensor:
+    """The sigmoid loss whose matches are the pairs of equal label, equation (33) or (34): (N,)."""
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature + bias
+    match = labels[:, None] == z2_labels[None, :]
+    loss = -F.logsigmoid(torch.where(match, logits, -logits))
+    if balance_positives:
+        # An end without a match has none to weigh.
+        of_row, of_column = (match.sum(dim, True, dtype=loss.dtype).clamp(1) for dim in (1, 0))
+        loss = torch.where(match, loss * (1 / of_row + 1 / of_column) / 2, loss)
+    return loss.sum(1)
+
+
+def similarity_distillation(
+    query: Tensor,
+    key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    temperature: float | Tensor,
+    teacher_temperature: float,
+) -> Tensor:
+    """Cross entropy against the distribution of a teacher, equation (35): (N,)."""
+    query, key, teacher_query, teacher_key = (
+        F.normalize(x, dim=1) for x in (query, key, teacher_query, teacher_key)
+    )
+    target = (teacher_query @ teacher_key.T / teacher_temperature).softmax(1).detach()
+    return -(target * (query @ key.T / temperature).log_softmax(1)).sum(1)
+
+
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Equation (14): the mean of ``losses`` (..., N) weighted by ``weights`` (N,)."""
     weights = weights.expand_as(losses)
@@ -121,7 +184,10 @@ def kept_logsumexp(q: Tensor, k: Tensor, excluded: Tensor) -> Tensor:
 
 
 def kept_softplus_sum(q: Tensor, k: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
-    """Equation (18): the sum of softplus over the kept entries of ``q @ k.T + bias``, (R,)."""
+    """Equation (18): the sum of softplus over the kept entries of ``q @ k.T + bias``, (R,).
+
+    The bias is one number, or one of each row, (R, 1).
+    """
     return -F.logsigmoid(-(q @ k.T + bias)).masked_fill(excluded, 0).sum(1)
 
 
@@ -159,6 +225,20 @@ def _cross_entropy(
     of_all = log_total - _mean_of_finite(logits)
     loss = (1 - label_smoothing) * of_positives + label_smoothing * of_all
     return _zero_without_negatives(loss, negative_logits)
+
+
+def _of_several_positives(logits: Tensor, positive: Tensor, variant: str) -> Tensor:
+    """The losses of SupCon from logits, -inf where there is no pair, and which are positive."""
+    if variant == "pairwise":
+        negatives = logits.masked_fill(positive, -torch.inf).logsumexp(1, keepdim=True)
+        log_p = torch.where(positive, logits - torch.logaddexp(logits, negatives), -torch.inf)
+        return -_mean_of_finite(log_p)
+    log_p = logits - logits.logsumexp(1, keepdim=True)
+    if variant == "in":
+        n_positives = positive.sum(1, dtype=log_p.dtype)
+        loss = n_positives.log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)
+        return loss.masked_fill(n_positives == 0, torch.nan)
+    return -_mean_of_finite(log_p.masked_fill(~positive, -torch.inf))
 
 
 def _weighted_by_hardness(negative_logits: Tensor, hardness: float) -> Tensor:

@@ -62,14 +62,36 @@ def sup_con(views, labels, temperature, variant="out"):
     losses = np.zeros((n_views, n))
     for v, i in rows:
         logits = {a: _cosine(views[v, i], views[a]) / temperature for a in rows if a != (v, i)}
+        same = [int(labels[j]) == int(labels[i]) for _, j in logits]
+        losses[v, i] = _of_several_positives(list(logits.values()), same, variant)
+    return losses
+
+
+def sup_con_of_multi_hot(views, labels, temperature):
+    """Loss of every anchor, (V, N), whose positives count by the product of their labels."""
+    views, labels = np.asarray(views, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    n_views, n, _ = views.shape
+    rows = [(v, i) for v in range(n_views) for i in range(n)]
+    losses = np.zeros((n_views, n))
+    for v, i in rows:
+        logits = {a: _cosine(views[v, i], views[a]) / temperature for a in rows if a != (v, i)}
         log_total = _log_sum_exp(list(logits.values()))
-        log_p = [s - log_total for (_, j), s in logits.items() if int(labels[j]) == int(labels[i])]
-        if not log_p:
-            continue
-        if variant == "out":
-            losses[v, i] = -math.fsum(log_p) / len(log_p)
-        else:
-            losses[v, i] = -math.log(math.fsum(math.exp(x) for x in log_p) / len(log_p))
+        weights = {(w, j): float(labels[i] @ labels[j]) for w, j in logits}
+        total = math.fsum(weights.values())
+        if total:
+            losses[v, i] = math.fsum(weights[a] * (log_total - s) for a, s in logits.items())
+            losses[v, i] /= total
+    return losses
+
+
+def sup_con_between(query, labels, key, key_labels, temperature, variant="out"):
+    """Loss of every query among all keys, (N,), 0 for one without a key of its label."""
+    query, key = np.asarray(query, dtype=np.float64), np.asarray(key, dtype=np.float64)
+    losses = np.zeros(len(query))
+    for i, z in enumerate(query):
+        logits = [_cosine(z, k) / temperature for k in key]
+        same = [int(label) == int(labels[i]) for label in key_labels]
+        losses[i] = _of_several_positives(logits, same, variant)
     return losses
 
 
@@ -84,6 +106,55 @@ def siglip(z1, z2, temperature, bias, ids=None):
             logit = _cosine(z1[i], z2[j]) / temperature + bias
             losses[i] += math.log1p(math.exp(-logit if i == j else logit))
     return losses
+
+
+def siglip_with_labels(z1, labels, z2, z2_labels, temperature, bias, balance_positives=False):
+    """Loss of every row of ``z1``, (N,), where the pairs of equal label match."""
+    z1, z2 = np.asarray(z1, dtype=np.float64), np.asarray(z2, dtype=np.float64)
+    labels, z2_labels = [int(x) for x in labels], [int(x) for x in z2_labels]
+    losses = np.zeros(len(z1))
+    for i in range(len(z1)):
+        for j in range(len(z2)):
+            logit = _cosine(z1[i], z2[j]) / temperature + bias
+            if labels[i] != z2_labels[j]:
+                losses[i] += math.log1p(math.exp(logit))
+                continue
+            weight = 1.0
+            if balance_positives:
+                weight = (1 / z2_labels.count(labels[i]) + 1 / labels.count(z2_labels[j])) / 2
+            losses[i] += weight * math.log1p(math.exp(-logit))
+    return losses
+
+
+def similarity_distillation(query, key, teacher_query, teacher_key, temperature, teacher_tau):
+    """Loss of every query, (N,): cross entropy against the softmax of the teacher."""
+    query, key, teacher_query, teacher_key = (
+        np.asarray(x, dtype=np.float64) for x in (query, key, teacher_query, teacher_key)
+    )
+    losses = np.zeros(len(query))
+    for i in range(len(query)):
+        logits = [_cosine(query[i], k) / temperature for k in key]
+        taught = [_cosine(teacher_query[i], k) / teacher_tau for k in teacher_key]
+        log_total, log_taught = _log_sum_exp(logits), _log_sum_exp(taught)
+        losses[i] = math.fsum(
+            math.exp(t - log_taught) * (log_total - s) for t, s in zip(taught, logits, strict=True)
+        )
+    return losses
+
+
+def _of_several_positives(logits, is_positive, variant):
+    """One anchor: out, in or pairwise; 0 without positives."""
+    positives = [s for s, positive in zip(logits, is_positive, strict=True) if positive]
+    negatives = [s for s, positive in zip(logits, is_positive, strict=True) if not positive]
+    if not positives:
+        return 0.0
+    if variant == "pairwise":
+        log_p = [p - _log_sum_exp([p, *negatives]) for p in positives]
+    else:
+        log_p = [p - _log_sum_exp(logits) for p in positives]
+    if variant == "in":
+        return -math.log(math.fsum(math.exp(x) for x in log_p) / len(log_p))
+    return -math.fsum(log_p) / len(log_p)
 
 
 def _loss(positives, negatives, decoupled, label_smoothing, hardness):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contrastive_kit import InfoNCE, NegativeQueue
-from contrastive_kit.functional import info_nce
+from contrastive_kit import InfoNCE, NegativeQueue, SupCon
+from contrastive_kit.functional import info_nce, sup_con
 
 
 def normalised(x):
@@ -328,3 +328,125 @@ class TestBothViewsHaveQueriesAndKeys:
         logits = torch.cat([u @ k.T, u @ q.T], 1)
         expected = F.cross_entropy(logits, torch.arange(n))
         torch.testing.assert_close(info_nce(query, key, negatives), expected)
+
+
+class TestLabels:
+    """A queue with labels is the memory of XBM: keys and key_labels of SupCon."""
+
+    @given(
+        size=st.integers(1, 12),
+        steps=st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=12),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_they_stay_with_their_keys(self, size, steps):
+        queue = NegativeQueue(2, size, labels=True)
+        expected = torch.empty(0, dtype=torch.int64)
+        for n, training in steps:
+            # The direction of a key tells its label.
+            labels = torch.randint(-50, 50, (n,), dtype=torch.int32)
+            angle = labels / 20
+            rows, held = queue.train(training)(torch.stack([angle.cos(), angle.sin()], 1), labels)
+            assert torch.equal(held, expected)
+            assert held.dtype == torch.int64
+            angle = held / 20
+            torch.testing.assert_close(rows, torch.stack([angle.cos(), angle.sin()], 1))
+            if training:
+                expected = torch.cat([expected, labels.long()])[-size:]
+            assert torch.equal(queue.labels(), expected)
+
+    def test_a_key_that_is_not_finite_leaves_its_place_the_label_it_had(self):
+        queue = NegativeQueue(2, 2, labels=True)
+        bad = torch.tensor([[torch.nan, 1.0]])
+        queue(bad, torch.tensor([5]))
+        assert queue.labels().item() not in range(-(2**40), 2**40)  # nobody's label
+        queue(torch.ones(2, 2), torch.tensor([7, 8]))
+        queue(bad, torch.tensor([9]))
+        assert queue.labels().tolist() == [8, 7]  # it should have gone where the oldest was
+
+    def test_what_is_held_are_keys_of_sup_con(self):
+        queue, loss_fn = NegativeQueue(4, 6, labels=True), SupCon(0.2)
+        z = torch.randn(3, 4, requires_grad=True)
+        labels = torch.tensor([1, 2, 9])
+        keys, key_labels = queue(z, labels)
+        loss = loss_fn(z, labels=labels, keys=keys, key_labels=key_labels)
+        assert loss == 0  # an empty queue
+        assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros(3, 4))
+        held, held_labels = torch.randn(5, 4), torch.tensor([1, 1, 2, 3, 4])
+        queue(held, held_labels)
+        keys, key_labels = queue(z, labels)
+        expected = sup_con(
+            z,
+            labels=labels,
+            keys=torch.cat([z[2:].detach(), held]),
+            key_labels=torch.cat([labels[2:], held_labels]),
+            temperature=0.2,
+        )
+        actual = loss_fn(z, labels=labels, keys=keys, key_labels=key_labels)
+        torch.testing.assert_close(actual, expected)
+
+    def test_state_dict_restores_them(self):
+        queue = NegativeQueue(3, 5, labels=True)
+        queue(torch.randn(7, 3), torch.arange(7))
+        restored = NegativeQueue(3, 5, labels=True)
+        restored.load_state_dict(queue.state_dict())
+        for x in (queue, restored):
+            assert x.labels().tolist() == [2, 3, 4, 5, 6]
+            x(torch.ones(1, 3), torch.tensor([70]))
+            assert x.labels().tolist() == [3, 4, 5, 6, 70]
+
+    def test_a_state_without_labels_is_refused_and_changes_nothing(self):
+        queue, other = NegativeQueue(3, 5, labels=True), NegativeQueue(3, 5)
+        queue(torch.randn(2, 3), torch.arange(2))
+        other(torch.randn(4, 3))
+        before = queue.negatives()
+        with pytest.raises(RuntimeError, match="row_labels"):
+            queue.load_state_dict(other.state_dict())
+        assert torch.equal(queue.negatives(), before)
+        assert queue.labels().tolist() == [0, 1]
+
+    def test_dtype_of_the_module_leaves_labels_alone(self):
+        queue = NegativeQueue(3, 5, labels=True).half()
+        queue(torch.randn(2, 3), torch.tensor([2**40, -1]))
+        assert queue.labels().tolist() == [2**40, -1]
+
+    def test_under_compile_it_is_the_same(self):
+        queue, compiled_queue = (NegativeQueue(4, 10, labels=True) for _ in range(2))
+
+        def step(z, labels, queue):
+            keys, key_labels = queue(z, labels)
+            return sup_con(z, labels=labels, keys=keys, key_labels=key_labels)
+
+        compiled_step = torch.compile(step, backend="aot_eager")
+        for n in (3, 4, 4):
+            z, labels = torch.randn(n, 4), torch.arange(n) % 2
+            eager = step(z, labels, queue)
+            torch.testing.assert_close(compiled_step(z, labels, compiled_queue), eager)
+        assert torch.equal(queue.labels(), compiled_queue.labels())
+
+    @pytest.mark.parametrize(
+        ("labels", "error", "message"),
+        [
+            (None, ValueError, "labels must be given to a queue"),
+            (torch.arange(3), ValueError, r"labels must have shape \(2,\)"),
+            (torch.rand(2), TypeError, "labels must hold integers"),
+        ],
+    )
+    def test_bad_labels_are_refused_and_change_nothing(self, labels, error, message):
+        queue = NegativeQueue(4, 3, labels=True)
+        with pytest.raises(error, match=message):
+            queue(torch.randn(2, 4), labels)
+        assert len(queue) == 0
+
+    def test_a_queue_without_labels_takes_none(self):
+        queue = NegativeQueue(4, 3)
+        with pytest.raises(ValueError, match="labels are held only by"):
+            queue(torch.randn(2, 4), torch.arange(2))
+        with pytest.raises(ValueError, match="labels are held only by"):
+            queue.labels()
+        with pytest.raises(TypeError, match="labels must be True or False"):
+            NegativeQueue(4, 3, labels=1)
+        assert len(queue) == 0
+
+    def test_repr_shows_them(self):
+        shown = "NegativeQueue(dim=4, size=3, gather_distributed=False, labels=True)"
+        assert repr(NegativeQueue(4, 3, labels=True)) == shown

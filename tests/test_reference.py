@@ -93,3 +93,41 @@ def test_siglip_is_its_loop(with_ids):
     ids = torch.tensor([3, 3, -1, 8, 5, 8, 8]) if with_ids else None
     expected = algorithm1.siglip(z1, z2, 0.3, -1.5, ids)
     np.testing.assert_allclose(reference.siglip(z1, z2, 0.3, -1.5, ids), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["out", "in", "pairwise"])
+def test_sup_con_between_two_sides_is_its_loop(variant):
+    query, key = torch.randn(6, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    labels, key_labels = torch.tensor([4, 4, 0, 1, 2, 9]), torch.tensor([4, 4, 4, 0, 1, 7, 7, 2])
+    expected = algorithm1.sup_con_between(query, labels, key, key_labels, 0.3, variant)
+    actual = reference.sup_con_between(query, labels, key, key_labels, 0.3, variant)
+    assert actual.isnan().tolist() == [False] * 5 + [True]
+    np.testing.assert_allclose(actual.nan_to_num(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_sup_con_of_multi_hot_is_its_loop(n_views):
+    views = torch.randn(n_views, 6, 5, dtype=torch.float64)
+    labels = (torch.rand(6, 4) < 0.5).double() * torch.rand(4).double()
+    expected = algorithm1.sup_con_of_multi_hot(views, labels, 0.3)
+    actual = reference.sup_con_of_multi_hot(views, labels, 0.3).nan_to_num()
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_siglip_with_labels_is_its_loop(balance):
+    z1, z2 = torch.randn(6, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    labels, z2_labels = torch.tensor([4, 4, 0, 1, 2, 9]), torch.tensor([4, 4, 4, 0, 1, 7, 7, 2])
+    expected = algorithm1.siglip_with_labels(z1, labels, z2, z2_labels, 0.3, -1.0, balance)
+    actual = reference.siglip_with_labels(
+        z1, labels, z2, z2_labels, 0.3, -1.0, balance_positives=balance
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_similarity_distillation_is_its_loop():
+    query, key = torch.randn(6, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    taught, taught_key = torch.randn(6, 3).double(), torch.randn(8, 3).double()
+    expected = algorithm1.similarity_distillation(query, key, taught, taught_key, 0.3, 0.1)
+    actual = reference.similarity_distillation(query, key, taught, taught_key, 0.3, 0.1)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)

@@ -1,6 +1,10 @@
 """The losses, one file each: a function and its module side by side."""
 
 from contrastive_kit.losses._stats import ContrastiveStats
+from contrastive_kit.losses.distillation import (
+    SimilarityDistillation,
+    similarity_distillation,
+)
 from contrastive_kit.losses.infonce import InfoNCE, info_nce
 from contrastive_kit.losses.ntxent import NTXent, nt_xent
 from contrastive_kit.losses.siglip import SigLIP, siglip
@@ -11,9 +15,11 @@ __all__ = [
     "InfoNCE",
     "NTXent",
     "SigLIP",
+    "SimilarityDistillation",
     "SupCon",
     "info_nce",
     "nt_xent",
     "siglip",
+    "similarity_distillation",
     "sup_con",
 ]

@@ -104,6 +104,19 @@ def gather_batch(
     return GatheredBatch(everything, first, ids, own_ids, sample_weight, size)
 
 
+def gather_labels(
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    group: "ProcessGroup | None",
+    settings: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The labels (n,) of the anchors of all processes, and their weights if there are any."""
+    counts = row_counts(labels, group, settings=settings)
+    if sample_weight is not None:
+        sample_weight = gather_rows(sample_weight, group, counts)
+    return gather_rows(labels.long(), group, counts), sample_weight
+
+
 def _described(x: object) -> str:
     if not isinstance(x, Tensor):
         return str(x)

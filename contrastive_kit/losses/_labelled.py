@@ -1,4 +1,4 @@
-"""Anchors with several positives: the two losses of SupCon, and their figures."""
+"""Anchors with several positives: the three losses of SupCon, and their figures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +64,21 @@ class LabelledBatch:
     def candidate_labels(self) -> Tensor:
         return self.labels if self.column_labels is None else self.column_labels
 
+    @property
+    def candidates(self) -> Tensor:
+        return self.rows if self.columns is None else self.columns
+
+    def positives(self) -> Exclusion:
+        """The candidates of the anchor's label, but for the anchor itself."""
+        n_views = len(self.views)
+        view = torch.arange(n_views, device=self.views.device)
+        row = self.images * n_views + view.repeat_interleave(self.views.shape[1])
+        if self.columns is None:
+            return Exclusion(0, row, None, self.labels)
+        # Candidates of other processes come image by image, the views of each beside each other.
+        columns = torch.arange(len(self.columns), device=row.device)
+        return Exclusion(0, row, columns, self.labels, self.column_labels)
+
     def other_images(self) -> Exclusion:
         """The candidates that show another image than the anchor."""
         if self.columns is None:
@@ -73,14 +88,14 @@ class LabelledBatch:
 
 Found = tuple[Tensor, LogitStatistics | None]
 LogSumExpOf = Callable[..., Found]
+SoftplusSumOf = Callable[[Exclusion, Tensor], Tensor]
 
 
 def outside(batch: LabelledBatch, n_positives: Tensor, logsumexp: LogSumExpOf) -> Tensor:
     """L_out of each anchor, equation (15), as (20): the own views are kept out of the tiles."""
     rows, n_views = batch.rows, len(batch.views)
     others, _ = logsumexp(batch.other_images())
-    candidates = rows if batch.columns is None else batch.columns
-    same_label = equal_id_sums(candidates, batch.labels, batch.candidate_labels)
+    same_label = equal_id_sums(batch.candidates, batch.labels, batch.candidate_labels)
     same_label = same_label - batch.views.sum(0).repeat(n_views, 1)
     # Where there is none, the difference is what rounding leaves.
     positive_total = torch.where(n_positives < n_views, 0, (rows * same_label).sum(1))
@@ -105,6 +120,17 @@ def inside(batch: LabelledBatch, n_positives: Tensor, logsumexp: LogSumExpOf) ->
         positives = torch.logaddexp(positives, positive_pair_logits(batch.views).logsumexp(0))
     positives = positives.masked_fill(positives == -torch.inf, 0)  # an anchor without any
     return F.softplus(negatives - positives, threshold=50) + n_positives.to(rows.dtype).log()
+
+
+def pairwise(
+    batch: LabelledBatch,
+    n_positives: Tensor,
+    logsumexp: LogSumExpOf,
+    softplus_sum: SoftplusSumOf,
+) -> Tensor:
+    """The loss of each anchor whose positives do not compete with each other, equation (32)."""
+    negatives, _ = logsumexp(Exclusion(0, batch.labels, batch.column_labels))
+    return softplus_sum(batch.positives(), negatives) / n_positives
 
 
 @torch.no_grad()

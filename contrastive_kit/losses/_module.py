@@ -37,6 +37,7 @@ class LossModule(nn.Module):
     decoupled: bool
     symmetric: bool
     variant: str
+    balance_positives: bool
     label_smoothing: float
     hardness: float
     reduction: str

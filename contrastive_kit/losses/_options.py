@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Scalar = float | Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
-VARIANTS = ("out", "in")
+VARIANTS = ("out", "in", "pairwise")
 
 
 class Options(NamedTuple):
@@ -32,7 +32,9 @@ class Options(NamedTuple):
     Attributes:
         decoupled: leave the positives out of the denominator, equation (11).
         symmetric: average with the loss of keys against queries.
-        variant: "out" or "in", equations (15) and (16).
+        variant: "out", "in" or "pairwise", equations (15), (16) and (32).
+        balance_positives: weigh each match by how many share its ends, equation (34).
+        teacher_temperature: the temperature of the targets, equation (35).
         label_smoothing: the part of the target spread over all candidates, equation (12).
         hardness: how much the most similar negatives are preferred, equation (13).
         reduction: "mean", "sum" or "none".
@@ -44,6 +46,8 @@ class Options(NamedTuple):
     decoupled: bool = False
     symmetric: bool = False
     variant: str = "out"
+    balance_positives: bool = False
+    teacher_temperature: float = 0.04
     label_smoothing: float = 0.0
     hardness: float = 0.0
     reduction: str = "mean"
@@ -92,8 +96,12 @@ def check_options(
     check_choice("variant", options.variant, VARIANTS)
     check_flag("decoupled", options.decoupled)
     check_flag("symmetric", options.symmetric)
+    check_flag("balance_positives", options.balance_positives)
     check_gathering(options.gather_distributed, options.process_group)
     check_backend(options.backend, primitive)
+    teacher_tau = check_temperature(options.teacher_temperature, z, "teacher_temperature")
+    if isinstance(teacher_tau, Tensor):
+        raise TypeError("teacher_temperature must be a number, as the teacher has no gradient")
     smoothing = _check_number("label_smoothing", options.label_smoothing, 1.0)
     beta = _check_number("hardness", options.hardness, sys.float_info.max)
     if beta and z is not None and not isinstance(tau, Tensor):
@@ -114,7 +122,9 @@ def check_options(
             "label_smoothing needs decoupled=False: without the positives in its denominator the "
             f"loss is no cross entropy; got {smoothing}"
         )
-    return tau, options.changed_to(label_smoothing=smoothing, hardness=beta)
+    return tau, options.changed_to(
+        label_smoothing=smoothing, hardness=beta, teacher_temperature=teacher_tau
+    )
 
 
 def _check_number(name: str, value: object, largest: float) -> float:

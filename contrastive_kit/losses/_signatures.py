@@ -41,6 +41,9 @@ class InfoNCEKeywords(_CrossEntropyKeywords, total=False):
 class SupConKeywords(LossKeywords, total=False):
     """Those of ``sup_con``."""
 
+    keys: Tensor | None
+    key_labels: Tensor | None
+    symmetric: bool
     variant: str
 
 
@@ -49,3 +52,6 @@ class SigLIPKeywords(LossKeywords, total=False):
 
     logit_bias: float | Tensor
     ids: Tensor | None
+    labels: Tensor | None
+    z2_labels: Tensor | None
+    balance_positives: bool

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from contrastive_kit._checks import (
     check_alike,
+    check_device,
     check_embeddings,
     check_flag,
     check_ids,
@@ -28,6 +29,7 @@ from contrastive_kit.losses._gathered import (
     settings_of,
     several_processes,
 )
+from contrastive_kit.losses._matches import Given, matched_by_labels
 from contrastive_kit.losses._module import (
     LARGEST_LEARNABLE_TEMPERATURE,
     LossModule,
@@ -82,6 +84,9 @@ def siglip(
     temperature: float | Tensor = 0.1,
     logit_bias: float | Tensor = -10.0,
     ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    z2_labels: Tensor | None = None,
+    balance_positives: bool = False,
     sample_weight: Tensor | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -99,16 +104,25 @@ def siglip(
     The value is the mean over i, as in the paper: it grows with the batch, N - 1 negatives to a
     positive, which is why the bias starts at -10. Swapping ``z1`` and ``z2`` changes no sum.
 
+    With ``labels`` the matches are all pairs of equal label instead: several captions of an image,
+    images of a class.
+
     Args:
         z1: embeddings (N, D), any floating dtype, normalised here.
-        z2: embeddings (N, D); row i matches row i of ``z1``.
+        z2: embeddings (N, D); row i matches row i of ``z1``. With ``z2_labels`` (M, D).
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient; 1 / τ is the scale t of the paper. The value of a tensor is
             not checked.
         logit_bias: b, a number, or a tensor of one value, which then receives its gradient. The
             value of a tensor is not checked.
         ids: integers (N,); rows of equal id (duplicates) are no negatives of each other. The pair
-            (i, i) stays a match.
+            (i, i) stays a match. Not with ``labels``, by which such pairs are matches.
+        labels: integers (N,); all pairs of equal label are matches. A row without any is compared
+            with its negatives alone.
+        z2_labels: integers (M,), the labels of ``z2``; None if they are those of ``z1``.
+        balance_positives: with ``labels``, weigh a match by (1/k + 1/k')/2, for its k matches of
+            the row of ``z1`` and k' of the row of ``z2``, so that frequent labels do not outweigh
+            the others (SigLIP+). If False each counts as one.
         sample_weight: floating numbers (N,) ≥ 0 that multiply the losses; the mean is weighted,
             Σ w·ℓ / Σ w; 0 if all are 0. The sign is not checked.
         reduction: "mean" or "sum" over the rows of ``z1``, or "none" for the losses (N,).
@@ -130,11 +144,12 @@ def siglip(
         with ``return_stats`` the pair (loss, ``ContrastiveStats``).
 
     Raises:
-        TypeError: for embeddings or a ``sample_weight`` that are not floating tensors, ids that are
-            not integers, a ``logit_bias`` that is no number.
+        TypeError: for embeddings or a ``sample_weight`` that are not floating tensors, ids or
+            labels that are not integers, a ``logit_bias`` that is no number.
         NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, sparse or nested tensors, a temperature
-            that is not positive and finite, a ``logit_bias`` that is not finite, an unknown
+            that is not positive and finite, a ``logit_bias`` that is not finite, ``labels`` with
+            ``ids``, ``z2_labels`` or ``balance_positives`` without ``labels``, an unknown
             ``reduction`` or ``backend``; on every process, if one of them raises, or they differ
             in embeddings or options.
         RuntimeError: for ``gather_distributed`` without an initialised process group; under
@@ -142,7 +157,8 @@ def siglip(
 
     Memory:
         O(N·D) and a few tiles, in the backward too, which computes the logits again. With
-        ``gather_distributed`` N is the number of pairs of all processes.
+        ``gather_distributed`` N is the number of pairs of all processes. ``labels`` cost as much
+        again: the matches run in tiles of their own.
 
     References:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv 2303.15343, equation 1 and
@@ -154,8 +170,19 @@ def siglip(
         >>> z = torch.eye(3)
         >>> siglip(z, z, temperature=1.0, logit_bias=0.0)  # log(1 + 1/e) + 2 log 2
         tensor(1.6996)
+        >>> image, captions = torch.eye(2), torch.eye(2).repeat_interleave(2, 0)
+        >>> siglip(
+        ...     image,
+        ...     captions,
+        ...     labels=torch.tensor([0, 1]),
+        ...     z2_labels=torch.tensor([0, 0, 1, 1]),
+        ...     temperature=1.0,
+        ...     logit_bias=0.0,
+        ... )  # 2 log(1 + 1/e) + 2 log 2
+        tensor(2.0128)
     """
     options = Options(
+        balance_positives=balance_positives,
         reduction=reduction,
         gather_distributed=gather_distributed,
         process_group=process_group,
@@ -166,7 +193,7 @@ def siglip(
     def check() -> _Checked:
         check_embeddings("z1", z1)
         check_embeddings("z2", z2)
-        check_alike("z2", z2, "z1", z1)
+        _check_labels(z1, z2, ids, labels, z2_labels, balance_positives)
         check_reverse_mode("z1", z1)
         check_reverse_mode("z2", z2)
         if ids is not None:
@@ -178,6 +205,10 @@ def siglip(
         return tau, _check_bias(logit_bias, z1)
 
     temperature, logit_bias = checked(check, process_group) if gather else check()
+    if labels is not None:
+        z2_labels = labels if z2_labels is None else z2_labels
+        given = Given(z1, z2, labels, z2_labels, sample_weight, temperature, logit_bias, options)
+        return matched_by_labels(given, gather, return_stats)
     rows = scaled_unit_rows((z1,), temperature)[0]
     columns = scaled_unit_rows((z2,), temperature)[0]
     positive_logits = (rows * columns).sum(1)
@@ -218,6 +249,36 @@ def siglip(
 _Checked = tuple[Scalar, Scalar]
 
 
+def _check_labels(
+    z1: Tensor,
+    z2: Tensor,
+    ids: Tensor | None,
+    labels: Tensor | None,
+    z2_labels: Tensor | None,
+    balance_positives: bool,
+) -> None:
+    if z2_labels is None:
+        check_alike("z2", z2, "z1", z1)
+    elif labels is None:
+        raise ValueError("z2_labels need labels of z1 to be compared with, got None")
+    else:
+        if z2.shape[1] != z1.shape[1]:
+            raise ValueError(
+                f"z2 must have shape (M, {z1.shape[1]}) to match z1, got {tuple(z2.shape)}"
+            )
+        check_device("z2", z2, "z1", z1)
+        check_ids("z2_labels", z2_labels, z2.shape[0], "z2", z2)
+    if labels is None:
+        if balance_positives is True:
+            raise ValueError("balance_positives=True needs labels, which tell the matches")
+        return
+    check_ids("labels", labels, z1.shape[0], "z1", z1)
+    if ids is not None:
+        raise ValueError(
+            "ids cannot be combined with labels: ids leave pairs out, of which labels make matches"
+        )
+
+
 def _as(logit_bias: float | Tensor, rows: Tensor) -> float | Tensor:
     return logit_bias.reshape(()).to(rows) if isinstance(logit_bias, Tensor) else logit_bias
 
@@ -252,6 +313,7 @@ class SigLIP(LossModule):
         max_scale: the largest scale 1 / τ, from 0.01 to 2²³. The default is far above the scales
             that published models end at, near 100, and far below those at which the loss
             overflows. The paper's code has no bound; open_clip's training bounds it by 100.
+        balance_positives: weigh a match by how many share its ends; calls then need ``labels``.
         reduction: "mean", "sum" or "none".
         gather_distributed: compare with the ``z2`` of all processes.
         process_group: the processes to gather from; None for all of them.
@@ -276,6 +338,7 @@ class SigLIP(LossModule):
         logit_bias: float = -10.0,
         *,
         max_scale: float = 1000.0,
+        balance_positives: bool = False,
         reduction: str = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -297,6 +360,7 @@ class SigLIP(LossModule):
             learnable_temperature=True,
             smallest=1 / max_scale,
             primitive="softplus_sum",
+            balance_positives=balance_positives,
             reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,
@@ -312,6 +376,8 @@ class SigLIP(LossModule):
         z2: Tensor,
         *,
         ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        z2_labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: Literal[False] = False,
     ) -> Tensor: ...
@@ -322,6 +388,8 @@ class SigLIP(LossModule):
         z2: Tensor,
         *,
         ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        z2_labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: Literal[True],
     ) -> tuple[Tensor, ContrastiveStats]: ...
@@ -332,6 +400,8 @@ class SigLIP(LossModule):
         z2: Tensor,
         *,
         ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        z2_labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: bool,
     ) -> LossOutput: ...
@@ -341,6 +411,8 @@ class SigLIP(LossModule):
         z2: Tensor,
         *,
         ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        z2_labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossOutput:
@@ -357,6 +429,8 @@ class SigLIP(LossModule):
             temperature=(-logit_scale).exp(),
             logit_bias=logit_bias,
             ids=ids,
+            labels=labels,
+            z2_labels=z2_labels,
             sample_weight=sample_weight,
             return_stats=return_stats,
             **self._options(),

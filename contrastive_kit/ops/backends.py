@@ -25,6 +25,8 @@ class Backend(NamedTuple):
         logsumexp: equation (2), differentiable in both matrices.
         same_class_logsumexp: the same where the rule leaves out pairs of different classes.
         softplus_sum: equation (18), differentiable in both matrices and the bias.
+        same_class_softplus_sum: the same where the rule leaves out pairs of different classes; the
+            bias may be one of each row, (R,).
         pair_loss: the whole mean NT-Xent of two views, where one op is faster than many.
     """
 
@@ -32,6 +34,7 @@ class Backend(NamedTuple):
     logsumexp: LogSumExp
     same_class_logsumexp: LogSumExp | None = None
     softplus_sum: SoftplusSum | None = None
+    same_class_softplus_sum: SoftplusSum | None = None
     pair_loss: PairLoss | None = None
 
 
@@ -50,8 +53,9 @@ class BackendChoice(NamedTuple):
 def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") -> BackendChoice:
     """Tell which backend a loss would use for these embeddings, and why not the others.
 
-    That is for its logsumexp. ``SigLIP`` needs sums of softplus, and ``SupCon(variant="in")`` a
-    logsumexp over the columns of a class beside the other: "triton" has neither.
+    That is for its logsumexp. ``SigLIP`` needs sums of softplus, and the variants "in" and
+    "pairwise" of ``SupCon`` a sum over the columns of a class beside the other: "triton" has
+    neither.
 
     Args:
         q: embeddings (N, D), or one matrix of rows.
@@ -83,7 +87,10 @@ def logsumexp_for(problem: Problem, backend: str) -> LogSumExp:
 
 def softplus_sum_for(problem: Problem, backend: str) -> SoftplusSum:
     """The sum of softplus of the backend that runs; raises if a named one refuses."""
-    return _present(BACKENDS[_choose(problem, "softplus_sum", backend).name].softplus_sum)
+    if problem.exclusion.row_classes is None:
+        return _present(BACKENDS[_choose(problem, "softplus_sum", backend).name].softplus_sum)
+    chosen = BACKENDS[_choose(problem, "same_class_softplus_sum", backend).name]
+    return _present(chosen.same_class_softplus_sum)
 
 
 def pair_loss_for(z1: Tensor, z2: Tensor, backend: str) -> PairLoss | None:
@@ -152,14 +159,24 @@ def _reference_softplus_sum(problem: Problem, bias: Tensor) -> Tensor:
     q, k = problem.in_compute_dtype()[:2]
     assert k is not None
     with torch.autocast(q.device.type, enabled=False):
-        return reference.kept_softplus_sum(q, k, bias, problem.mask())
+        return reference.kept_softplus_sum(q, k, bias[..., None], problem.mask())
 
 
 # In the order of preference.
 BACKENDS = {
     "triton": Backend(triton.refusal, triton.logsumexp, pair_loss=triton.pair_loss),
-    "tiled": Backend(_never_refuses, tiled.logsumexp, tiled.logsumexp, tiled.softplus_sum),
+    "tiled": Backend(
+        _never_refuses,
+        tiled.logsumexp,
+        tiled.logsumexp,
+        tiled.softplus_sum,
+        tiled.softplus_sum,
+    ),
     "reference": Backend(
-        _never_refuses, _reference_logsumexp, _reference_logsumexp, _reference_softplus_sum
+        _never_refuses,
+        _reference_logsumexp,
+        _reference_logsumexp,
+        _reference_softplus_sum,
+        _reference_softplus_sum,
     ),
 }

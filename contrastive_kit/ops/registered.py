@@ -177,7 +177,8 @@ def register_softplus_sum(
 
     Args:
         backend: its name, that of the ops begins with it.
-        forward: called as ``forward(problem, bias)``; returns the sums (R,) of equation (18).
+        forward: called as ``forward(problem, bias)``; returns the sums (R,) of equation (18). The
+            bias is one number (0-dim), or one of each row (R,) with classes in the rule.
         backward: called as ``backward(problem, bias, grad, needs_grad)``; returns the gradients of
             ``bias``, ``q`` and ``k``, equation (19), (0,) for a matrix that ``needs_grad`` says
             needs none.

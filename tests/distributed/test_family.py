@@ -22,6 +22,8 @@ SUP_CON = {
     "in": (2, {"variant": "in"}),
     "out, three views, weights": (3, {"sample_weight": True}),
     "in, three views, weights": (3, {"variant": "in", "sample_weight": True}),
+    "pairwise, three views, weights": (3, {"variant": "pairwise", "sample_weight": True}),
+    "pairwise, one view": (1, {"variant": "pairwise"}),
     "out, one view": (1, {}),
     "in, one view, weights": (1, {"variant": "in", "sample_weight": True}),
 }

@@ -38,6 +38,25 @@ def test_it_holds_the_keys_of_all_processes_in_order_of_rank(world, queue_size):
     world.run(check_in_sync, queue_size)
 
 
+def check_labels(rank, size):
+    queue = NegativeQueue(2, 7, gather_distributed=True, labels=True)
+    expected = []
+    for step in range(4):
+        counts = [1 + (step + 2 * r) % 4 for r in range(size)]
+        begin = sum(counts[:rank])
+        labels = torch.arange(sum(counts), dtype=torch.int16) + 100 * step
+        mine = labels[begin : begin + counts[rank]]
+        rows, held = queue(torch.stack([mine.float() + 1, torch.ones(len(mine))], 1), mine)
+        assert held.tolist() == expected
+        torch.testing.assert_close(rows[:, 0] / rows[:, 1] - 1, held.float(), rtol=1e-4, atol=1e-4)
+        expected = [*expected, *labels.tolist()][-7:]
+    assert queue.labels().tolist() == expected
+
+
+def test_labels_of_all_processes_stay_with_their_keys(world):
+    world.run(check_labels)
+
+
 def check_evaluation(rank, size):
     queue = NegativeQueue(3, 8, gather_distributed=True)
     queue(torch.randn(2, 3))

@@ -224,7 +224,9 @@ def test_siglip_checks_when_it_is_made(options, error, message):
 
 
 def test_supcon_checks_its_variant_when_it_is_made():
-    with pytest.raises(ValueError, match="variant must be one of 'out', 'in', got 'both'"):
+    with pytest.raises(
+        ValueError, match="variant must be one of 'out', 'in', 'pairwise', got 'both'"
+    ):
         SupCon(variant="both")
 
 

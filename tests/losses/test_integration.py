@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from contrastive_kit import InfoNCE, NTXent, SigLIP, SupCon
-from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
+from contrastive_kit.functional import (
+    info_nce,
+    nt_xent,
+    siglip,
+    similarity_distillation,
+    sup_con,
+)
 
 LOSSES = {
     "number as temperature": lambda a, b, t: nt_xent(a, b, temperature=0.2) + 0 * t,
@@ -38,6 +44,43 @@ LOSSES = {
     ),
     "sup_con in": lambda a, b, t: sup_con(
         a, b, labels=torch.arange(len(a)) // 2, temperature=t, variant="in"
+    ),
+    "sup_con pairwise": lambda a, b, t: sup_con(
+        a, b, labels=torch.arange(len(a)) // 2, temperature=t, variant="pairwise"
+    ),
+    "sup_con keys": lambda a, b, t: sup_con(
+        a,
+        labels=torch.arange(len(a)) // 2,
+        keys=b,
+        key_labels=torch.arange(len(a)) % 3,
+        temperature=t,
+        symmetric=True,
+    ),
+    "sup_con keys pairwise": lambda a, b, t: sup_con(
+        a,
+        labels=torch.arange(len(a)) // 2,
+        keys=torch.cat([a, b]),
+        key_labels=torch.arange(2 * len(a)) % 3,
+        temperature=t,
+        variant="pairwise",
+    ),
+    "sup_con multi-hot": lambda a, b, t: sup_con(
+        a, b, labels=torch.arange(len(a))[:, None] % torch.arange(2, 5), temperature=t
+    ),
+    "siglip labels": lambda a, b, t: siglip(
+        a,
+        torch.cat([a, b]),
+        labels=torch.arange(len(a)) // 2,
+        z2_labels=torch.arange(2 * len(a)) // 3,
+        balance_positives=True,
+        temperature=t,
+        logit_bias=-10 * t,
+    ),
+    "siglip labels of both": lambda a, b, t: siglip(
+        a, b, labels=torch.arange(len(a)) // 2, temperature=t, return_stats=True
+    )[0],
+    "distillation": lambda a, b, t: similarity_distillation(
+        a, b, a.flip(1)[:, 1:], b.flip(1)[:, 1:], temperature=t, symmetric=True
     ),
     "siglip": lambda a, b, t: siglip(a, b, temperature=t, logit_bias=-10 * t),
     "reference": lambda a, b, t: nt_xent(a, b, temperature=t, backend="reference"),
@@ -148,7 +191,20 @@ def test_autocast_changes_nothing(dtype, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["nt_xent", "clip", "queue", "weights and smoothing", "sup_con", "sup_con in", "siglip"]
+    "name",
+    [
+        "nt_xent",
+        "clip",
+        "queue",
+        "weights and smoothing",
+        "sup_con",
+        "sup_con in",
+        "sup_con pairwise",
+        "sup_con keys",
+        "siglip",
+        "siglip labels",
+        "distillation",
+    ],
 )
 def test_functional_gradient(name):
     a, b = torch.randn(2, 9, 5).unbind(0)

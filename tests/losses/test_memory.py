@@ -4,7 +4,13 @@ import pytest
 import torch
 from memory import peak_mebibytes
 
-from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
+from contrastive_kit.functional import (
+    info_nce,
+    nt_xent,
+    siglip,
+    similarity_distillation,
+    sup_con,
+)
 
 LOSSES = {
     "nt_xent": nt_xent,
@@ -15,7 +21,23 @@ LOSSES = {
     "sup_con in": lambda a, b, **k: sup_con(
         a, b, labels=torch.arange(len(a)) // 4, variant="in", **k
     ),
+    "sup_con pairwise": lambda a, b, **k: sup_con(
+        a, b, labels=torch.arange(len(a)) // 4, variant="pairwise", **k
+    ),
+    "sup_con keys": lambda a, b, **k: sup_con(
+        a,
+        labels=torch.arange(len(a)) // 4,
+        keys=b,
+        key_labels=torch.arange(len(a)) // 3,
+        symmetric=True,
+        **k,
+    ),
+    "sup_con multi-hot": lambda a, b, **k: sup_con(a, b, labels=a.detach() > 0.5, **k),
+    "distillation": lambda a, b, **k: similarity_distillation(
+        a, b, a.flip(1), b.flip(1), symmetric=True, **k
+    ),
     "siglip": siglip,
+    "siglip labels": lambda a, b, **k: siglip(a, b, labels=torch.arange(len(a)) // 4, **k),
 }
 
 
@@ -33,7 +55,12 @@ def peak(loss_fn, n):
         ("hardness", 80),
         ("sup_con", 48),
         ("sup_con in", 80),
+        ("sup_con pairwise", 48),
+        ("sup_con keys", 48),
+        ("sup_con multi-hot", 48),
+        ("distillation", 48),
         ("siglip", 16),
+        ("siglip labels", 16),
     ],
 )
 def test_memory_is_linear_in_n(name, limit):

@@ -6,7 +6,8 @@ average over anchors as we do, so the factor is 1 wherever none is noted:
 * lightly ``NTXentLoss`` normalises; with a memory bank it is InfoNCE with shared negatives, which
   get no gradient.
 * pytorch-metric-learning ``NTXentLoss`` normalises, and averages over positive pairs. With more
-  than two views the denominator of a pair leaves the other positives out, unlike L_out.
+  than two views the denominator of a pair leaves the other positives out, unlike L_out: it is
+  SupCon "pairwise", but for the mean, in which an anchor counts as often as it has positives.
 * open_clip ``ClipLoss`` takes normalised embeddings and 1 / temperature.
 * lightly ``DCLLoss`` normalises; one logsumexp over the negatives of both views, as equation 6.
 * pytorch-metric-learning ``SupConLoss`` normalises, and averages over the anchors whose loss is
@@ -24,7 +25,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from contrastive_kit.functional import info_nce, nt_xent, siglip, sup_con
+from contrastive_kit import NegativeQueue
+from contrastive_kit.functional import (
+    info_nce,
+    nt_xent,
+    siglip,
+    similarity_distillation,
+    sup_con,
+)
 
 SIZES = [(2, 3), (3, 1), (63, 60), (252, 130)]
 TEMPERATURES = [1.0, 0.1, 0.05]
@@ -145,6 +153,86 @@ def test_sup_con_is_that_of_pytorch_metric_learning(n_views, temperature):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_pairwise_sup_con_is_the_nt_xent_of_pytorch_metric_learning(n_views, temperature):
+    theirs = metric_losses().NTXentLoss(temperature)
+    z = views(23, 20, n_views)
+    labels = torch.arange(23) // 3 % 7
+    labels[5] = -1
+    positives = n_views * (labels[:, None] == labels[None, :]).sum(1) - 1
+    assert len(positives.unique()) > 1
+    assert_same(
+        sup_con(
+            *z,
+            labels=labels,
+            temperature=temperature,
+            variant="pairwise",
+            sample_weight=positives.double(),
+        ),
+        theirs(torch.cat(z), labels.repeat(n_views)),
+        z,
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_pairwise_sup_con_with_keys_is_that_of_pytorch_metric_learning(temperature):
+    theirs = metric_losses().NTXentLoss(temperature)
+    query, key = views(13, 20)[0], views(29, 20)[0]
+    labels, key_labels = torch.arange(13) % 5, torch.arange(29) % 11 % 7
+    positives = (labels[:, None] == key_labels[None, :]).sum(1)
+    assert_same(
+        sup_con(
+            query,
+            labels=labels,
+            keys=key,
+            key_labels=key_labels,
+            temperature=temperature,
+            variant="pairwise",
+            sample_weight=positives.double(),
+        ),
+        theirs(query, labels, ref_emb=key, ref_labels=key_labels),
+        (query, key),
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sup_con_with_keys_is_that_of_pytorch_metric_learning(temperature):
+    theirs = metric_losses().SupConLoss(temperature)
+    query, key = views(13, 20)[0], views(29, 20)[0]
+    labels, key_labels = torch.arange(13) % 5, torch.arange(29) % 11 % 7
+    assert_same(
+        sup_con(query, labels=labels, keys=key, key_labels=key_labels, temperature=temperature),
+        theirs(query, labels, ref_emb=key, ref_labels=key_labels),
+        (query, key),
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sup_con_with_a_queue_is_the_cross_batch_memory_of_pytorch_metric_learning(temperature):
+    """Keys go into the memory first; queries, which do not, are compared with all of it."""
+    losses = metric_losses()
+    theirs = losses.CrossBatchMemory(losses.SupConLoss(temperature), 20, memory_size=30)
+    queue = NegativeQueue(20, 30, labels=True).double()
+    of_keys = torch.arange(14) >= 6
+    for _ in range(5):
+        query, key = views(6, 20)[0], views(8, 20)[0]
+        labels = torch.randint(0, 5, (14,))
+        queue(key, labels[of_keys])
+        assert_same(
+            sup_con(
+                query,
+                labels=labels[:6],
+                keys=queue.negatives(),
+                key_labels=queue.labels(),
+                temperature=temperature,
+            ),
+            theirs(torch.cat([query, key]), labels, enqueue_mask=of_keys),
+            (query,),
+        )
+    assert len(queue) == 30
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize(("n", "d"), SIZES)
 def test_siglip_is_that_of_open_clip(n, d, temperature):
     theirs = open_clip_losses().SigLipLoss()
@@ -155,6 +243,33 @@ def test_siglip_is_that_of_open_clip(n, d, temperature):
         siglip(image, text, temperature=(-logit_scale).exp(), logit_bias=bias),
         theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale.exp(), bias),
         (image, text, logit_scale, bias),
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (63, 60)])
+def test_similarity_distillation_is_that_of_open_clip(n, d, temperature):
+    theirs = open_clip_losses().DistillClipLoss()
+    image, text = views(n, d)
+    of_teacher = [F.normalize(x, dim=1).detach() for x in views(n, 2 * d + 1)]
+    logit_scale = torch.tensor(math.log(1 / temperature), dtype=torch.float64, requires_grad=True)
+    assert_same(
+        similarity_distillation(
+            image,
+            text,
+            *of_teacher,
+            temperature=(-logit_scale).exp(),
+            teacher_temperature=0.05,
+            symmetric=True,
+        ),
+        theirs(
+            F.normalize(image, dim=1),
+            F.normalize(text, dim=1),
+            logit_scale.exp(),
+            *of_teacher,
+            20.0,
+        )[1],
+        (image, text, logit_scale),
     )
 
 

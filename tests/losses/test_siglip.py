@@ -265,6 +265,15 @@ class TestPrimitive:
         for needs in ((True, False), (False, True), (True, True)):
             torch.library.opcheck(backward, (torch.randn(40), *shared, *needs))
 
+    def test_opcheck_with_classes_and_a_bias_for_each_row(self):
+        labels = torch.arange(40) // 3
+        exclusion = Exclusion(0, torch.arange(40), torch.arange(23), labels, labels[:23])
+        problem = Problem(torch.randn(40, 6), torch.randn(23, 6), exclusion)
+        shared = (torch.randn(40), *problem.flat())
+        torch.library.opcheck(registered("tiled_softplus_sum"), shared)
+        backward = registered("tiled_softplus_sum_backward")
+        torch.library.opcheck(backward, (torch.randn(40), *shared, True, True))
+
     def test_fake_tensors_on_cuda_have_the_right_shapes_without_a_gpu(self):
         from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -18,7 +18,8 @@ from contrastive_kit.functional import nt_xent, sup_con
 from contrastive_kit.ops import BACKENDS
 
 backends = pytest.mark.parametrize("backend", list(BACKENDS))
-variants = pytest.mark.parametrize("variant", ["out", "in"])
+any_variant = st.sampled_from(["out", "in", "pairwise"])
+variants = pytest.mark.parametrize("variant", ["out", "in", "pairwise"])
 LABELS = torch.tensor([3, 3, -1, 8, 5, 8, 8])  # two images are alone with their label
 
 
@@ -113,16 +114,19 @@ def test_a_label_for_each_image_is_nt_xent(n_views, backend):
 
 
 @pytest.mark.parametrize("n_views", [1, 2])
-def test_both_variants_coincide_at_one_positive(n_views):
+def test_all_variants_coincide_at_one_positive(n_views):
     """T14 of our notes on other libraries: three meanings with several positives, one with one."""
     views = random_views(n_views, 8, 5)
     labels = torch.arange(8) // (3 - n_views)
     out = sup_con(*views, labels=labels, reduction="none")
-    inside = sup_con(*views, labels=labels, variant="in", reduction="none")
-    torch.testing.assert_close(out, inside)
+    for variant in ("in", "pairwise"):
+        other = sup_con(*views, labels=labels, variant=variant, reduction="none")
+        torch.testing.assert_close(out, other)
     fewer = sup_con(*views, labels=labels // 2, reduction="none")
     fewer_inside = sup_con(*views, labels=labels // 2, variant="in", reduction="none")
     assert (fewer > fewer_inside + 1e-6).all()  # Jensen
+    fewer_pairwise = sup_con(*views, labels=labels // 2, variant="pairwise", reduction="none")
+    assert (fewer > fewer_pairwise + 1e-6).all()  # a smaller denominator
 
 
 def test_views_are_images_of_the_same_label():
@@ -153,6 +157,21 @@ def test_is_the_published_formula_of_the_authors_code():
     published = -(temperature / base_temperature) * mean_log_prob.mean()
     ours = sup_con(*views, labels=labels, temperature=temperature)
     torch.testing.assert_close(published, temperature / base_temperature * ours)
+
+
+def test_pairwise_is_the_published_formula_of_sincere():
+    """Feeney and Hughes, equation 6: mean over positives, then over anchors, of classes unequal."""
+    z, labels, t = torch.randn(11, 5, dtype=torch.float64), torch.arange(11) % 5 // 2, 0.07
+    u = F.normalize(z, dim=1)
+    logits = u @ u.T / t
+    same = labels[:, None] == labels[None, :]
+    assert len(same.sum(1).unique()) > 1
+    negatives = logits.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
+    positive = same & ~torch.eye(11, dtype=torch.bool)
+    pairs = torch.stack([logits, negatives.expand(-1, 11)]).logsumexp(0) - logits
+    published = ((pairs * positive).sum(1) / positive.sum(1)).mean()
+    ours = sup_con(z, labels=labels, temperature=t, variant="pairwise")
+    torch.testing.assert_close(ours, published)
 
 
 @backends
@@ -189,7 +208,7 @@ def test_a_loss_of_1e_minus_12_keeps_its_digits_where_an_image_is_alone():
     exact = wanting(*views.double())
     expected = nt_xent(*exact, temperature=0.02)
     assert 1e-16 < expected < 1e-10
-    for variant in ("out", "in"):
+    for variant in ("out", "in", "pairwise"):
         inputs = wanting(*views)
         loss = sup_con(*inputs, labels=labels, temperature=0.02, variant=variant)
         assert abs(loss.item() - expected.item()) <= 1e-3 * expected.item()
@@ -265,7 +284,7 @@ def test_statistics_of_a_label_for_each_image_are_those_of_nt_xent():
     views = random_views(3, 9, 5, torch.float32)
     tau = torch.tensor([0.3])
     expected = nt_xent(*views, temperature=tau, return_stats=True)[1]
-    for variant in ("out", "in"):
+    for variant in ("out", "in", "pairwise"):
         actual = sup_con(
             *views, labels=torch.arange(9), temperature=tau, variant=variant, return_stats=True
         )[1]
@@ -275,7 +294,11 @@ def test_statistics_of_a_label_for_each_image_are_those_of_nt_xent():
 class TestSymmetry:
     """Properties that no choice of oracle can hide."""
 
-    @given(seed=st.integers(0, 2**31), n=st.integers(2, 20), variant=st.sampled_from(["out", "in"]))
+    @given(
+        seed=st.integers(0, 2**31),
+        n=st.integers(2, 20),
+        variant=any_variant,
+    )
     @settings(max_examples=30, deadline=None)
     def test_permuting_the_batch_permutes_the_losses(self, seed, n, variant):
         torch.manual_seed(seed)
@@ -286,7 +309,7 @@ class TestSymmetry:
         )
         torch.testing.assert_close(permuted, loss[:, order])
 
-    @given(seed=st.integers(0, 2**31), variant=st.sampled_from(["out", "in"]))
+    @given(seed=st.integers(0, 2**31), variant=any_variant)
     @settings(max_examples=30, deadline=None)
     def test_names_of_labels_do_not_matter(self, seed, variant):
         torch.manual_seed(seed)
@@ -297,7 +320,7 @@ class TestSymmetry:
         renamed = sup_con(*views, labels=names[torch.randperm(5)][labels], variant=variant)
         torch.testing.assert_close(renamed, loss)
 
-    @given(seed=st.integers(0, 2**31), variant=st.sampled_from(["out", "in"]))
+    @given(seed=st.integers(0, 2**31), variant=any_variant)
     @settings(max_examples=30, deadline=None)
     def test_the_gradient_is_orthogonal_to_its_row(self, seed, variant):
         torch.manual_seed(seed)

@@ -616,6 +616,10 @@ class TestDispatch:
                 lambda name: sup_con(q, labels=labels, variant="in", backend=name),
                 "same_class_logsumexp",
             ),
+            (
+                lambda name: sup_con(q, labels=labels, variant="pairwise", backend=name),
+                "same_class_softplus_sum",
+            ),
         ):
             with pytest.raises(ValueError, match=f"'picky' cannot run here: it has no {missing}"):
                 run("picky")

@@ -4,6 +4,8 @@ Forward and backward go over the same tiles, and the backward computes the logit
 linear in the number of rows in training too.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def forward(problem: Problem, bias: Tensor) -> Tensor:
     q = problem.q
     sums = q.new_zeros(len(q), dtype=accumulator_dtype(q))
     row_sums = blocks(sums)
-    for tile, logits in computed_tiles(problem, lambda logits, tile: logits.add_(bias)):
+    for tile, logits in computed_tiles(problem, _adding(bias)):
         values = F.softplus(logits, threshold=_LINEAR_ABOVE)
         problem.exclusion.fill_(values, 0.0, tile.top, tile.left)
         row_sums[tile.row].add_(values.sum(1))
@@ -34,21 +36,33 @@ def backward(
     q, keys = problem.q, problem.keys()
     dq = q.new_zeros(q.shape if needs_grad[0] else 0)
     dk = keys.new_zeros(keys.shape if needs_grad[1] else 0)
-    dbias = q.new_zeros((), dtype=accumulator_dtype(q))
+    dbias = bias.new_zeros(bias.shape, dtype=accumulator_dtype(q))
     # Relative to the largest, or a small incoming gradient would leave the range of float32.
     grad_scale = power_of_two(grad.abs().amax())
     row_grad = blocks(grad / grad_scale)
     rows, columns, drows, dcolumns = blocks(q), blocks(keys), blocks(dq), blocks(dk)
+    add_bias = _adding(bias)
 
     def weigh(logits: Tensor, tile: Tile) -> None:
-        weights = logits.add_(bias).sigmoid_()
+        weights = add_bias(logits, tile).sigmoid_()
         problem.exclusion.fill_(weights, 0.0, tile.top, tile.left)
         weights.mul_(row_grad[tile.row].unsqueeze(1))
 
     for tile, weights in computed_tiles(problem, weigh):
-        dbias += weights.sum()
+        if bias.ndim:
+            blocks(dbias)[tile.row].add_(weights.sum(1))
+        else:
+            dbias += weights.sum()
         if needs_grad[0]:
             drows[tile.row].addmm_(weights, columns[tile.column])
         if needs_grad[1]:
             dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
     return (dbias * grad_scale).to(bias.dtype), dq.mul_(grad_scale), dk.mul_(grad_scale)
+
+
+def _adding(bias: Tensor) -> Callable[[Tensor, Tile], Tensor]:
+    """What adds the bias to a tile in place, one to all rows or each row its own."""
+    if bias.ndim == 0:
+        return lambda logits, tile: logits.add_(bias)
+    of_rows = blocks(bias)
+    return lambda logits, tile: logits.add_(of_rows[tile.row].unsqueeze(1))
