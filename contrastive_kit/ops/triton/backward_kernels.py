@@ -8,6 +8,7 @@ import triton.language as tl
 
 from contrastive_kit.ops.triton.kernels import (
     LOG2E,
+    as_multiplied,
     exponent_power,
     has_left_out,
     ids_of,
@@ -132,7 +133,8 @@ def backward_kernel(
                 o_row, b_row_ids, n_rows, o_column, p_column_ids, n_columns, period, RULE
             )
             b_w = tl.where(m_out, 0.0, b_w)
-        b_dq = tl.dot(b_w.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_w = as_multiplied(b_w, PRECISION).to(b_k.dtype)
+        b_dq = tl.dot(b_w, b_k, b_dq, input_precision=PRECISION)
     p_target = p_part + (tl.cast(i_part, tl.int64) * n_rows + i_top) * BD
     o_block = tl.arange(0, BM)[:, None] * BD + tl.arange(0, BD)[None, :]
     tl.store(p_target + o_block, b_dq, mask=(o_row < n_rows)[:, None])
@@ -198,4 +200,4 @@ def weights_kernel(
         b_w = tl.where(m_out, 0.0, b_w)
     o_block = tl.arange(0, BM)[:, None] * stride + tl.arange(0, BN)[None, :]
     p_target = p_strip + tl.cast(i_strip_row, tl.int64) * stride + i_strip_column + o_block
-    tl.store(p_target, b_w.to(p_strip.dtype.element_ty))
+    tl.store(p_target, as_multiplied(b_w, PRECISION).to(p_strip.dtype.element_ty))

@@ -200,14 +200,16 @@ def _pack(x: Tensor, mma: Mma) -> Tensor:
     n, width = x.shape
     depth = configs.packed_depth(width)
     padded = ceil_div(n, PADDING) * PADDING
-    if (padded, depth) == (n, width) and x.dtype == mma.dtype and x.is_contiguous():
+    as_it_is = x.dtype == mma.dtype and mma.precision != "tf32" and x.is_contiguous()
+    if (padded, depth) == (n, width) and as_it_is:
         return x
     packed = x.new_empty(padded, depth, dtype=mma.dtype)
     block = math.gcd(depth, 256)
     height = _PACK_ELEMENTS // block
     kernels.pack_kernel[(padded // height, depth // block)](
-        x, *x.stride(), packed, n, width, mma.scale, BM=height, BN=block, BD=depth, **SMALL
-    )
+        x, *x.stride(), packed, n, width, mma.scale, BM=height, BN=block, BD=depth,
+        PRECISION=mma.precision, **SMALL,
+    )  # fmt: skip
     return packed
 
 

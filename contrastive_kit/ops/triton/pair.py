@@ -77,7 +77,8 @@ def _forward(
         height = max(1, FINISH_ELEMENTS // depth)
         pair_kernels.pair_prepare_kernel[(ceil_div(max(n, padded - m), height),)](
             z1, *z1.stride(), z2, *z2.stride(), unit_rows, positive, arrived, n, width,
-            *_root_scale(temperature), mma.scale, padded, BM=height, BD=depth, **SMALL,
+            *_root_scale(temperature), mma.scale, padded, BM=height, BD=depth,
+            PRECISION=mma.precision, **SMALL,
         )  # fmt: skip
         packed = _packed(unit_rows, n, mma)
         config = configs.forward(*packed.key())

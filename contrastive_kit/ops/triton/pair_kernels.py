@@ -10,7 +10,7 @@ the third through ``backward_kernel``.
 import triton
 import triton.language as tl
 
-from contrastive_kit.ops.triton.kernels import LN2, exponent_power, merge_parts
+from contrastive_kit.ops.triton.kernels import LN2, as_multiplied, exponent_power, merge_parts
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _unit_rows(b_z, root_high, root_low):
 def pair_prepare_kernel(
     p_z1, z1_row_stride, z1_column_stride, p_z2, z2_row_stride, z2_column_stride, p_packed,
     p_positive, p_arrived, n, n_columns, root_high, root_low, scale, n_padded,
-    BM: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Unit rows of two views, packed one after the other, and the logit of each pair."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -54,9 +54,9 @@ def pair_prepare_kernel(
     o_column = tl.arange(0, BD)[None, :]
     dtype = p_packed.dtype.element_ty
     p_target = p_packed + o_row.to(tl.int64)[:, None] * BD + o_column
-    tl.store(p_target, (b_u1 * scale).to(dtype), mask=m_row[:, None])
+    tl.store(p_target, as_multiplied(b_u1 * scale, PRECISION).to(dtype), mask=m_row[:, None])
     p_target += tl.cast(n, tl.int64) * BD
-    tl.store(p_target, (b_u2 * scale).to(dtype), mask=m_row[:, None])
+    tl.store(p_target, as_multiplied(b_u2 * scale, PRECISION).to(dtype), mask=m_row[:, None])
     o_padding = o_row.to(tl.int64) + 2 * n
     p_target = p_packed + o_padding[:, None] * BD + o_column
     tl.store(p_target, tl.zeros([BM, BD], dtype), mask=(o_padding < n_padded)[:, None])
