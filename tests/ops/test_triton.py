@@ -477,6 +477,18 @@ def test_every_nan_reaches_a_loss_in_tf32_triton():
 
 
 @on_device
+def test_the_largest_rows_in_float16_triton():
+    """Their logits are finite in float32, and no scale may take them out of float16 before."""
+    q = 56000 * torch.eye(20, dtype=torch.float64)[:, :16]
+    q += torch.randn(20, 16).sign() * 1024  # all exact in float16
+    grad = torch.rand(20, dtype=torch.float64)
+    expected, (wanted,) = oracle(q, None, Exclusion(10), False, grad)
+    lse, (dq,) = run(q, None, Exclusion(10), False, torch.inf, grad, "float16")
+    assert_within(lse, expected, 1e-6)
+    assert_within(dq, wanted, 1e-3)
+
+
+@on_device
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_not_finite_reaches_the_loss_of_one_op_triton(bad):
     a, b = (to_device(x).half() for x in pairs("related", 40, 33))
@@ -615,6 +627,17 @@ def test_auto_takes_this_backend_triton():
     }
 
 
+def specialization(parameter, value):
+    """What Triton compiles an argument for."""
+    if isinstance(value, torch.Tensor):
+        address = value.storage_offset() * value.element_size()
+        aligned = parameter.do_not_specialize_on_alignment or address % 16 == 0
+        return value.dtype, aligned
+    if isinstance(value, float) or parameter.do_not_specialize:
+        return type(value)
+    return 1 if value == 1 else value % 16 == 0
+
+
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -625,24 +648,34 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(monkeypatch, run):
-    """Names of the kernels and torch operations that are run on fake tensors, and the grids."""
+def launches(monkeypatch, run, compiled=None):
+    """Names of the kernels and torch operations that are run on fake tensors, and the grids.
+
+    What the kernels would be compiled for is added to the set ``compiled``.
+    """
     from contrastive_kit.ops.triton import backward_kernels, kernels, pair_kernels
 
     names, grids = [], []
 
     class Recorded:
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, kernel):
+            self.recorded = getattr(kernel, "recorded", kernel)  # which may be recorded before
 
         def __getitem__(self, grid):
-            names.append(self.name)
+            names.append(self.recorded.__name__)
             grids.append(grid)
-            return lambda *args, **kwargs: None
+            return self.launch
+
+        def launch(self, *args, **constants):
+            if compiled is not None:
+                params = self.recorded.params[: len(args)]
+                special = (specialization(*pair) for pair in zip(params, args, strict=True))
+                flat = tuple(sorted(constants.items()))
+                compiled.add((self.recorded.__name__, *special, *flat))
 
     for module in (kernels, backward_kernels, pair_kernels):
         for name in [x for x in dir(module) if x.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Recorded(name))
+            monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(device, "processors", lambda where: 132)
     monkeypatch.setattr(device, "architecture_of", lambda where: "sm_90")
@@ -676,15 +709,43 @@ def test_launches_do_not_depend_on_the_batch_and_nothing_waits(monkeypatch):
     assert set(operations) <= {"linalg_vector_norm", "zero_", "addmm", "mul_"}
 
 
+def one_op(n):
+    """A forward and a backward of the loss that is one op on fake CUDA tensors."""
+    z1, z2 = (torch.empty(n, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    loss, *saved = pair._forward(z1, z2, 0.1, "float16")
+    gradients = pair._backward(loss, z1, z2, *saved, 0.1, "float16")
+    assert [x.shape for x in gradients] == [z1.shape, z2.shape]
+
+
+@not_interpreted
+@pytest.mark.indexes_fakes
+def test_no_size_of_a_batch_compiles_a_kernel_anew(monkeypatch):
+    """The last batch of an epoch is of any size, and must not wait for a compiler."""
+
+    def clip(n, d):
+        q, k = (torch.empty(n, d, device="cuda") for _ in range(2))
+        problem = Problem(q, k, Exclusion(n), True, statistics=True, mma_dtype="float16")
+        lse, lse_lo, _ = host.forward(problem, q.new_empty(0))
+        host.backward(problem, lse, lse, lse_lo, q.new_empty(0), (True, True))
+
+    steps = {
+        "one op": one_op,
+        "rows": lambda n: primitive(n, None, 128),
+        "two matrices": lambda n: clip(n, 128),
+        "strips": lambda n: clip(n, 512),
+    }
+    for name, step in steps.items():
+        usual, odd = set(), set()
+        launches(monkeypatch, lambda step=step: step(256), usual)
+        for n in (255, 250, 129, 17):
+            launches(monkeypatch, lambda step=step, n=n: step(n), odd)
+        assert len(usual) >= 5
+        assert odd <= usual, name
+
+
 @not_interpreted
 def test_a_whole_loss_is_five_launches(monkeypatch):
-    def step():
-        z1, z2 = (torch.empty(256, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        loss, *saved = pair._forward(z1, z2, 0.1, "float16")
-        gradients = pair._backward(loss, z1, z2, *saved, 0.1, "float16")
-        assert [x.shape for x in gradients] == [z1.shape, z2.shape]
-
-    kernels, _, operations = launches(monkeypatch, step)
+    kernels, _, operations = launches(monkeypatch, lambda: one_op(256))
     assert len(kernels) <= 5
     assert operations == []
 

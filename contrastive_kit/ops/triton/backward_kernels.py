@@ -18,15 +18,16 @@ from contrastive_kit.ops.triton.kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "grad_stride"])
+@triton.jit(do_not_specialize=["n", "n_rows", "i_columns", "grad_stride"])
 def factor_kernel(p_grad, grad_stride, p_lse, p_lse_lo, p_largest, p_factor, p_lse2, p_grad_scale,
-                  n, weight_scale, undo_scale, SHIFTED: tl.constexpr,
+                  n, n_rows, i_columns, weight_scale, undo_scale, SHIFTED: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     """The factors of the weights of equation (5), row by row, and what undoes their scale.
 
     They are relative to a power of two near the largest incoming gradient, so that a small one does
     not leave the range of the weights; ``weight_scale`` keeps small weights in that of float16.
-    ``p_lse2`` gets what ``SHIFTED`` weights subtract from logits: the logsumexp in base 2.
+    ``p_lse2`` gets what ``SHIFTED`` weights subtract from logits: the logsumexp in base 2. In both,
+    what is not of the ``n_rows`` rows begins at ``i_columns``.
     """
     b_power = exponent_power(tl.load(p_largest))
     b_power = tl.where((b_power > 0) & (b_power < float("inf")), b_power, 1.0)
@@ -39,11 +40,12 @@ def factor_kernel(p_grad, grad_stride, p_lse, p_lse_lo, p_largest, p_factor, p_l
     b_exact = (b_exact + tl.load(p_lse_lo + o_index, mask=m_index, other=0.0)) * LOG2E
     b_lse2 = b_exact.to(tl.float32)
     b_factor = b_grad / b_power * weight_scale * tl.exp2((b_lse2 - b_exact).to(tl.float32))
+    o_place = tl.where(o_index < n_rows, o_index, o_index - n_rows + i_columns)
     if SHIFTED:
-        tl.store(p_lse2 + o_index, tl.where(m_empty, float("inf"), b_lse2), mask=m_index)
+        tl.store(p_lse2 + o_place, tl.where(m_empty, float("inf"), b_lse2), mask=m_index)
     else:
         b_factor *= tl.exp2(-b_lse2)
-    tl.store(p_factor + o_index, tl.where(m_empty, 0.0, b_factor), mask=m_index)
+    tl.store(p_factor + o_place, tl.where(m_empty, 0.0, b_factor), mask=m_index)
     if tl.program_id(0) == 0:
         tl.store(p_grad_scale, b_power * undo_scale)
 

@@ -183,6 +183,9 @@ def pack(problem: Problem) -> Packed:
     """Pack both sides of a problem."""
     q, k, exclusion = problem.q, problem.k, problem.exclusion
     mma = mma_of(problem.mma_dtype)
+    if needs_shift(problem.bound):
+        # Rows of any length: the largest of float16 may not grow.
+        mma = mma._replace(scale=1.0)
     row_ids, column_ids = (
         None if ids is None else ids.contiguous()
         for ids in (exclusion.row_ids, exclusion.column_ids)
@@ -325,18 +328,20 @@ def _weights_of(
     """The factors of the weights for a gradient of the logsumexp."""
     from contrastive_kit.ops.triton import backward_kernels as kernels
 
-    length, mma, shifted = len(lse), packed.mma, needs_shift(problem.bound)
-    factor, grad_scale = torch.empty_like(lse), lse.new_empty(1)
-    lse2 = lse.new_empty(length if shifted else 0)
+    n, length, mma, shifted = packed.rows.n, len(lse), packed.mma, needs_shift(problem.bound)
+    # Columns begin at an address for which nothing is compiled anew, whatever the number of rows.
+    begin = ceil_div(n, PADDING) * PADDING
+    room = begin + length - n
+    factor, grad_scale = lse.new_empty(room), lse.new_empty(1)
+    lse2 = lse.new_empty(room if shifted else 0)
     kernels.factor_kernel[(ceil_div(length, BLOCK),)](
         grad, grad.stride(0), lse, lse_lo, torch.linalg.vector_norm(grad, math.inf), factor, lse2,
-        grad_scale, length, mma.weight_scale, 1 / (mma.weight_scale * mma.scale),
+        grad_scale, length, n, begin, mma.weight_scale, 1 / (mma.weight_scale * mma.scale),
         SHIFTED=shifted, BLOCK=BLOCK, **SMALL,
     )  # fmt: skip
     if problem.k is None:
         return Weights(packed, shifted, factor, lse2, factor, lse2, True, True, grad_scale)
-    n = packed.rows.n
-    factors = (factor[:n], lse2[:n], factor[n:], lse2[n:])
+    factors = (factor, lse2, factor[begin:], lse2[begin:])
     return Weights(packed, shifted, *factors, True, problem.both, grad_scale)
 
 

@@ -98,14 +98,15 @@ def exponent_power(x):
 def as_multiplied(x, PRECISION: tl.constexpr):
     """Operands rounded as tensor cores expect them.
 
-    Of float32 they read only the upper bits where they multiply tf32: what is not rounded to nearest
-    before is truncated, and every product comes out too small.
+    Of float32 they read only the upper bits where they multiply tf32: what is not rounded to
+    nearest before is truncated, and every product comes out too small.
     """
     if PRECISION == "tf32":
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
-        # The sum carries some NaN over into the sign.
-        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+        # Of some NaN the sum carries over into the sign.
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        x = tl.where(is_nan, x, nearest.to(tl.float32, bitcast=True))
     return x
 
 
@@ -291,7 +292,8 @@ def reduce_kernel(
             tl.store(p_state + n_results, b_max.to(tl.float64), mask=m_index)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "beyond_rows", "n_results"])
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "beyond_rows", "n_results"],
+            do_not_specialize_on_alignment=["p_lse", "p_statistics"])  # fmt: skip
 def statistics_kernel(
     p_q, p_k, p_row_ids, p_column_ids, p_lse, p_statistics, n_rows, n_columns, period, beyond_rows,
     n_results,

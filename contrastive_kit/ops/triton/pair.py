@@ -59,7 +59,8 @@ def _forward(
     """The loss, and what the backward needs.
 
     That is the packed unit rows of both views, (padded 2N, depth); slope, factor and logsumexp in
-    base 2 of each anchor, (3, 2N); and the scale of the gradients, (1,).
+    base 2 of each anchor, (3, 2N rounded up), so that each begins at an address for which nothing
+    is compiled anew; and the scale of the gradients, (1,).
     """
     from contrastive_kit.ops.triton import kernels, pair_kernels
 
@@ -111,7 +112,7 @@ def _fake_forward(
     return (
         z1.new_empty((), dtype=torch.float32),
         z1.new_empty((padded, depth), dtype=mma_of(mma_name).dtype),
-        z1.new_empty((3, m), dtype=torch.float32),
+        z1.new_empty((3, ceil_div(m, WIDTH) * WIDTH), dtype=torch.float32),
         z1.new_empty(1, dtype=torch.float32),
     )
 

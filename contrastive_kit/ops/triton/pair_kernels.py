@@ -104,10 +104,11 @@ def pair_loss_kernel(
     b_sigmoid = tl.where(b_gap < 0, b_small, 1.0) / b_above
     b_sigmoid = tl.where(m_empty, 0.0, b_sigmoid)
     b_lse2 = b_exact.to(tl.float32)
-    tl.store(p_slope + o_index, b_sigmoid.to(tl.float32), mask=m_index)
+    # Of these there are WIDTH for each program.
+    tl.store(p_slope + o_index, b_sigmoid.to(tl.float32))
     b_lo = tl.where(m_empty, 0.0, b_lse2 - b_exact).to(tl.float32)
-    tl.store(p_factor + o_index, (b_sigmoid * tl.exp2(b_lo)).to(tl.float32), mask=m_index)
-    tl.store(p_lse2 + o_index, tl.where(m_empty, float("inf"), b_lse2), mask=m_index)
+    tl.store(p_factor + o_index, (b_sigmoid * tl.exp2(b_lo)).to(tl.float32))
+    tl.store(p_lse2 + o_index, tl.where(m_empty, float("inf"), b_lse2))
     b_largest = tl.max(tl.where(m_index, b_sigmoid, 0.0), 0).to(tl.float32)
     tl.store(p_sums + tl.program_id(0), tl.sum(tl.where(m_index, b_softplus, 0.0), 0))
     tl.store(p_maxima + tl.program_id(0), b_largest)
