@@ -83,6 +83,15 @@ _FORWARD_FLOAT = {
     "sm_100": Config(128, 64, 8, 3, 32),
     "hip": Config(128, 128, 8, 2, 32),
 }
+# Where a maximum is subtracted there is more to hold, and the tiles above spill in their loop.
+_FORWARD_SHIFTED: dict[str, _Rows] = {
+    "sm_90": ((256, None), (_ANY, Config(128, 128, 8, 3, 64))),
+    "sm_100": (
+        (128, Config(128, 64, 8, 3)),
+        (256, None),
+        (_ANY, Config(128, 64, 8, 3, 64)),
+    ),
+}
 # 209 to 215 registers; with 4 warps it spills.
 _STATISTICS_FLOAT = Config(128, 64, 8, 2, 32)
 _STATISTICS_HALF = Config(128, 64, 8, 2, 64)
@@ -117,6 +126,8 @@ _WEIGHTS_HALF = {
     "sm_100": Config(128, 128, 8, 3, 64),
     "hip": Config(128, 128, 8, 2, 64),
 }
+# As for the forward.
+_WEIGHTS_SHIFTED = {"sm_90": Config(128, 128, 8, 3, 64), "sm_100": Config(128, 64, 8, 3, 64)}
 _WEIGHTS_FLOAT = {
     "sm_80": Config(128, 64, 8, 3, 32),
     "sm_86": Config(128, 64, 8, 3, 32),
@@ -143,11 +154,14 @@ def packed_depth(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config:
+def forward(
+    arch: str, dtype: torch.dtype, precision: str, depth: int, shifted: bool = False
+) -> Config:
     """The tile of the forward kernel."""
     if dtype == torch.float32:
         return _FORWARD_FLOAT[arch]
-    tile = _first(_FORWARD_HALF[arch], depth)
+    tile = _first(_FORWARD_SHIFTED.get(arch, ((_ANY, None),)), depth) if shifted else None
+    tile = tile or _first(_FORWARD_HALF[arch], depth)
     assert tile is not None
     return tile
 
@@ -164,9 +178,13 @@ def backward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Confi
     return _first(_BACKWARD_HALF[arch], depth)
 
 
-def weights(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config:
+def weights(
+    arch: str, dtype: torch.dtype, precision: str, depth: int, shifted: bool = False
+) -> Config:
     """The tile of the kernel that stores weights."""
-    return (_WEIGHTS_FLOAT if dtype == torch.float32 else _WEIGHTS_HALF)[arch]
+    if dtype == torch.float32:
+        return _WEIGHTS_FLOAT[arch]
+    return _WEIGHTS_SHIFTED.get(arch, _WEIGHTS_HALF[arch]) if shifted else _WEIGHTS_HALF[arch]
 
 
 def _first(rows: _Rows, depth: int) -> Config | None:

@@ -222,7 +222,7 @@ def _sum_exponentials(packed: Packed, problem: Problem, lse: Tensor, lse_lo: Ten
 
     n_rows, n_columns = packed.rows.n, packed.columns.n
     itself, length, shifted = problem.k is None, len(lse), needs_shift(problem.bound)
-    config = configs.forward(*packed.key())
+    config = configs.forward(*packed.key(), shifted)
     blocks = ceil_div(n_rows, config.rows)
     n_tiles, row_parts = tiles_of_program(config, n_rows, n_columns, itself, lse.device)
     fields = 2 if shifted else 1
@@ -390,7 +390,7 @@ def _strips(weights: Weights, dq: Tensor, dk: Tensor, itself: bool) -> None:
 
     packed = weights.packed
     (rows, n_rows, _), (columns, n_columns, _) = packed.rows, packed.columns
-    config = configs.weights(*packed.key())
+    config = configs.weights(*packed.key(), weights.shifted)
     whole = math.lcm(config.rows, config.columns)
     padded = ceil_div(n_columns, whole) * whole
     height = min(STRIP_ROWS, STRIP_BYTES // (padded * rows.element_size()), n_rows)

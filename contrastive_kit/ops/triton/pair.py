@@ -5,7 +5,6 @@ of equation (4). Three launches forward: unit rows and the logits of pairs; part
 Two backward: partial gradients; those of the views.
 """
 
-import struct
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ def _forward(
         height = max(1, FINISH_ELEMENTS // depth)
         pair_kernels.pair_prepare_kernel[(ceil_div(max(n, padded - m), height),)](
             z1, *z1.stride(), z2, *z2.stride(), unit_rows, positive, arrived, n, width,
-            *_root_scale(temperature), mma.scale, padded, BM=height, BD=depth,
+            temperature**-0.5, mma.scale, padded, BM=height, BD=depth,
             PRECISION=mma.precision, **SMALL,
         )  # fmt: skip
         packed = _packed(unit_rows, n, mma)
@@ -145,7 +144,7 @@ def _backward(
         height = max(1, FINISH_ELEMENTS // (2 * depth))
         pair_kernels.pair_finish_kernel[(ceil_div(n, height),)](
             z1, *z1.stride(), z2, *z2.stride(), part, slope, grad, grad_scale, dz1, dz2, n, width,
-            len(part), *_root_scale(temperature), 1 / mma.scale, BM=height, BD=depth, **SMALL,
+            len(part), temperature**-0.5, 1 / mma.scale, BM=height, BD=depth, **SMALL,
         )  # fmt: skip
     return dz1, dz2
 
@@ -153,13 +152,6 @@ def _backward(
 def _packed(unit_rows: Tensor, n: int, mma: Mma) -> Packed:
     side = Side(unit_rows, 2 * n, None)
     return Packed(side, side, mma, device.architecture_of(unit_rows.device), n)
-
-
-def _root_scale(temperature: float) -> tuple[float, float]:
-    """temperature**-0.5 as two floats of single precision, which is all a kernel is given."""
-    exact = float(temperature) ** -0.5
-    high = struct.unpack("f", struct.pack("f", exact))[0]
-    return high, exact - high
 
 
 def _bound(temperature: float) -> float:
