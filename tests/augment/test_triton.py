@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -398,13 +399,42 @@ def test_reasons_to_refuse():
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is run here")
 def test_without_triton(monkeypatch):
-    from contrastive_kit.augment.backends import triton
+    from contrastive_kit import _gpu
 
-    monkeypatch.setattr(triton, "_HAS_TRITON", False)
+    monkeypatch.setattr(_gpu, "_MISSING", _gpu.missing_package("no_such_module"))
     with FakeTensorMode():
-        images = torch.empty(2, 3, 9, 9, device="cuda")
-        reason = triton.refusal(images, SimCLRAugment(8).recipe, torch.float32)
-    assert reason == "it needs the package triton, which is not installed"
+        name, refusals = SimCLRAugment(8).which_backend(torch.empty(2, 3, 9, 9, device="cuda"))
+    assert name == "torch"
+    assert refusals["triton"] == "it needs the package triton, which is not installed"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is run here")
+@pytest.mark.parametrize(
+    ("hip", "properties", "reason"),
+    [
+        (None, ("Tesla V100", 7, 0, ""), None),
+        (
+            None,
+            ("Tesla P100", 6, 0, ""),
+            "it needs compute capability 7.0 or higher, Tesla P100 has 6.0",
+        ),
+        ("6.4", ("Instinct MI300X", 9, 4, "gfx942:sramecc+:xnack-"), None),
+        (
+            "6.4",
+            ("Radeon VII", 9, 0, "gfx906"),
+            "it needs one of gfx90a, gfx942, gfx950, Radeon VII is gfx906",
+        ),
+    ],
+)
+def test_an_old_card_falls_back_before_a_kernel_fails(hip, properties, reason, monkeypatch):
+    card = dict(zip(("name", "major", "minor", "gcnArchName"), properties, strict=True))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**card))
+    with FakeTensorMode():
+        name, refusals = SimCLRAugment(8).which_backend(torch.empty(2, 3, 9, 9, device="cuda"))
+    assert name == ("triton" if reason is None else "torch")
+    assert refusals.get("triton") == reason
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is run here")

@@ -20,6 +20,7 @@ from budgets import VALUE, assert_within
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from contrastive_kit import _gpu
 from contrastive_kit.functional import info_nce, nt_xent
 from contrastive_kit.ops import (
     BACKENDS,
@@ -648,7 +649,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(monkeypatch, run, compiled=None):
+def launches(monkeypatch, run, compiled=None, architecture="sm_90"):
     """Names of the kernels and torch operations that are run on fake tensors, and the grids.
 
     What the kernels would be compiled for is added to the set ``compiled``.
@@ -678,7 +679,7 @@ def launches(monkeypatch, run, compiled=None):
             monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(device, "processors", lambda where: 132)
-    monkeypatch.setattr(device, "architecture_of", lambda where: "sm_90")
+    monkeypatch.setattr(device, "architecture_of", lambda where: architecture)
     with FakeTensorMode(), Operations() as operations:
         run()
     quiet = "empty new_empty empty_like slice select unbind view transpose t alias detach device"
@@ -707,6 +708,16 @@ def test_launches_do_not_depend_on_the_batch_and_nothing_waits(monkeypatch):
     kernels, _, operations = launches(monkeypatch, lambda: primitive(1024, None, 512))
     assert len(kernels) <= 6  # one strip
     assert set(operations) <= {"linalg_vector_norm", "zero_", "addmm", "mul_"}
+
+
+@not_interpreted
+@pytest.mark.indexes_fakes
+def test_strips_stay_in_half_precision_where_no_library_adds_their_product(monkeypatch):
+    """Twice the memory, and multiplied as float32 at an eighth of the rate."""
+    step = lambda: primitive(1024, None, 512)  # noqa: E731
+    kernels, _, operations = launches(monkeypatch, step, architecture="hip")
+    assert kernels.count("add_product_kernel") == 2 * kernels.count("weights_kernel") - 1
+    assert set(operations) <= {"linalg_vector_norm", "zero_", "mul_"}
 
 
 def one_op(n):
@@ -801,10 +812,10 @@ def test_reasons_to_refuse(monkeypatch):
         assert which_backend(q).name == "triton"
         lse, stats = kept_logsumexp(q, q.narrow(0, 0, 2), both=True, statistics=True)
         assert lse.shape == stats.kept.shape == (8,)
-        monkeypatch.setattr(device, "_MISSING", device.missing_package("no_such_module"))
+        monkeypatch.setattr(_gpu, "_MISSING", _gpu.missing_package("no_such_module"))
         assert refuse(q) == "it needs the package triton, which is not installed"
-        monkeypatch.setattr(device.importlib.metadata, "version", lambda name: "3.1.0")
-        monkeypatch.setattr(device, "_MISSING", device.missing_package("triton"))
+        monkeypatch.setattr(_gpu.importlib.metadata, "version", lambda name: "3.1.0")
+        monkeypatch.setattr(_gpu, "_MISSING", _gpu.missing_package("triton"))
         assert refuse(q) == "it needs triton 3.5 or later, version 3.1.0 is installed"
         assert which_backend(q).name == "tiled"
 
@@ -819,6 +830,22 @@ def test_an_old_device_is_refused(monkeypatch):
     with FakeTensorMode():
         reason = BACKENDS["triton"].refuse(Problem(torch.empty(6, 3, device="cuda")))
     assert reason == "it needs compute capability 8.0 or higher, Tesla T4 has 7.5"
+
+
+@not_interpreted
+@pytest.mark.parametrize(("architecture", "taken"), [("gfx942:sramecc+", True), ("gfx1100", False)])
+def test_a_device_of_amd_is_taken_if_its_kernels_were_compiled(architecture, taken, monkeypatch):
+    class Amd:
+        name, major, minor, gcnArchName = "Radeon", 9, 4, architecture
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Amd)
+    with FakeTensorMode():
+        choice = which_backend(torch.empty(6, 3, device="cuda"))
+    assert choice.name == ("triton" if taken else "tiled")
+    reason = "it needs one of gfx90a, gfx942, gfx950, Radeon is gfx1100"
+    assert choice.refusals == ({} if taken else {"triton": reason})
 
 
 class TestOnCuda:

@@ -40,7 +40,7 @@ POINTERS = {
     "p_row_ids": "i64", "p_column_ids": "i64", "p_running": "fp64", "p_sums": "fp64",
     "p_z1": "bf16", "p_z2": "bf16", "p_dz1": "bf16", "p_dz2": "bf16", "p_arrived": "i32",
 }  # fmt: skip
-OF_OPERANDS = ("p_q", "p_k", "p_packed", "p_strip")
+OF_OPERANDS = ("p_q", "p_k", "p_packed", "p_strip", "p_a", "p_b")
 FLOATS = ("scale", "weight_scale", "undo_scale", "root_scale")
 
 
@@ -104,6 +104,10 @@ def variants(target, everything):
         constants = {**common(tile, depth, dtype, precision, stored, shifted), **rule, **way}
         name = "weights_kernel" if stored else "backward_kernel"
         yield name, dtype, constants, tile.warps, tile.stages
+    if target == "hip":
+        tile = configs.PRODUCT
+        constants = {"BM": tile.rows, "BN": tile.columns, "BD": 512, "BK": tile.step}
+        yield "add_product_kernel", "fp16", constants, tile.warps, tile.stages
     if not (everything or target == "sm_90"):
         return
     for dtype, torch_dtype, precision in (half, single):
@@ -310,7 +314,9 @@ def check(report, target, at_least):
         assert kernel["spilled"] <= (4 if rare else 0), kernel
         assert kernel["shared"] <= SHARED_LIMIT[target], kernel
         assert not kernel["warnings"], kernel
-        multiplies = kernel["kernel"].startswith(("forward", "backward", "weights", "statistics"))
+        multiplies = kernel["kernel"].startswith(
+            ("forward", "backward", "weights", "statistics", "add_product")
+        )
         assert (kernel["products"] > 0) == multiplies, kernel
 
 

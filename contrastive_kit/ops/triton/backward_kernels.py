@@ -203,3 +203,26 @@ def weights_kernel(
     o_block = tl.arange(0, BM)[:, None] * stride + tl.arange(0, BN)[None, :]
     p_target = p_strip + tl.cast(i_strip_row, tl.int64) * stride + i_strip_column + o_block
     tl.store(p_target, as_multiplied(b_w, PRECISION).to(p_strip.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "n_inner"])
+def add_product_kernel(
+    p_total, p_a, a_row_stride, a_column_stride, p_b, n_rows, n_columns, n_inner,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``total += a @ b`` for float32 ``total`` (n_rows, n_columns) and packed rows ``b``."""
+    o_row = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_column = tl.program_id(1) * BN + tl.arange(0, BN)
+    m_total = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+    p_target = p_total + o_row.to(tl.int64)[:, None] * n_columns + o_column[None, :]
+    b_total = tl.load(p_target, mask=m_total, other=0.0)  # [BM, BN]
+    p_rows = p_a + o_row.to(tl.int64)[:, None] * a_row_stride
+    for i_inner in range(0, n_inner, BK):
+        o_inner = i_inner + tl.arange(0, BK)
+        m_inner = o_inner < n_inner
+        p_block = p_rows + o_inner.to(tl.int64)[None, :] * a_column_stride
+        b_a = tl.load(p_block, mask=(o_row < n_rows)[:, None] & m_inner[None, :], other=0.0)
+        p_block = p_b + o_inner.to(tl.int64)[:, None] * BD + o_column[None, :]
+        b_b = tl.load(p_block, mask=m_inner[:, None] & (o_column < BD)[None, :], other=0.0)
+        b_total = tl.dot(b_a, b_b, b_total, input_precision="ieee")
+    tl.store(p_target, b_total, mask=m_total)

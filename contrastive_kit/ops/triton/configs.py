@@ -136,6 +136,9 @@ _WEIGHTS_FLOAT = {
     "hip": Config(128, 64, 8, 2, 32),
 }
 
+# For a product that torch has not on AMD: half precision, added to float32.
+PRODUCT = Config(64, 64, 4, 2, 64)
+
 ARCHITECTURES = tuple(_FORWARD_HALF)
 
 

@@ -411,19 +411,30 @@ def _strips(weights: Weights, dq: Tensor, dk: Tensor, itself: bool) -> None:
         strip = buffer[: height * stride].view(height, stride)
         strip = strip[: bottom - top, : n_columns - left]
         if dq.ndim == 2:
-            _add_product(dq[top:bottom], strip, columns[left:n_columns, :width])
+            _add_product(dq[top:bottom], strip, columns[left:n_columns, :width], packed)
         right = bottom if itself else 0
         if mirrored.ndim == 2 and right < n_columns:
-            _add_product(mirrored[right:], strip[:, right - left :].T, rows[top:bottom, :width])
+            mirrored_strip = strip[:, right - left :].T
+            _add_product(mirrored[right:], mirrored_strip, rows[top:bottom, :width], packed)
     for gradient in (dq, dk):
         gradient.mul_(weights.grad_scale)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, packed: Packed) -> None:
     """``total += a @ b`` in float32, whatever the dtype of the factors."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.device.type == "cuda" and torch.version.hip is None:
+    elif packed.architecture == "hip":
+        from contrastive_kit.ops.triton import backward_kernels as kernels
+
+        config = configs.PRODUCT
+        (n_rows, n_columns), n_inner = total.shape, len(b)
+        grid = (ceil_div(n_rows, config.rows), ceil_div(n_columns, config.columns))
+        kernels.add_product_kernel[grid](
+            total, a, *a.stride(), b, n_rows, n_columns, n_inner, BD=packed.depth,
+            BK=config.step, **config.options(),
+        )  # fmt: skip
+    elif total.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
