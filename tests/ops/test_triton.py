@@ -762,6 +762,21 @@ def test_a_whole_loss_is_five_launches(monkeypatch):
 
 
 @not_interpreted
+def test_a_step_is_six_launches_of_which_one_is_autograds(monkeypatch):
+    """As a profiler counts them: a loss gets a gradient of one, which a launch fills in."""
+    # Autograd wants a context of CUDA even for fake tensors there.
+    monkeypatch.setattr(device, "_INTERPRETED", True)
+
+    def step():
+        z1, z2 = (torch.empty(256, 128, dtype=torch.half, requires_grad=True) for _ in range(2))
+        torch.autograd.grad(nt_xent(z1, z2, temperature=0.1, backend="triton"), (z1, z2))
+
+    kernels, _, operations = launches(monkeypatch, step)
+    assert len(kernels) <= 5
+    assert [x for x in operations if "triton" not in x] == ["ones_like"]
+
+
+@not_interpreted
 def test_every_architecture_has_tiles_for_one_op():
     for arch in configs.ARCHITECTURES:
         for depth in (16, 128, 256):
