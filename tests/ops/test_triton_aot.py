@@ -25,6 +25,22 @@ SHARED_LIMIT = {
     "sm_120": 101376,
     "hip": 65536,
 }
+# Of which all blocks of a multiprocessor share so many, and each costs 1 KiB more.
+SHARED = {
+    "sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472, "sm_100": 233472,
+    "sm_120": 102400,
+}  # fmt: skip
+# How many programs of a kernel a multiprocessor has room for, as the table of tiles says, for rows
+# of some width in half precision.
+PROGRAMS = {
+    ("forward_kernel", 128): {
+        "sm_80": 3, "sm_86": 2, "sm_89": 2, "sm_90": 2, "sm_100": 2, "sm_120": 2
+    },
+    ("backward_kernel", 128): {
+        "sm_80": 3, "sm_86": 2, "sm_89": 2, "sm_90": 2, "sm_100": 2, "sm_120": 2
+    },
+    ("forward_kernel", 512): {"sm_90": 2},
+}  # fmt: skip
 # The instructions of PTX for tensor cores.
 TENSOR_CORES = {
     "sm_80": "mma.sync",
@@ -313,11 +329,27 @@ def check(report, target, at_least):
         rare = target == "sm_100" and "'RULE': 2, 'SHIFTED': True" in kernel["kernel"]
         assert kernel["spilled"] <= (4 if rare else 0), kernel
         assert kernel["shared"] <= SHARED_LIMIT[target], kernel
+        if target != "hip":
+            assert programs(kernel, target) >= promised(kernel["kernel"], target), kernel
         assert not kernel["warnings"], kernel
         multiplies = kernel["kernel"].startswith(
             ("forward", "backward", "weights", "statistics", "add_product")
         )
         assert (kernel["products"] > 0) == multiplies, kernel
+
+
+def programs(kernel, target):
+    """How many programs of a kernel fit on a multiprocessor by registers and shared memory."""
+    warps = int(re.search(r"warps=(\d+)", kernel["kernel"])[1])
+    registers = 32 * warps * -(-kernel["registers"] // 8) * 8
+    return min(65536 // registers, SHARED[target] // (kernel["shared"] + 1024))
+
+
+def promised(label, target):
+    name, dtype, *_ = label.split()
+    depth = int(re.search(r"'BD': (\d+)", label)[1]) if "'BD'" in label else 0
+    plain = dtype == "fp16" and "'SHIFTED': False" in label
+    return PROGRAMS.get((name, depth), {}).get(target, 1) if plain else 1
 
 
 if __name__ == "__main__":
