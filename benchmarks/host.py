@@ -118,6 +118,10 @@ class _Driver:
 _driver = functools.cache(_Driver)
 
 
+def _processors(device: torch.device) -> int:
+    return _PROCESSORS
+
+
 @contextmanager
 def _card() -> Any:
     """Within, the losses' kernels take tensors of the CPU; yields the driver."""
@@ -129,7 +133,7 @@ def _card() -> Any:
     driver.set_active(card)  # for good: Triton goes back to none where there is none
     with (
         mock.patch.object(device, "_INTERPRETED", True),
-        mock.patch.object(device, "processors", return_value=_PROCESSORS),
+        mock.patch.object(device, "processors", _processors),
     ):
         yield card
 

@@ -45,19 +45,19 @@ def large_blocks(monkeypatch):
 
 
 def allow_runtime_bounds(monkeypatch):
-    """Triton 3.6 turns loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
+    """Triton 3.5 and 3.6 turn loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
     import numpy as np
     from triton.runtime import interpreter
 
     name = "_patch_lang_tensor"
     original = getattr(interpreter, name)
 
-    def patched(tensor, *rest):
-        original(tensor, *rest)
-        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())
+    def patched(tensor, *scope):
+        original(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr  # Triton 3.5 has no scope
+        set_attribute(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
-    if not hasattr(interpreter, "_LangPatchScope"):
-        monkeypatch.setattr(interpreter, name, patched)
+    monkeypatch.setattr(interpreter, name, patched)
 
 
 def test_in_the_interpreter():

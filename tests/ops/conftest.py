@@ -60,18 +60,17 @@ def right_interpreter():
 
 @pytest.fixture(autouse=True)
 def runtime_loop_bounds(monkeypatch):
-    """Triton 3.6 turns loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
+    """Triton 3.5 and 3.6 turn loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
     if not INTERPRETED:
         return
     import numpy as np
     from triton.runtime import interpreter
 
-    if hasattr(interpreter, "_LangPatchScope"):
-        return
     original = interpreter._patch_lang_tensor
 
-    def patched(tensor, *rest):
-        original(tensor, *rest)
-        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())
+    def patched(tensor, *scope):
+        original(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr  # Triton 3.5 has no scope
+        set_attribute(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kit.ops.differentiable_once import differentiable_once, first_is_differentiable
+from contrastive_kit.ops.differentiable_once import (
+    differentiable_once,
+    first_is_differentiable,
+    with_signature,
+)
 from contrastive_kit.ops.problem import mma_dtype
 from contrastive_kit.ops.registered import register, registered
 from contrastive_kit.ops.triton import configs, device
@@ -178,6 +182,7 @@ class _PairLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(z1: Tensor, z2: Tensor, temperature: float, mma_name: str) -> Any:
         return registered("triton_pair_loss")(z1, z2, temperature, mma_name)
 
