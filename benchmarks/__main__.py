@@ -4,6 +4,7 @@
     python -m benchmarks views --device cuda    # SimCLR's views on a GPU
     python -m benchmarks steps                  # large batches: GradCache, gathering, memory
     python -m benchmarks ddp                    # gradients under DDP, beside one process
+    python -m benchmarks host                   # what a step costs the host of a GPU, without one
     python -m benchmarks correctness --device cuda  # pytest -m gpu, and what it said is kept
     python -m benchmarks claims --help          # the claims of the paper, by training
     python -m benchmarks report                 # the pages again, from the JSON files
@@ -30,6 +31,7 @@ FILES = {
     "views": {"cpu": "augment_cpu", "cuda": "augment_gpu"},
     "steps": {"cpu": "large_batches_cpu"},
     "ddp": {"cpu": "ddp_truth"},
+    "host": {"cpu": "host_cpu"},
     "correctness": {"cuda": "correctness_gpu"},
 }
 

@@ -122,7 +122,8 @@ def losses_on_gpu(results: Results) -> Iterator[Target]:
     wide = [c for c in large if c["case"]["d"] >= 512]
     yield judge(what, "≥ 65 %", ratios_of(wide, "fractions", arms.GEMM), percent)
     launches = [sum(c["launches"][OURS].values()) for c in small if c["launches"].get(OURS)]
-    yield judge(f"Kernel launches, {nt_xent}, N ≤ 512", "≤ 5", launches, str)
+    # Five are ours; autograd fills the gradient of the loss with a one.
+    yield judge(f"Kernel launches, {nt_xent}, N ≤ 512", "≤ 6", launches, str)
     for peer in dict.fromkeys(name for c in small for name in c["times"][BOTH]["times_ours"]):
         if peer != arms.TILED:
             what = f"{nt_xent}, bf16, N ≤ 512, against {peer}"

@@ -98,8 +98,8 @@ def pytest_collection_modifyitems(items):
     # releases replace that by nothing, with this function.
     asks = not hasattr(torch._C, "_ensureCUDADeviceGuardSet")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
-        elif asks and "indexes_fakes" in item.keywords:
+        elif asks and item.get_closest_marker("indexes_fakes"):
             reason = "this torch indexes fake CUDA tensors only where there is a CUDA device"
             item.add_marker(pytest.mark.skip(reason=reason))

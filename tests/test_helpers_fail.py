@@ -1,5 +1,7 @@
 """Each helper that judges others is shown to reject what is wrong."""
 
+from pathlib import Path
+
 import algorithm1
 import numpy as np
 import pytest
@@ -108,3 +110,23 @@ def test_the_loops_tell_a_forgotten_option(option):
     oracle = algorithm1.nt_xent(views, 0.5, **option)
     np.testing.assert_allclose(reference.nt_xent(views, 0.5, **option), oracle, rtol=1e-12)
     assert not np.allclose(reference.nt_xent(views, 0.5), oracle, rtol=1e-3)
+
+
+def test_a_folder_called_gpu_skips_no_test(request):
+    """Folders are keywords of the tests inside: of a checkout in one, no test ran."""
+
+    class Item:
+        path, keywords = Path("gpu/tests/test_losses.py"), {"gpu", "indexes_fakes"}
+        callspec = None
+        skipped = False
+
+        def get_closest_marker(self, name):
+            return None
+
+        def add_marker(self, marker):
+            self.skipped = True
+
+    here = str(Path(__file__).with_name("conftest.py"))
+    item = Item()
+    request.config.pluginmanager.get_plugin(here).pytest_collection_modifyitems([item])
+    assert not item.skipped

@@ -1,13 +1,26 @@
 """The backward of the primitives: run as often as wanted, its result not differentiated again."""
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _Gradients = tuple[Tensor | None, ...]
+
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def with_signature(forward: _Forward) -> _Forward:
+    """Keep the signature of a forward, for which torch asks at each call.
+
+    To find it takes the host longer than most launches.
+    """
+    vars(forward)["__signature__"] = inspect.signature(forward)
+    return forward
 
 
 def first_is_differentiable(ctx: Any, *outputs: Tensor) -> None:

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kit.ops.differentiable_once import differentiable_once, first_is_differentiable
+from contrastive_kit.ops.differentiable_once import (
+    differentiable_once,
+    first_is_differentiable,
+    with_signature,
+)
 from contrastive_kit.ops.problem import N_TENSORS, SCHEMA, Problem
 from contrastive_kit.ops.statistics import LogitStatistics
 
@@ -138,6 +142,7 @@ class _LogSumExp(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any, column_classes: Any,
         period: Any, both: Any, bound: Any, statistics: Any, mma_dtype: Any, save_tiles: Any,
@@ -223,6 +228,7 @@ class _SoftplusSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         bias: Any, q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any,
         column_classes: Any, period: Any, both: Any, bound: Any, statistics: Any, mma_dtype: Any,

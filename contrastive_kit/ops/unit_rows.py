@@ -8,7 +8,11 @@ from torch import Tensor
 
 from contrastive_kit._checks import check_alike, check_temperature
 from contrastive_kit._dtypes import compute_dtype
-from contrastive_kit.ops.differentiable_once import differentiable_once, first_is_differentiable
+from contrastive_kit.ops.differentiable_once import (
+    differentiable_once,
+    first_is_differentiable,
+    with_signature,
+)
 
 # Numbers in a piece of rows on a CPU. What is computed from it stays in cache, and in memory that
 # the allocator has at hand, instead of new pages of the system.
@@ -82,6 +86,7 @@ class _ScaledUnitRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, power, factor, length = _piece_by_piece(lambda z: _scaled(z, root_scale), z)
         return rows, power, factor, length

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,19 +45,19 @@ def large_blocks(monkeypatch):
 
 
 def allow_runtime_bounds(monkeypatch):
-    """Triton 3.6 turns loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
+    """Triton 3.5 and 3.6 turn loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
     import numpy as np
     from triton.runtime import interpreter
 
     name = "_patch_lang_tensor"
     original = getattr(interpreter, name)
 
-    def patched(tensor, *rest):
-        original(tensor, *rest)
-        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())
+    def patched(tensor, *scope):
+        original(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr  # Triton 3.5 has no scope
+        set_attribute(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
-    if not hasattr(interpreter, "_LangPatchScope"):
-        monkeypatch.setattr(interpreter, name, patched)
+    monkeypatch.setattr(interpreter, name, patched)
 
 
 def test_in_the_interpreter():
@@ -398,13 +399,42 @@ def test_reasons_to_refuse():
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is run here")
 def test_without_triton(monkeypatch):
-    from contrastive_kit.augment.backends import triton
+    from contrastive_kit import _gpu
 
-    monkeypatch.setattr(triton, "_HAS_TRITON", False)
+    monkeypatch.setattr(_gpu, "_MISSING", _gpu.missing_package("no_such_module"))
     with FakeTensorMode():
-        images = torch.empty(2, 3, 9, 9, device="cuda")
-        reason = triton.refusal(images, SimCLRAugment(8).recipe, torch.float32)
-    assert reason == "it needs the package triton, which is not installed"
+        name, refusals = SimCLRAugment(8).which_backend(torch.empty(2, 3, 9, 9, device="cuda"))
+    assert name == "torch"
+    assert refusals["triton"] == "it needs the package triton, which is not installed"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is run here")
+@pytest.mark.parametrize(
+    ("hip", "properties", "reason"),
+    [
+        (None, ("Tesla V100", 7, 0, ""), None),
+        (
+            None,
+            ("Tesla P100", 6, 0, ""),
+            "it needs compute capability 7.0 or higher, Tesla P100 has 6.0",
+        ),
+        ("6.4", ("Instinct MI300X", 9, 4, "gfx942:sramecc+:xnack-"), None),
+        (
+            "6.4",
+            ("Radeon VII", 9, 0, "gfx906"),
+            "it needs one of gfx90a, gfx942, gfx950, Radeon VII is gfx906",
+        ),
+    ],
+)
+def test_an_old_card_falls_back_before_a_kernel_fails(hip, properties, reason, monkeypatch):
+    card = dict(zip(("name", "major", "minor", "gcnArchName"), properties, strict=True))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**card))
+    with FakeTensorMode():
+        name, refusals = SimCLRAugment(8).which_backend(torch.empty(2, 3, 9, 9, device="cuda"))
+    assert name == ("triton" if reason is None else "torch")
+    assert refusals.get("triton") == reason
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is run here")

@@ -289,7 +289,7 @@ def _loss_case(n, d, eager, fraction, launches=4):
 def test_targets_of_the_losses():
     cases = [
         _loss_case(256, 128, 2.0, 0.1),
-        _loss_case(512, 128, 0.9, 0.1, launches=6),
+        _loss_case(512, 128, 0.9, 0.1, launches=7),
         _loss_case(4096, 128, 10.0, 0.3),
         _loss_case(8192, 128, 9.5, 0.3),
         _loss_case(8192, 512, 4.0, 0.7),
@@ -305,7 +305,7 @@ def test_targets_of_the_losses():
     assert gemm.met
     assert "N = 8192, D = 512" in gemm.measured
     launches = rows["Kernel launches, NT-Xent forward+backward, N ≤ 512"]
-    assert (launches.measured, launches.met) == ("6", False)
+    assert (launches.measured, launches.met) == ("7", False)
     assert rows["NT-Xent forward+backward, bf16, N ≤ 512, against eager"].met is False
     assert rows["NT-Xent forward+backward, N ≤ 512, in a CUDA graph"].measured == "2 of 2 sizes"
     assert rows["MiB beyond the inputs, NT-Xent, N = 65,536, D = 128"].met

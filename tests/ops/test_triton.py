@@ -20,6 +20,7 @@ from budgets import VALUE, assert_within
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from contrastive_kit import _gpu
 from contrastive_kit.functional import info_nce, nt_xent
 from contrastive_kit.ops import (
     BACKENDS,
@@ -51,7 +52,7 @@ def not_interpreted(test):
 
 
 def budget(operands, temperature):
-    """Relative error of a gradient. The interpreter multiplies tf32 in float32."""
+    """Relative error of a gradient."""
     least, slope = {
         "float32": (2e-6, 2e-7),
         "tf32": (2e-3, 1e-4),
@@ -433,14 +434,59 @@ def test_one_op_equals_many_triton(n, d, temperature, monkeypatch):
     exact = nt_xent(a.double().cpu(), b.double().cpu(), temperature=temperature)
     expected = torch.autograd.grad(exact, (a, b))
     loss = pair.pair_loss(a, b, temperature)
-    # The interpreter multiplies tf32 in float32.
-    within = budget("float32" if INTERPRETED else "tf32", temperature)
+    within = budget("tf32", temperature)
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=within)
     for actual, wanted, x in zip(torch.autograd.grad(loss, (a, b)), expected, (a, b), strict=True):
         length = x.detach().norm(dim=1, keepdim=True).clamp(min=1e-30)
         if d > 1:  # a number has no direction to change
             assert_within((actual * length).cpu(), (wanted * length).cpu(), within)
     assert not torch.autograd.grad(pair.pair_loss(a, b, temperature), b)[0][0].any()
+
+
+@on_device
+@pytest.mark.usefixtures("tf32")
+def test_tf32_is_rounded_and_not_truncated_triton():
+    """Tensor cores cut operands off, which makes every logit too small by half a thousandth."""
+    q = unit_rows(70, 60, 0.002)
+    problem = Problem(to_device(q.float()), None, Exclusion(35), mma_dtype="tf32")
+    lse, (dq,) = differentiated(problem, to_device(torch.ones(70)))
+    expected, (wanted,) = oracle(q, None, Exclusion(35), False, torch.ones(70).double())
+    assert_within(lse.cpu(), expected, 2e-4)
+    assert_within(dq.cpu(), wanted, 2e-2)
+    temperature = 0.01
+    views = pairs("related", 300, 128)
+    wanting = [v.double().requires_grad_() for v in views]
+    exact = exact_nt_xent(wanting, temperature)
+    leaves = [to_device(v).requires_grad_() for v in views]
+    loss = pair.pair_loss(*leaves, temperature)
+    within = budget("tf32", temperature)
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=within)
+    expected = torch.autograd.grad(exact, wanting)
+    for actual, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert_within(actual.cpu(), wanted, within)
+
+
+@on_device
+@pytest.mark.usefixtures("tf32")
+def test_every_nan_reaches_a_loss_in_tf32_triton():
+    """Also that which rounding its bits would turn into 0."""
+    a, b = map(to_device, pairs("related", 5, 33))
+    a.view(torch.int32)[2, 3] = 0x7FFFFFFF
+    assert pair.pair_loss(a, b, 0.5).isnan()
+    problem = Problem(a, None, Exclusion(5), mma_dtype="tf32")
+    assert registered("triton_logsumexp")(*problem.flat(), False)[0].isnan().all()
+
+
+@on_device
+def test_the_largest_rows_in_float16_triton():
+    """Their logits are finite in float32, and no scale may take them out of float16 before."""
+    q = 56000 * torch.eye(20, dtype=torch.float64)[:, :16]
+    q += torch.randn(20, 16).sign() * 1024  # all exact in float16
+    grad = torch.rand(20, dtype=torch.float64)
+    expected, (wanted,) = oracle(q, None, Exclusion(10), False, grad)
+    lse, (dq,) = run(q, None, Exclusion(10), False, torch.inf, grad, "float16")
+    assert_within(lse, expected, 1e-6)
+    assert_within(dq, wanted, 1e-3)
 
 
 @on_device
@@ -582,6 +628,17 @@ def test_auto_takes_this_backend_triton():
     }
 
 
+def specialization(parameter, value):
+    """What Triton compiles an argument for."""
+    if isinstance(value, torch.Tensor):
+        address = value.storage_offset() * value.element_size()
+        aligned = parameter.do_not_specialize_on_alignment or address % 16 == 0
+        return value.dtype, aligned
+    if isinstance(value, float) or parameter.do_not_specialize:
+        return type(value)
+    return 1 if value == 1 else value % 16 == 0
+
+
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -592,27 +649,37 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(monkeypatch, run):
-    """Names of the kernels and torch operations that are run on fake tensors, and the grids."""
+def launches(monkeypatch, run, compiled=None, architecture="sm_90"):
+    """Names of the kernels and torch operations that are run on fake tensors, and the grids.
+
+    What the kernels would be compiled for is added to the set ``compiled``.
+    """
     from contrastive_kit.ops.triton import backward_kernels, kernels, pair_kernels
 
     names, grids = [], []
 
     class Recorded:
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, kernel):
+            self.recorded = getattr(kernel, "recorded", kernel)  # which may be recorded before
 
         def __getitem__(self, grid):
-            names.append(self.name)
+            names.append(self.recorded.__name__)
             grids.append(grid)
-            return lambda *args, **kwargs: None
+            return self.launch
+
+        def launch(self, *args, **constants):
+            if compiled is not None:
+                params = self.recorded.params[: len(args)]
+                special = (specialization(*pair) for pair in zip(params, args, strict=True))
+                flat = tuple(sorted(constants.items()))
+                compiled.add((self.recorded.__name__, *special, *flat))
 
     for module in (kernels, backward_kernels, pair_kernels):
         for name in [x for x in dir(module) if x.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Recorded(name))
+            monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(device, "processors", lambda where: 132)
-    monkeypatch.setattr(device, "architecture_of", lambda where: "sm_90")
+    monkeypatch.setattr(device, "architecture_of", lambda where: architecture)
     with FakeTensorMode(), Operations() as operations:
         run()
     quiet = "empty new_empty empty_like slice select unbind view transpose t alias detach device"
@@ -644,16 +711,69 @@ def test_launches_do_not_depend_on_the_batch_and_nothing_waits(monkeypatch):
 
 
 @not_interpreted
+@pytest.mark.indexes_fakes
+def test_strips_stay_in_half_precision_where_no_library_adds_their_product(monkeypatch):
+    """Twice the memory, and multiplied as float32 at an eighth of the rate."""
+    step = lambda: primitive(1024, None, 512)  # noqa: E731
+    kernels, _, operations = launches(monkeypatch, step, architecture="hip")
+    assert kernels.count("add_product_kernel") == 2 * kernels.count("weights_kernel") - 1
+    assert set(operations) <= {"linalg_vector_norm", "zero_", "mul_"}
+
+
+def one_op(n):
+    """A forward and a backward of the loss that is one op on fake CUDA tensors."""
+    z1, z2 = (torch.empty(n, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    loss, *saved = pair._forward(z1, z2, 0.1, "float16")
+    gradients = pair._backward(loss, z1, z2, *saved, 0.1, "float16")
+    assert [x.shape for x in gradients] == [z1.shape, z2.shape]
+
+
+@not_interpreted
+@pytest.mark.indexes_fakes
+def test_no_size_of_a_batch_compiles_a_kernel_anew(monkeypatch):
+    """The last batch of an epoch is of any size, and must not wait for a compiler."""
+
+    def clip(n, d):
+        q, k = (torch.empty(n, d, device="cuda") for _ in range(2))
+        problem = Problem(q, k, Exclusion(n), True, statistics=True, mma_dtype="float16")
+        lse, lse_lo, _ = host.forward(problem, q.new_empty(0))
+        host.backward(problem, lse, lse, lse_lo, q.new_empty(0), (True, True))
+
+    steps = {
+        "one op": one_op,
+        "rows": lambda n: primitive(n, None, 128),
+        "two matrices": lambda n: clip(n, 128),
+        "strips": lambda n: clip(n, 512),
+    }
+    for name, step in steps.items():
+        usual, odd = set(), set()
+        launches(monkeypatch, lambda step=step: step(256), usual)
+        for n in (255, 250, 129, 17):
+            launches(monkeypatch, lambda step=step, n=n: step(n), odd)
+        assert len(usual) >= 5
+        assert odd <= usual, name
+
+
+@not_interpreted
 def test_a_whole_loss_is_five_launches(monkeypatch):
+    kernels, _, operations = launches(monkeypatch, lambda: one_op(256))
+    assert len(kernels) <= 5
+    assert operations == []
+
+
+@not_interpreted
+def test_a_step_is_six_launches_of_which_one_is_autograds(monkeypatch):
+    """As a profiler counts them: a loss gets a gradient of one, which a launch fills in."""
+    # Autograd wants a context of CUDA even for fake tensors there.
+    monkeypatch.setattr(device, "_INTERPRETED", True)
+
     def step():
-        z1, z2 = (torch.empty(256, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        loss, *saved = pair._forward(z1, z2, 0.1, "float16")
-        gradients = pair._backward(loss, z1, z2, *saved, 0.1, "float16")
-        assert [x.shape for x in gradients] == [z1.shape, z2.shape]
+        z1, z2 = (torch.empty(256, 128, dtype=torch.half, requires_grad=True) for _ in range(2))
+        torch.autograd.grad(nt_xent(z1, z2, temperature=0.1, backend="triton"), (z1, z2))
 
     kernels, _, operations = launches(monkeypatch, step)
     assert len(kernels) <= 5
-    assert operations == []
+    assert [x for x in operations if "triton" not in x] == ["ones_like"]
 
 
 @not_interpreted
@@ -707,10 +827,10 @@ def test_reasons_to_refuse(monkeypatch):
         assert which_backend(q).name == "triton"
         lse, stats = kept_logsumexp(q, q.narrow(0, 0, 2), both=True, statistics=True)
         assert lse.shape == stats.kept.shape == (8,)
-        monkeypatch.setattr(device, "_MISSING", device.missing_package("no_such_module"))
+        monkeypatch.setattr(_gpu, "_MISSING", _gpu.missing_package("no_such_module"))
         assert refuse(q) == "it needs the package triton, which is not installed"
-        monkeypatch.setattr(device.importlib.metadata, "version", lambda name: "3.1.0")
-        monkeypatch.setattr(device, "_MISSING", device.missing_package("triton"))
+        monkeypatch.setattr(_gpu.importlib.metadata, "version", lambda name: "3.1.0")
+        monkeypatch.setattr(_gpu, "_MISSING", _gpu.missing_package("triton"))
         assert refuse(q) == "it needs triton 3.5 or later, version 3.1.0 is installed"
         assert which_backend(q).name == "tiled"
 
@@ -725,6 +845,22 @@ def test_an_old_device_is_refused(monkeypatch):
     with FakeTensorMode():
         reason = BACKENDS["triton"].refuse(Problem(torch.empty(6, 3, device="cuda")))
     assert reason == "it needs compute capability 8.0 or higher, Tesla T4 has 7.5"
+
+
+@not_interpreted
+@pytest.mark.parametrize(("architecture", "taken"), [("gfx942:sramecc+", True), ("gfx1100", False)])
+def test_a_device_of_amd_is_taken_if_its_kernels_were_compiled(architecture, taken, monkeypatch):
+    class Amd:
+        name, major, minor, gcnArchName = "Radeon", 9, 4, architecture
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Amd)
+    with FakeTensorMode():
+        choice = which_backend(torch.empty(6, 3, device="cuda"))
+    assert choice.name == ("triton" if taken else "tiled")
+    reason = "it needs one of gfx90a, gfx942, gfx950, Radeon is gfx1100"
+    assert choice.refusals == ({} if taken else {"triton": reason})
 
 
 class TestOnCuda:

@@ -8,7 +8,6 @@ views may be blurred 12 more for uint8 images, and 12 more for a result in half 
 """
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_kit import _gpu
 from contrastive_kit.augment.recipe import Recipe
 
 # Pixels of a program: two for each thread of four warps, so that they fit into 64 registers.
 BLOCK = 256
 _LARGEST_OFFSET = 2**31 - 1
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_OLDEST_CAPABILITY = (7, 0)
 
 
 def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtype) -> str | None:
@@ -37,14 +37,14 @@ def refusal(images: Tensor | Sequence[Tensor], recipe: Recipe, dtype: torch.dtyp
     )
     reasons = {
         f"it takes images on CUDA, got {images.device}": images.device.type != "cuda",
-        "it needs the package triton, which is not installed": not _HAS_TRITON,
         "it computes in float32, got float64": torch.float64 in (images.dtype, dtype),
         "it is not differentiable, got images that require grad": (
             images.requires_grad and torch.is_grad_enabled()
         ),
         "it takes images and makes views of less than 2³¹ elements each": largest > _LARGEST_OFFSET,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    return reason or _gpu.refusal(images.device, _OLDEST_CAPABILITY)
 
 
 def render(

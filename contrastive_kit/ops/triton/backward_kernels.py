@@ -8,6 +8,7 @@ import triton.language as tl
 
 from contrastive_kit.ops.triton.kernels import (
     LOG2E,
+    as_multiplied,
     exponent_power,
     has_left_out,
     ids_of,
@@ -17,15 +18,16 @@ from contrastive_kit.ops.triton.kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "grad_stride"])
+@triton.jit(do_not_specialize=["n", "n_rows", "i_columns", "grad_stride"])
 def factor_kernel(p_grad, grad_stride, p_lse, p_lse_lo, p_largest, p_factor, p_lse2, p_grad_scale,
-                  n, weight_scale, undo_scale, SHIFTED: tl.constexpr,
+                  n, n_rows, i_columns, weight_scale, undo_scale, SHIFTED: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     """The factors of the weights of equation (5), row by row, and what undoes their scale.
 
     They are relative to a power of two near the largest incoming gradient, so that a small one does
     not leave the range of the weights; ``weight_scale`` keeps small weights in that of float16.
-    ``p_lse2`` gets what ``SHIFTED`` weights subtract from logits: the logsumexp in base 2.
+    ``p_lse2`` gets what ``SHIFTED`` weights subtract from logits: the logsumexp in base 2. In both,
+    what is not of the ``n_rows`` rows begins at ``i_columns``.
     """
     b_power = exponent_power(tl.load(p_largest))
     b_power = tl.where((b_power > 0) & (b_power < float("inf")), b_power, 1.0)
@@ -38,11 +40,12 @@ def factor_kernel(p_grad, grad_stride, p_lse, p_lse_lo, p_largest, p_factor, p_l
     b_exact = (b_exact + tl.load(p_lse_lo + o_index, mask=m_index, other=0.0)) * LOG2E
     b_lse2 = b_exact.to(tl.float32)
     b_factor = b_grad / b_power * weight_scale * tl.exp2((b_lse2 - b_exact).to(tl.float32))
+    o_place = tl.where(o_index < n_rows, o_index, o_index - n_rows + i_columns)
     if SHIFTED:
-        tl.store(p_lse2 + o_index, tl.where(m_empty, float("inf"), b_lse2), mask=m_index)
+        tl.store(p_lse2 + o_place, tl.where(m_empty, float("inf"), b_lse2), mask=m_index)
     else:
         b_factor *= tl.exp2(-b_lse2)
-    tl.store(p_factor + o_index, tl.where(m_empty, 0.0, b_factor), mask=m_index)
+    tl.store(p_factor + o_place, tl.where(m_empty, 0.0, b_factor), mask=m_index)
     if tl.program_id(0) == 0:
         tl.store(p_grad_scale, b_power * undo_scale)
 
@@ -132,7 +135,8 @@ def backward_kernel(
                 o_row, b_row_ids, n_rows, o_column, p_column_ids, n_columns, period, RULE
             )
             b_w = tl.where(m_out, 0.0, b_w)
-        b_dq = tl.dot(b_w.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_w = as_multiplied(b_w, PRECISION).to(b_k.dtype)
+        b_dq = tl.dot(b_w, b_k, b_dq, input_precision=PRECISION)
     p_target = p_part + (tl.cast(i_part, tl.int64) * n_rows + i_top) * BD
     o_block = tl.arange(0, BM)[:, None] * BD + tl.arange(0, BD)[None, :]
     tl.store(p_target + o_block, b_dq, mask=(o_row < n_rows)[:, None])
@@ -198,4 +202,27 @@ def weights_kernel(
         b_w = tl.where(m_out, 0.0, b_w)
     o_block = tl.arange(0, BM)[:, None] * stride + tl.arange(0, BN)[None, :]
     p_target = p_strip + tl.cast(i_strip_row, tl.int64) * stride + i_strip_column + o_block
-    tl.store(p_target, b_w.to(p_strip.dtype.element_ty))
+    tl.store(p_target, as_multiplied(b_w, PRECISION).to(p_strip.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "n_inner"])
+def add_product_kernel(
+    p_total, p_a, a_row_stride, a_column_stride, p_b, n_rows, n_columns, n_inner,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``total += a @ b`` for float32 ``total`` (n_rows, n_columns) and packed rows ``b``."""
+    o_row = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_column = tl.program_id(1) * BN + tl.arange(0, BN)
+    m_total = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+    p_target = p_total + o_row.to(tl.int64)[:, None] * n_columns + o_column[None, :]
+    b_total = tl.load(p_target, mask=m_total, other=0.0)  # [BM, BN]
+    p_rows = p_a + o_row.to(tl.int64)[:, None] * a_row_stride
+    for i_inner in range(0, n_inner, BK):
+        o_inner = i_inner + tl.arange(0, BK)
+        m_inner = o_inner < n_inner
+        p_block = p_rows + o_inner.to(tl.int64)[None, :] * a_column_stride
+        b_a = tl.load(p_block, mask=(o_row < n_rows)[:, None] & m_inner[None, :], other=0.0)
+        p_block = p_b + o_inner.to(tl.int64)[:, None] * BD + o_column[None, :]
+        b_b = tl.load(p_block, mask=m_inner[:, None] & (o_column < BD)[None, :], other=0.0)
+        b_total = tl.dot(b_a, b_b, b_total, input_precision="ieee")
+    tl.store(p_target, b_total, mask=m_total)

@@ -3,7 +3,8 @@
 Chosen ahead of time from what the compiler makes of the kernels (registers, shared memory, spills;
 ``tests/ops/test_triton_aot.py`` compiles every row of the table): no row spills inside its loop,
 and each leaves room for as many programs on a multiprocessor as its comment says. Not yet from
-timings on a device.
+timings on a device. Figures are ranges over Triton 3.5, 3.6 and 3.8, of rows of 128, 256 and 512
+where a table has these widths.
 """
 
 from typing import Any, NamedTuple
@@ -54,18 +55,20 @@ _ANY = float("inf")
 # Ampere and Ada have fewer registers to spare for wide tiles than Hopper, whose operands stay in
 # shared memory; those other than sm_80 also have only 99 KiB of shared memory.
 _FORWARD_HALF: dict[str, _Rows] = {
-    # 163 registers and 49 KiB: 3 programs; 174 and 64 KiB: 1.
+    # 163 to 168 registers and 49 KiB: 3 programs; 174 and 64 KiB: 1.
     "sm_80": ((128, Config(128, 64, 4, 2)), (_ANY, Config(128, 128, 8, 3, 64))),
+    # 141 to 168 and 49 KiB: 2; 170 to 176 and 64 KiB: 1.
     "sm_86": ((128, Config(128, 64, 4, 2)), (_ANY, Config(128, 128, 8, 3, 64))),
-    # 131 registers and 80 KiB: 2; 115 and 160 KiB: 1; 243 and 96 KiB: 2, so that the exponentials
-    # of one program overlap the products of the other. With tensor descriptors instead of pointers
-    # they take 133, 98 and 231 registers: no program more, for a dearer launch.
+    # 131 to 148 registers and 81 KiB: 2; 99 to 111 and 162 KiB: 1; 226 to 246 and 96 KiB: 2, so
+    # that the exponentials of one program overlap the products of the other. Tensor descriptors
+    # instead of pointers make room for no program more, for a dearer launch.
     "sm_90": (
         (128, Config(128, 64, 4, 3)),
         (256, Config(128, 64, 8, 3)),
         (_ANY, Config(128, 128, 4, 3, 64)),
     ),
-    # 138, 128 and 184 registers; 4 warps would spill in the loop of the last.
+    # 139 to 168 registers and 81 KiB: 2; 128 to 236 and 161 KiB: 1; 184 to 255 and 96 KiB: 1, where
+    # 4 warps would spill.
     "sm_100": (
         (128, Config(128, 64, 4, 3)),
         (256, Config(128, 64, 8, 3)),
@@ -75,30 +78,40 @@ _FORWARD_HALF: dict[str, _Rows] = {
     "hip": ((128, Config(128, 64, 8, 2)), (_ANY, Config(128, 128, 8, 2, 64))),
 }
 _FORWARD_FLOAT = {
-    # 168 registers; a tile of 128 x 128 spills in its loop.
+    # 168 to 251 registers; a tile of 128 x 128 spills in its loop.
     "sm_80": Config(128, 64, 8, 3, 32),
     "sm_86": Config(128, 64, 8, 3, 32),
-    # 216 to 218 registers, 96 KiB.
+    # 218 to 248 registers, 96 to 112 KiB.
     "sm_90": Config(128, 128, 8, 3, 32),
     "sm_100": Config(128, 64, 8, 3, 32),
     "hip": Config(128, 128, 8, 2, 32),
 }
-# 209 to 215 registers; with 4 warps it spills.
+# Where a maximum is subtracted there is more to hold, and the tiles above spill in their loop.
+_FORWARD_SHIFTED: dict[str, _Rows] = {
+    "sm_90": ((256, None), (_ANY, Config(128, 128, 8, 3, 64))),
+    "sm_100": (
+        (128, Config(128, 64, 8, 3)),
+        (256, None),
+        (_ANY, Config(128, 64, 8, 3, 64)),
+    ),
+}
+# With 4 warps it spills.
 _STATISTICS_FLOAT = Config(128, 64, 8, 2, 32)
 _STATISTICS_HALF = Config(128, 64, 8, 2, 64)
 
 _BACKWARD_HALF: dict[str, _Rows] = {
-    # 165 registers and 40 KiB: 3; 162 and 72 KiB: 1.
+    # 168 registers and 40 KiB: 3; 164 to 180 and 72 KiB: 1.
     "sm_80": ((128, Config(64, 64, 4, 2)), (256, Config(64, 64, 8, 2)), (_ANY, None)),
+    # 174 to 180 and 40 KiB: 2; 178 to 182 and 72 KiB: 1.
     "sm_86": ((128, Config(64, 64, 4, 2)), (256, Config(64, 64, 8, 2)), (_ANY, None)),
-    # 167 registers and 64 KiB: 3; 230 and 128 KiB: 1.
+    # 167 to 200 registers and 65 KiB: 2, with the newest 3; 227 to 255 and 128 KiB: 1.
     "sm_90": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
-    # 121 registers and 80 KiB: 2; 234 and 160 KiB: 1.
+    # 126 to 233 registers and 81 KiB: 2; 234 to 255 and 160 KiB: 1.
     "sm_100": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
     # 218 and 236 registers, 16 and 32 KiB.
     "hip": ((128, Config(64, 32, 4, 2)), (256, Config(64, 32, 8, 1)), (_ANY, None)),
 }
-# TensorFloat-32 only, 118 to 172 registers. What float32 proper needs beyond it, three products and
+# TensorFloat-32 only, 119 to 172 registers. What float32 proper needs beyond it, three products and
 # their parts, does not fit beside a row block of gradients.
 _BACKWARD_TF32: dict[str, _Rows] = {
     "sm_80": ((128, Config(64, 32, 8, 2)), (_ANY, None)),
@@ -111,12 +124,14 @@ _BACKWARD_TF32: dict[str, _Rows] = {
 _WEIGHTS_HALF = {
     "sm_80": Config(128, 128, 8, 3, 64),
     "sm_86": Config(128, 128, 8, 3, 64),
-    # 189 registers, 144 KiB: the fewest bytes read for each product.
+    # 194 to 255 registers, 144 KiB: the fewest bytes read for each product.
     "sm_90": Config(128, 256, 8, 3, 64),
-    # 214 registers; 128 x 256 spills in its loop.
+    # 212 registers; 128 x 256 spills in its loop.
     "sm_100": Config(128, 128, 8, 3, 64),
     "hip": Config(128, 128, 8, 2, 64),
 }
+# As for the forward.
+_WEIGHTS_SHIFTED = {"sm_90": Config(128, 128, 8, 3, 64), "sm_100": Config(128, 64, 8, 3, 64)}
 _WEIGHTS_FLOAT = {
     "sm_80": Config(128, 64, 8, 3, 32),
     "sm_86": Config(128, 64, 8, 3, 32),
@@ -124,6 +139,9 @@ _WEIGHTS_FLOAT = {
     "sm_100": Config(128, 64, 8, 3, 32),
     "hip": Config(128, 64, 8, 2, 32),
 }
+
+# For a product that torch has not on AMD: half precision, added to float32.
+PRODUCT = Config(64, 64, 4, 2, 64)
 
 ARCHITECTURES = tuple(_FORWARD_HALF)
 
@@ -143,11 +161,14 @@ def packed_depth(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config:
+def forward(
+    arch: str, dtype: torch.dtype, precision: str, depth: int, shifted: bool = False
+) -> Config:
     """The tile of the forward kernel."""
     if dtype == torch.float32:
         return _FORWARD_FLOAT[arch]
-    tile = _first(_FORWARD_HALF[arch], depth)
+    tile = _first(_FORWARD_SHIFTED.get(arch, ((_ANY, None),)), depth) if shifted else None
+    tile = tile or _first(_FORWARD_HALF[arch], depth)
     assert tile is not None
     return tile
 
@@ -164,9 +185,13 @@ def backward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Confi
     return _first(_BACKWARD_HALF[arch], depth)
 
 
-def weights(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config:
+def weights(
+    arch: str, dtype: torch.dtype, precision: str, depth: int, shifted: bool = False
+) -> Config:
     """The tile of the kernel that stores weights."""
-    return (_WEIGHTS_FLOAT if dtype == torch.float32 else _WEIGHTS_HALF)[arch]
+    if dtype == torch.float32:
+        return _WEIGHTS_FLOAT[arch]
+    return _WEIGHTS_SHIFTED.get(arch, _WEIGHTS_HALF[arch]) if shifted else _WEIGHTS_HALF[arch]
 
 
 def _first(rows: _Rows, depth: int) -> Config | None:

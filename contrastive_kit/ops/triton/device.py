@@ -2,20 +2,18 @@
 
 import contextlib
 import functools
-import importlib.metadata
-import importlib.util
 import os
 from typing import Any
 
 import torch
 
+from contrastive_kit import _gpu
 from contrastive_kit.ops.problem import Problem
 from contrastive_kit.ops.triton import configs
 
 # Triton then runs kernels on the CPU, for tests; it reads this when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_OLDEST_TRITON = (3, 5)
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -26,31 +24,7 @@ def refusal(problem: Problem) -> str | None:
         return f"it needs tensors on a CUDA device, got {device}"
     if torch.float64 in (problem.q.dtype, problem.keys().dtype):
         return "it computes in float32 at most, got float64"
-    if _MISSING is not None:
-        return _MISSING
-    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
-        properties = torch.cuda.get_device_properties(device)
-        if (properties.major, properties.minor) < _OLDEST_CAPABILITY:
-            capability = f"{properties.major}.{properties.minor}"
-            return f"it needs compute capability 8.0 or higher, {properties.name} has {capability}"
-    return None
-
-
-def missing_package(package: str) -> str | None:
-    """What is wrong with the installed package of Triton, if anything is."""
-    if importlib.util.find_spec(package) is None:
-        return "it needs the package triton, which is not installed"
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # a build under another name, such as those for AMD
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
-        return f"it needs triton 3.5 or later, version {version} is installed"
-    return None
-
-
-# Looked up once: a compiled graph reads it, and may not search for packages.
-_MISSING = missing_package("triton")
+    return _gpu.refusal(device, _OLDEST_CAPABILITY)
 
 
 @functools.cache

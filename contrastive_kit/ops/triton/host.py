@@ -183,6 +183,9 @@ def pack(problem: Problem) -> Packed:
     """Pack both sides of a problem."""
     q, k, exclusion = problem.q, problem.k, problem.exclusion
     mma = mma_of(problem.mma_dtype)
+    if needs_shift(problem.bound):
+        # Rows of any length: the largest of float16 may not grow.
+        mma = mma._replace(scale=1.0)
     row_ids, column_ids = (
         None if ids is None else ids.contiguous()
         for ids in (exclusion.row_ids, exclusion.column_ids)
@@ -200,14 +203,16 @@ def _pack(x: Tensor, mma: Mma) -> Tensor:
     n, width = x.shape
     depth = configs.packed_depth(width)
     padded = ceil_div(n, PADDING) * PADDING
-    if (padded, depth) == (n, width) and x.dtype == mma.dtype and x.is_contiguous():
+    as_it_is = x.dtype == mma.dtype and mma.precision != "tf32" and x.is_contiguous()
+    if (padded, depth) == (n, width) and as_it_is:
         return x
     packed = x.new_empty(padded, depth, dtype=mma.dtype)
     block = math.gcd(depth, 256)
     height = _PACK_ELEMENTS // block
     kernels.pack_kernel[(padded // height, depth // block)](
-        x, *x.stride(), packed, n, width, mma.scale, BM=height, BN=block, BD=depth, **SMALL
-    )
+        x, *x.stride(), packed, n, width, mma.scale, BM=height, BN=block, BD=depth,
+        PRECISION=mma.precision, **SMALL,
+    )  # fmt: skip
     return packed
 
 
@@ -217,7 +222,7 @@ def _sum_exponentials(packed: Packed, problem: Problem, lse: Tensor, lse_lo: Ten
 
     n_rows, n_columns = packed.rows.n, packed.columns.n
     itself, length, shifted = problem.k is None, len(lse), needs_shift(problem.bound)
-    config = configs.forward(*packed.key())
+    config = configs.forward(*packed.key(), shifted)
     blocks = ceil_div(n_rows, config.rows)
     n_tiles, row_parts = tiles_of_program(config, n_rows, n_columns, itself, lse.device)
     fields = 2 if shifted else 1
@@ -323,18 +328,20 @@ def _weights_of(
     """The factors of the weights for a gradient of the logsumexp."""
     from contrastive_kit.ops.triton import backward_kernels as kernels
 
-    length, mma, shifted = len(lse), packed.mma, needs_shift(problem.bound)
-    factor, grad_scale = torch.empty_like(lse), lse.new_empty(1)
-    lse2 = lse.new_empty(length if shifted else 0)
+    n, length, mma, shifted = packed.rows.n, len(lse), packed.mma, needs_shift(problem.bound)
+    # Columns begin at an address for which nothing is compiled anew, whatever the number of rows.
+    begin = ceil_div(n, PADDING) * PADDING
+    room = begin + length - n
+    factor, grad_scale = lse.new_empty(room), lse.new_empty(1)
+    lse2 = lse.new_empty(room if shifted else 0)
     kernels.factor_kernel[(ceil_div(length, BLOCK),)](
         grad, grad.stride(0), lse, lse_lo, torch.linalg.vector_norm(grad, math.inf), factor, lse2,
-        grad_scale, length, mma.weight_scale, 1 / (mma.weight_scale * mma.scale),
+        grad_scale, length, n, begin, mma.weight_scale, 1 / (mma.weight_scale * mma.scale),
         SHIFTED=shifted, BLOCK=BLOCK, **SMALL,
     )  # fmt: skip
     if problem.k is None:
         return Weights(packed, shifted, factor, lse2, factor, lse2, True, True, grad_scale)
-    n = packed.rows.n
-    factors = (factor[:n], lse2[:n], factor[n:], lse2[n:])
+    factors = (factor, lse2, factor[begin:], lse2[begin:])
     return Weights(packed, shifted, *factors, True, problem.both, grad_scale)
 
 
@@ -383,7 +390,7 @@ def _strips(weights: Weights, dq: Tensor, dk: Tensor, itself: bool) -> None:
 
     packed = weights.packed
     (rows, n_rows, _), (columns, n_columns, _) = packed.rows, packed.columns
-    config = configs.weights(*packed.key())
+    config = configs.weights(*packed.key(), weights.shifted)
     whole = math.lcm(config.rows, config.columns)
     padded = ceil_div(n_columns, whole) * whole
     height = min(STRIP_ROWS, STRIP_BYTES // (padded * rows.element_size()), n_rows)
@@ -404,19 +411,30 @@ def _strips(weights: Weights, dq: Tensor, dk: Tensor, itself: bool) -> None:
         strip = buffer[: height * stride].view(height, stride)
         strip = strip[: bottom - top, : n_columns - left]
         if dq.ndim == 2:
-            _add_product(dq[top:bottom], strip, columns[left:n_columns, :width])
+            _add_product(dq[top:bottom], strip, columns[left:n_columns, :width], packed)
         right = bottom if itself else 0
         if mirrored.ndim == 2 and right < n_columns:
-            _add_product(mirrored[right:], strip[:, right - left :].T, rows[top:bottom, :width])
+            mirrored_strip = strip[:, right - left :].T
+            _add_product(mirrored[right:], mirrored_strip, rows[top:bottom, :width], packed)
     for gradient in (dq, dk):
         gradient.mul_(weights.grad_scale)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, packed: Packed) -> None:
     """``total += a @ b`` in float32, whatever the dtype of the factors."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.device.type == "cuda" and torch.version.hip is None:
+    elif packed.architecture == "hip":
+        from contrastive_kit.ops.triton import backward_kernels as kernels
+
+        config = configs.PRODUCT
+        (n_rows, n_columns), n_inner = total.shape, len(b)
+        grid = (ceil_div(n_rows, config.rows), ceil_div(n_columns, config.columns))
+        kernels.add_product_kernel[grid](
+            total, a, *a.stride(), b, n_rows, n_columns, n_inner, BD=packed.depth,
+            BK=config.step, **config.options(),
+        )  # fmt: skip
+    elif total.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

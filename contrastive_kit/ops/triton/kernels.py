@@ -94,9 +94,26 @@ def exponent_power(x):
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def as_multiplied(x, PRECISION: tl.constexpr):
+    """Operands rounded as tensor cores expect them.
+
+    Of float32 they read only the upper bits where they multiply tf32: what is not rounded to
+    nearest before is truncated, and every product comes out too small.
+    """
+    if PRECISION == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+        # Of some NaN the sum carries over into the sign.
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        x = tl.where(is_nan, x, nearest.to(tl.float32, bitcast=True))
+    return x
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_columns"])
 def pack_kernel(p_x, row_stride, column_stride, p_packed, n_rows, n_columns, scale,
-                BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+                BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """Rows of any strides, scaled and rounded into a packed matrix."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)
     o_column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -105,6 +122,7 @@ def pack_kernel(p_x, row_stride, column_stride, p_packed, n_rows, n_columns, sca
     o_x = o_row[:, None] * row_stride + o_column[None, :] * column_stride
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0) * scale  # [BM, BN]
     o_packed = o_row[:, None] * BD + o_column[None, :]
+    b_x = as_multiplied(b_x, PRECISION)
     tl.store(p_packed + o_packed, b_x.to(p_packed.dtype.element_ty))
 
 
@@ -274,7 +292,8 @@ def reduce_kernel(
             tl.store(p_state + n_results, b_max.to(tl.float64), mask=m_index)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "beyond_rows", "n_results"])
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "beyond_rows", "n_results"],
+            do_not_specialize_on_alignment=["p_lse", "p_statistics"])  # fmt: skip
 def statistics_kernel(
     p_q, p_k, p_row_ids, p_column_ids, p_lse, p_statistics, n_rows, n_columns, period, beyond_rows,
     n_results,

@@ -5,13 +5,16 @@ of equation (4). Three launches forward: unit rows and the logits of pairs; part
 Two backward: partial gradients; those of the views.
 """
 
-import struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contrastive_kit.ops.differentiable_once import differentiable_once, first_is_differentiable
+from contrastive_kit.ops.differentiable_once import (
+    differentiable_once,
+    first_is_differentiable,
+    with_signature,
+)
 from contrastive_kit.ops.problem import mma_dtype
 from contrastive_kit.ops.registered import register, registered
 from contrastive_kit.ops.triton import configs, device
@@ -59,7 +62,8 @@ def _forward(
     """The loss, and what the backward needs.
 
     That is the packed unit rows of both views, (padded 2N, depth); slope, factor and logsumexp in
-    base 2 of each anchor, (3, 2N); and the scale of the gradients, (1,).
+    base 2 of each anchor, (3, 2N rounded up), so that each begins at an address for which nothing
+    is compiled anew; and the scale of the gradients, (1,).
     """
     from contrastive_kit.ops.triton import kernels, pair_kernels
 
@@ -77,7 +81,8 @@ def _forward(
         height = max(1, FINISH_ELEMENTS // depth)
         pair_kernels.pair_prepare_kernel[(ceil_div(max(n, padded - m), height),)](
             z1, *z1.stride(), z2, *z2.stride(), unit_rows, positive, arrived, n, width,
-            *_root_scale(temperature), mma.scale, padded, BM=height, BD=depth, **SMALL,
+            temperature**-0.5, mma.scale, padded, BM=height, BD=depth,
+            PRECISION=mma.precision, **SMALL,
         )  # fmt: skip
         packed = _packed(unit_rows, n, mma)
         config = configs.forward(*packed.key())
@@ -110,7 +115,7 @@ def _fake_forward(
     return (
         z1.new_empty((), dtype=torch.float32),
         z1.new_empty((padded, depth), dtype=mma_of(mma_name).dtype),
-        z1.new_empty((3, m), dtype=torch.float32),
+        z1.new_empty((3, ceil_div(m, WIDTH) * WIDTH), dtype=torch.float32),
         z1.new_empty(1, dtype=torch.float32),
     )
 
@@ -143,7 +148,7 @@ def _backward(
         height = max(1, FINISH_ELEMENTS // (2 * depth))
         pair_kernels.pair_finish_kernel[(ceil_div(n, height),)](
             z1, *z1.stride(), z2, *z2.stride(), part, slope, grad, grad_scale, dz1, dz2, n, width,
-            len(part), *_root_scale(temperature), 1 / mma.scale, BM=height, BD=depth, **SMALL,
+            len(part), temperature**-0.5, 1 / mma.scale, BM=height, BD=depth, **SMALL,
         )  # fmt: skip
     return dz1, dz2
 
@@ -151,13 +156,6 @@ def _backward(
 def _packed(unit_rows: Tensor, n: int, mma: Mma) -> Packed:
     side = Side(unit_rows, 2 * n, None)
     return Packed(side, side, mma, device.architecture_of(unit_rows.device), n)
-
-
-def _root_scale(temperature: float) -> tuple[float, float]:
-    """temperature**-0.5 as two floats of single precision, which is all a kernel is given."""
-    exact = float(temperature) ** -0.5
-    high = struct.unpack("f", struct.pack("f", exact))[0]
-    return high, exact - high
 
 
 def _bound(temperature: float) -> float:
@@ -184,6 +182,7 @@ class _PairLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(z1: Tensor, z2: Tensor, temperature: float, mma_name: str) -> Any:
         return registered("triton_pair_loss")(z1, z2, temperature, mma_name)
 

@@ -10,7 +10,7 @@ the third through ``backward_kernel``.
 import triton
 import triton.language as tl
 
-from contrastive_kit.ops.triton.kernels import LN2, exponent_power, merge_parts
+from contrastive_kit.ops.triton.kernels import LN2, as_multiplied, exponent_power, merge_parts
 
 
 @triton.jit
@@ -24,39 +24,41 @@ def _load_view(p_z, o_row, row_stride, column_stride, n_rows, n_columns, BD: tl.
 
 
 @triton.jit
-def _unit_rows(b_z, root_high, root_low):
-    """Rows of length 1 / sqrt(temperature), equation (3), and the two numbers that made them."""
+def _unit_rows(b_z, root_scale):
+    """Rows of length 1 / sqrt(temperature), equation (3), and the two numbers that made them.
+
+    Nothing of each number is in float64, which most cards compute at 1/64 of the rate.
+    """
     # The power of two below the largest entry: dividing by it is exact, and keeps squares in range.
     b_power = exponent_power(tl.max(tl.abs(b_z), 1))  # [BM]
     b_power = tl.where(b_power == 0, float("inf"), b_power)  # a row of zeros or subnormal numbers
     b_z = b_z / b_power[:, None]
-    b_square = tl.sum(b_z.to(tl.float64) * b_z, 1)
-    b_length = tl.sqrt(tl.where(b_square > 0, b_square, 1.0))
-    b_factor = ((tl.cast(root_high, tl.float64) + root_low) / b_length).to(tl.float32)
+    b_square = tl.sum(b_z * b_z, 1)
+    b_factor = root_scale / tl.sqrt(tl.where(b_square > 0, b_square, 1.0))
     return b_z * b_factor[:, None], b_power, b_factor
 
 
 @triton.jit(do_not_specialize=["n", "n_columns"])
 def pair_prepare_kernel(
     p_z1, z1_row_stride, z1_column_stride, p_z2, z2_row_stride, z2_column_stride, p_packed,
-    p_positive, p_arrived, n, n_columns, root_high, root_low, scale, n_padded,
-    BM: tl.constexpr, BD: tl.constexpr,
+    p_positive, p_arrived, n, n_columns, root_scale, scale, n_padded,
+    BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Unit rows of two views, packed one after the other, and the logit of each pair."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)
     m_row = o_row < n
     b_z = _load_view(p_z1, o_row, z1_row_stride, z1_column_stride, n, n_columns, BD)
-    b_u1, _, _ = _unit_rows(b_z, root_high, root_low)  # [BM, BD]
+    b_u1, _, _ = _unit_rows(b_z, root_scale)  # [BM, BD]
     b_z = _load_view(p_z2, o_row, z2_row_stride, z2_column_stride, n, n_columns, BD)
-    b_u2, _, _ = _unit_rows(b_z, root_high, root_low)  # [BM, BD]
+    b_u2, _, _ = _unit_rows(b_z, root_scale)  # [BM, BD]
     b_positive = tl.sum(b_u1.to(tl.float64) * b_u2, 1)
     tl.store(p_positive + o_row, b_positive, mask=m_row)
     o_column = tl.arange(0, BD)[None, :]
     dtype = p_packed.dtype.element_ty
     p_target = p_packed + o_row.to(tl.int64)[:, None] * BD + o_column
-    tl.store(p_target, (b_u1 * scale).to(dtype), mask=m_row[:, None])
+    tl.store(p_target, as_multiplied(b_u1 * scale, PRECISION).to(dtype), mask=m_row[:, None])
     p_target += tl.cast(n, tl.int64) * BD
-    tl.store(p_target, (b_u2 * scale).to(dtype), mask=m_row[:, None])
+    tl.store(p_target, as_multiplied(b_u2 * scale, PRECISION).to(dtype), mask=m_row[:, None])
     o_padding = o_row.to(tl.int64) + 2 * n
     p_target = p_packed + o_padding[:, None] * BD + o_column
     tl.store(p_target, tl.zeros([BM, BD], dtype), mask=(o_padding < n_padded)[:, None])
@@ -104,10 +106,11 @@ def pair_loss_kernel(
     b_sigmoid = tl.where(b_gap < 0, b_small, 1.0) / b_above
     b_sigmoid = tl.where(m_empty, 0.0, b_sigmoid)
     b_lse2 = b_exact.to(tl.float32)
-    tl.store(p_slope + o_index, b_sigmoid.to(tl.float32), mask=m_index)
+    # Of these there are WIDTH for each program.
+    tl.store(p_slope + o_index, b_sigmoid.to(tl.float32))
     b_lo = tl.where(m_empty, 0.0, b_lse2 - b_exact).to(tl.float32)
-    tl.store(p_factor + o_index, (b_sigmoid * tl.exp2(b_lo)).to(tl.float32), mask=m_index)
-    tl.store(p_lse2 + o_index, tl.where(m_empty, float("inf"), b_lse2), mask=m_index)
+    tl.store(p_factor + o_index, (b_sigmoid * tl.exp2(b_lo)).to(tl.float32))
+    tl.store(p_lse2 + o_index, tl.where(m_empty, float("inf"), b_lse2))
     b_largest = tl.max(tl.where(m_index, b_sigmoid, 0.0), 0).to(tl.float32)
     tl.store(p_sums + tl.program_id(0), tl.sum(tl.where(m_index, b_softplus, 0.0), 0))
     tl.store(p_maxima + tl.program_id(0), b_largest)
@@ -126,16 +129,18 @@ def pair_loss_kernel(
 @triton.jit
 def _gradient_of_rows(b_u, b_power, b_factor, b_du):
     """The part orthogonal to unit rows, for the rows they were made of: equation (7)."""
-    b_along = tl.sum(b_du.to(tl.float64) * b_u, 1)  # [BM]
-    b_square = tl.sum(b_u.to(tl.float64) * b_u, 1)
-    b_projection = (b_along / tl.where(b_square > 0, b_square, 1.0)).to(tl.float32)
+    # Of the length that rounded factors gave the rows, not of the ideal one: the gradient of
+    # nearly identical views is the small difference of two nearly parallel vectors.
+    b_along = tl.sum(b_du * b_u, 1)  # [BM]
+    b_square = tl.sum(b_u * b_u, 1)
+    b_projection = b_along / tl.where(b_square > 0, b_square, 1.0)
     return (b_du - b_u * b_projection[:, None]) * b_factor[:, None] / b_power[:, None]
 
 
 @triton.jit(do_not_specialize=["n", "n_columns", "n_parts"])
 def pair_finish_kernel(
     p_z1, z1_row_stride, z1_column_stride, p_z2, z2_row_stride, z2_column_stride, p_part, p_slope,
-    p_grad, p_grad_scale, p_dz1, p_dz2, n, n_columns, n_parts, root_high, root_low, undo_scale,
+    p_grad, p_grad_scale, p_dz1, p_dz2, n, n_columns, n_parts, root_scale, undo_scale,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both views from partial gradients of their unit rows, and from their pairs."""
@@ -143,9 +148,9 @@ def pair_finish_kernel(
     m_row = o_row < n
     o_column = tl.arange(0, BD)
     b_z = _load_view(p_z1, o_row, z1_row_stride, z1_column_stride, n, n_columns, BD)
-    b_u1, b_power1, b_factor1 = _unit_rows(b_z, root_high, root_low)
+    b_u1, b_power1, b_factor1 = _unit_rows(b_z, root_scale)
     b_z = _load_view(p_z2, o_row, z2_row_stride, z2_column_stride, n, n_columns, BD)
-    b_u2, b_power2, b_factor2 = _unit_rows(b_z, root_high, root_low)
+    b_u2, b_power2, b_factor2 = _unit_rows(b_z, root_scale)
     b_du1 = tl.zeros([BM, BD], tl.float32)
     b_du2 = tl.zeros([BM, BD], tl.float32)
     n_wide = tl.cast(n, tl.int64)
