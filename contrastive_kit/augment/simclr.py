@@ -136,7 +136,7 @@ class SimCLRAugment(Draws):
                 "memory_format must be torch.contiguous_format or torch.channels_last, "
                 f"got {memory_format}"
             )
-        self.recipe = replace(recipe, size=functional.check_size(size), **options)
+        self.recipe: Recipe = replace(recipe, size=functional.check_size(size), **options)
         self.generator = generator
         self.backend = backend
         self.dtype = dtype

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.losses._gathered import own_parameters
-from contrastive_kit.losses._options import Options, check_options
+from contrastive_kit.losses._options import Options, Reduction, Variant, check_options
+from contrastive_kit.ops import BackendName
 
 # The bounds of a learnable temperature. Below the one of CLIP training becomes unstable. Far above
 # the other the logits, and with them the gradient that could bring the temperature back, vanish.
@@ -36,13 +37,13 @@ class LossModule(nn.Module):
 
     decoupled: bool
     symmetric: bool
-    variant: str
+    variant: Variant
     label_smoothing: float
     hardness: float
-    reduction: str
+    reduction: Reduction
     gather_distributed: bool
     process_group: "torch.distributed.ProcessGroup | None"
-    backend: str
+    backend: BackendName
 
     def __init__(
         self,

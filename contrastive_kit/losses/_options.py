@@ -1,7 +1,7 @@
 """The options that losses share: named, checked and compared in one place."""
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 # Named here, because torch 2.9 cannot compile a function inside another that spells them out.
 Scalar = float | Tensor
 
-REDUCTIONS = ("mean", "sum", "none")
-VARIANTS = ("out", "in")
+Reduction = Literal["mean", "sum", "none"]
+Variant = Literal["out", "in"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+VARIANTS: tuple[str, ...] = get_args(Variant)
 
 
 class Options(NamedTuple):

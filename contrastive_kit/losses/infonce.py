@@ -31,9 +31,10 @@ from contrastive_kit.losses._gathered import (
 )
 from contrastive_kit.losses._module import LossModule
 from contrastive_kit.losses._negatives import Found, check_own_keys, per_query_logsumexp, totals_of
-from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     LogitStatistics,
     Problem,
@@ -87,11 +88,11 @@ def info_nce(
     sample_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""InfoNCE: cross entropy of finding the key of each query among negatives.
 
@@ -369,10 +370,10 @@ class InfoNCE(LossModule):
         learnable_temperature: bool = False,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(
             temperature,

@@ -29,9 +29,10 @@ from contrastive_kit.losses._gathered import (
 )
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._module import LossModule
-from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     Problem,
     logsumexp_for,
@@ -81,11 +82,11 @@ def nt_xent(
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""NT-Xent, the normalised temperature-scaled cross entropy of SimCLR.
 
@@ -304,10 +305,10 @@ class NTXent(LossModule):
         decoupled: bool = False,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(
             temperature,

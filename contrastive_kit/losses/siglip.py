@@ -33,9 +33,10 @@ from contrastive_kit.losses._module import (
     LossModule,
     at_least_float32,
 )
-from contrastive_kit.losses._options import Options, Scalar, check_options
+from contrastive_kit.losses._options import Options, Reduction, Scalar, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     Problem,
     kept_softplus_sum,
@@ -83,11 +84,11 @@ def siglip(
     logit_bias: float | Tensor = -10.0,
     ids: Tensor | None = None,
     sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""The sigmoid loss of SigLIP: is this pair a match, asked of every pair of a batch.
 
@@ -276,10 +277,10 @@ class SigLIP(LossModule):
         logit_bias: float = -10.0,
         *,
         max_scale: float = 1000.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         if isinstance(temperature, Tensor) or isinstance(logit_bias, Tensor):
             raise TypeError(
@@ -303,7 +304,7 @@ class SigLIP(LossModule):
             backend=backend,
         )
         self.max_scale = max_scale
-        self.logit_bias = nn.Parameter(torch.tensor(bias))
+        self.logit_bias: nn.Parameter = nn.Parameter(torch.tensor(bias))
 
     @overload
     def forward(

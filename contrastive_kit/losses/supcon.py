@@ -33,9 +33,16 @@ from contrastive_kit.losses._labelled import (
     outside,
 )
 from contrastive_kit.losses._module import LossModule
-from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._options import (
+    CheckedOptions,
+    Options,
+    Reduction,
+    Variant,
+    check_options,
+)
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     Problem,
     logsumexp_for,
@@ -75,13 +82,13 @@ def sup_con(
     *views: Tensor,
     labels: Tensor,
     temperature: float | Tensor = 0.1,
-    variant: str = "out",
+    variant: Variant = "out",
     sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""SupCon, the supervised contrastive loss: L_out, or L_in by name.
 
@@ -267,11 +274,11 @@ class SupCon(LossModule):
         temperature: float = 0.1,
         *,
         learnable_temperature: bool = False,
-        variant: str = "out",
-        reduction: str = "mean",
+        variant: Variant = "out",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(
             temperature,
