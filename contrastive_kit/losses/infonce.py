@@ -152,7 +152,8 @@ def info_nce(
             is not positive and finite, an option out of its range, ``label_smoothing`` with
             ``hardness``, an unknown ``reduction`` or ``backend``; on every process, if one of them
             raises, or they differ in options, or in embeddings but for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -340,6 +341,7 @@ class InfoNCE(LossModule):
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
+            ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``hardness``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.

@@ -147,7 +147,8 @@ def nt_xent(
             next to one it cannot be combined with, an unknown ``reduction`` or ``backend``; on
             every process, if one of them raises, or they differ in options, or in embeddings but
             for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -272,6 +273,7 @@ class NTXent(LossModule):
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
+            ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         decoupled: leave the positives out of the denominator.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``decoupled`` or ``hardness``.

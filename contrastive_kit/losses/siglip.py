@@ -138,7 +138,8 @@ def siglip(
             that is not positive and finite, a ``logit_bias`` that is not finite, an unknown
             ``reduction`` or ``backend``; on every process, if one of them raises, or they differ
             in embeddings or options.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:

@@ -80,7 +80,7 @@ def sup_con(
 ) -> LossOutput: ...
 def sup_con(
     *views: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     variant: Variant = "out",
     sample_weight: Tensor | None = None,
@@ -142,7 +142,8 @@ def sup_con(
             fewer than two rows, a temperature that is not positive and finite, an unknown
             ``variant``, ``reduction`` or ``backend``; on every process, if one of them raises, or
             they differ in options, or in embeddings but for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -175,12 +176,19 @@ def sup_con(
         process_group=process_group,
         backend=backend,
     )
+    labels = _given(labels, views)
     gather = several_processes(gather_distributed, process_group)
 
     def check() -> CheckedOptions:
         if not views:
             raise ValueError("views must be at least one tensor of shape (N, D), got none")
         for i, view in enumerate(views):
+            if isinstance(view, Tensor) and not view.is_nested and view.ndim == 3:
+                raise ValueError(
+                    f"views[{i}] must have shape (N, D), got {tuple(view.shape)}; features "
+                    "(N, V, D), as SupContrast has them, are passed as (*features.unbind(1), "
+                    "labels=labels)"
+                )
             check_embeddings(f"views[{i}]", view)
             check_alike(f"views[{i}]", view, "views[0]", views[0])
             check_reverse_mode(f"views[{i}]", view)
@@ -242,6 +250,17 @@ def sup_con(
     return loss, label_statistics(batch, n_positives, logsumexp, temperature)
 
 
+def _given(labels: Tensor | None, views: tuple[Tensor, ...]) -> Tensor:
+    """The labels, or an error that writes the call as it must be."""
+    if labels is not None:
+        return labels
+    last = views[-1] if views else None
+    if len(views) > 1 and isinstance(last, Tensor) and not last.is_floating_point():
+        first = "*features.unbind(1)" if views[0].ndim == 3 else "z1, z2"
+        raise TypeError(f"labels must be given by name: pass ({first}, labels=labels)")
+    raise TypeError("labels must be an integer tensor of shape (N,), got None; without: nt_xent")
+
+
 class SupCon(LossModule):
     """SupCon as a module: ``sup_con`` with its options stored.
 
@@ -249,7 +268,8 @@ class SupCon(LossModule):
         temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
-            decay.
+            decay. With ``gather_distributed`` its gradient is averaged over processes.
+            ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         variant: "out" or "in".
         reduction: "mean", "sum" or "none".
         gather_distributed: take the images of all processes as positives and negatives.
@@ -317,7 +337,7 @@ class SupCon(LossModule):
     def forward(
         self,
         *views: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossOutput:
@@ -325,7 +345,7 @@ class SupCon(LossModule):
         self._limit_logit_scale()
         return sup_con(
             *views,
-            labels=labels,
+            labels=_given(labels, views),
             temperature=self.temperature,
             sample_weight=sample_weight,
             return_stats=return_stats,
