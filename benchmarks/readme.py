@@ -1,15 +1,17 @@
-"""Copy the figures that README.md shows from the results: ``python -m benchmarks readme``."""
+"""Copy figures from the results into docs/benchmarks.md: ``python -m benchmarks readme``."""
 
 import re
 
 from benchmarks.harness.machine import REPOSITORY, RESULTS
 from benchmarks.harness.report import page
 
+PAGE = REPOSITORY / "docs" / "benchmarks.md"
+
 _PLACE = re.compile(r"(?<=<!-- numbers start -->\n).*?(?=\n<!-- numbers end -->)", re.DOTALL)
 
 
 def numbers() -> str:
-    """What README.md shows, from the pages of the results."""
+    """What docs/benchmarks.md shows, from the pages of the results."""
     losses, views = ((RESULTS / f"{name}_cpu.md").read_text() for name in ("loss", "augment"))
     described = re.findall(r"^- (.*)", losses, re.MULTILINE)[1]
     targets = [x.split("\n## Targets\n")[1].split("\n## ")[0].strip() for x in (losses, views)]
@@ -17,8 +19,7 @@ def numbers() -> str:
 
 
 def main() -> None:
-    path = REPOSITORY / "README.md"
-    text, found = _PLACE.subn(lambda _: numbers(), path.read_text())
+    text, found = _PLACE.subn(lambda _: numbers(), PAGE.read_text())
     if not found:
-        raise SystemExit("README.md has no <!-- numbers start --> … <!-- numbers end -->")
-    path.write_text(text)
+        raise SystemExit(f"{PAGE} has no <!-- numbers start --> … <!-- numbers end -->")
+    PAGE.write_text(text)
