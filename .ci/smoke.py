@@ -12,7 +12,8 @@ from contrastive_kit.evaluation import knn_accuracy
 home = Path(ck.__file__).parent
 assert home.is_relative_to(sys.argv[1] if len(sys.argv) > 1 else sys.prefix), home
 assert (home / "py.typed").is_file()
-needed = {line.split(">")[0] for line in requires("contrastive-kit") or () if "extra ==" not in line}
+requirements = [line for line in requires("contrastive-kit") or () if "extra ==" not in line]
+needed = {line.split(">")[0] for line in requirements}
 assert needed == {"torch", "torchvision", "kornia", "einops"}, needed
 assert all(getattr(ck, name) is not None for name in dir(ck))
 
