@@ -31,7 +31,7 @@ from contrastive_kit.augment.parameters import (
 from contrastive_kit.augment.recipe import Options, Recipe
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from contrastive_kit.augment._sources import Source
 
@@ -91,7 +91,8 @@ class SimCLRAugment(Draws):
         backend: "cpu" (in place, in chunks), "triton" (fused kernels on a CUDA device), "torch"
             (batched; any device, differentiable), or "auto": the first of these that takes the
             images.
-        dtype: Of the views: float32, float16, bfloat16 or float64.
+        dtype: Of the views: float32, float16, bfloat16 or float64. ``.to(dtype)``, ``.half()`` and
+            the like, of this module or of a model that holds it, change it.
         memory_format: Of the views: ``torch.contiguous_format`` or ``torch.channels_last``.
         check_values: Raise where floats lie outside [0, 1] further than rounding takes them. By
             default, None, images on the CPU are looked at; True looks at all, and waits for the
@@ -147,7 +148,7 @@ class SimCLRAugment(Draws):
         self.recipe: Recipe = replace(recipe, size=functional.check_size(size), **options)
         self.generator = generator
         self.backend = backend
-        self.dtype = dtype
+        self.dtype: torch.dtype = dtype
         self.memory_format = memory_format
         self.check_values = check_values
 
@@ -344,6 +345,14 @@ class SimCLRAugment(Draws):
                 f"params must hold a positive sigma in column {COLUMN['sigma']} where column "
                 f"{COLUMN['blur']} asks for a blur, got {float(p.sigma[no_sigma][0])}"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What casts the weights of a model casts the views that it is fed with.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        if dtype in _DTYPES:
+            self.dtype = dtype
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.save pickles by protocol 2, which knows no torch.memory_format.

@@ -402,6 +402,21 @@ def test_repr_tells_the_recipe():
     assert "size=(32, 32), strength=0.5, views=2, blur=0.0, dtype" in text
 
 
+def test_views_follow_the_dtype_of_the_model_that_holds_the_augmentation():
+    model = torch.nn.ModuleDict({"augment": SimCLRAugment(8), "encoder": torch.nn.Conv2d(3, 4, 3)})
+    for cast, dtype in (
+        (lambda: model.to(torch.bfloat16), torch.bfloat16),
+        (lambda: model.to("cpu"), torch.bfloat16),
+        (model.half, torch.float16),
+        (lambda: model.double().to_empty(device="cpu"), torch.float64),
+        (model.float, torch.float32),
+    ):
+        cast()
+        (v1, _) = model["augment"](torch.rand(2, 3, 9, 9))
+        assert v1.dtype == dtype
+        assert model["encoder"](v1).dtype == dtype
+
+
 def test_empty_batch():
     views = SimCLRAugment(16)(torch.empty(0, 3, 20, 20))
     assert [view.shape for view in views] == [(0, 3, 16, 16)] * 2
