@@ -38,6 +38,22 @@ def test_the_documents_show_the_committed_figures():
     assert readme.numbers() in readme.PAGE.read_text()
 
 
+def test_the_chart_of_the_readme_has_the_committed_figures(tmp_path, monkeypatch):
+    curves = readme.curves()
+    results = json.loads((RESULTS / "loss_cpu.json").read_text())["cases"]
+    (case,) = (c for c in results if c["case"].get("n") == 8192 and c.get("memory"))
+    for arm in ("contrastive-kit", "eager", "lightly"):
+        sizes = [n for n, _ in curves[arm]["ms"]]
+        assert sizes == sorted(set(sizes))
+        time = case["times"]["forward+backward"]["milliseconds"][arm]["median"]
+        assert curves[arm]["ms"][-1] == (8192, time)
+        assert curves[arm]["MiB"][-1] == (8192, case["memory"][arm]["extra_mib"])
+    assert readme.CHART.is_file()
+    monkeypatch.setattr(readme, "CHART", tmp_path / "chart.png")
+    readme.draw()
+    assert readme.CHART.stat().st_size > 10_000
+
+
 def flat(value):
     return {"median": value, "q1": value, "q3": value}
 
