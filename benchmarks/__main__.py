@@ -8,7 +8,7 @@
     python -m benchmarks correctness --device cuda  # pytest -m gpu, and what it said is kept
     python -m benchmarks claims --help          # the claims of the paper, by training
     python -m benchmarks report                 # the pages again, from the JSON files
-    python -m benchmarks readme                 # the figures of README.md, from the pages
+    python -m benchmarks readme                 # the figures of docs/benchmarks.md
 
 Results are JSON files in benchmarks/results, whole after every case, and pages made from them. What
 was interrupted goes on where it stopped; what is complete for the same machine and source is kept.

@@ -4,48 +4,81 @@ Names load on first use, so that ``from contrastive_kit import NTXent`` imports 
 else: kornia, torchvision and Triton are loaded by the parts that need them.
 """
 
-from importlib import import_module
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from contrastive_kit._version import __version__
 
 if TYPE_CHECKING:
-    from contrastive_kit.augment.simclr import SimCLRAugment as SimCLRAugment
-    from contrastive_kit.encoders import resnet_encoder as resnet_encoder
-    from contrastive_kit.grad_cache import GradCache as GradCache
-    from contrastive_kit.heads import ProjectionHead as ProjectionHead
-    from contrastive_kit.losses.distillation import (
-        SimilarityDistillation as SimilarityDistillation,
-    )
-    from contrastive_kit.losses.infonce import InfoNCE as InfoNCE
-    from contrastive_kit.losses.ntxent import NTXent as NTXent
-    from contrastive_kit.losses.siglip import SigLIP as SigLIP
-    from contrastive_kit.losses.supcon import SupCon as SupCon
-    from contrastive_kit.ops import which_backend as which_backend
-    from contrastive_kit.queue import NegativeQueue as NegativeQueue
+    from contrastive_kit import augment as augment
+    from contrastive_kit import distributed as distributed
+    from contrastive_kit import evaluation as evaluation
+    from contrastive_kit import functional as functional
+    from contrastive_kit import losses as losses
+    from contrastive_kit import metrics as metrics
+    from contrastive_kit import ops as ops
+    from contrastive_kit import reference as reference
+    from contrastive_kit.augment.simclr import SimCLRAugment
+    from contrastive_kit.encoders import resnet_encoder
+    from contrastive_kit.grad_cache import GradCache
+    from contrastive_kit.heads import ProjectionHead
+    from contrastive_kit.losses.distillation import SimilarityDistillation
+    from contrastive_kit.losses.infonce import InfoNCE
+    from contrastive_kit.losses.ntxent import NTXent
+    from contrastive_kit.losses.siglip import SigLIP
+    from contrastive_kit.losses.supcon import SupCon
+    from contrastive_kit.ops import which_backend
+    from contrastive_kit.queue import NegativeQueue
+
+__all__ = [
+    "GradCache",
+    "InfoNCE",
+    "NTXent",
+    "NegativeQueue",
+    "ProjectionHead",
+    "SigLIP",
+    "SimCLRAugment",
+    "SimilarityDistillation",
+    "SupCon",
+    "__version__",
+    "resnet_encoder",
+    "which_backend",
+]
 
 _HOME = {
-    "GradCache": "contrastive_kit.grad_cache",
-    "InfoNCE": "contrastive_kit.losses.infonce",
-    "NegativeQueue": "contrastive_kit.queue",
-    "NTXent": "contrastive_kit.losses.ntxent",
-    "ProjectionHead": "contrastive_kit.heads",
-    "SigLIP": "contrastive_kit.losses.siglip",
-    "SimilarityDistillation": "contrastive_kit.losses.distillation",
-    "SimCLRAugment": "contrastive_kit.augment.simclr",
-    "SupCon": "contrastive_kit.losses.supcon",
-    "resnet_encoder": "contrastive_kit.encoders",
-    "which_backend": "contrastive_kit.ops",
+    "GradCache": "grad_cache",
+    "InfoNCE": "losses.infonce",
+    "NTXent": "losses.ntxent",
+    "NegativeQueue": "queue",
+    "ProjectionHead": "heads",
+    "SigLIP": "losses.siglip",
+    "SimCLRAugment": "augment.simclr",
+    "SimilarityDistillation": "losses.distillation",
+    "SupCon": "losses.supcon",
+    "resnet_encoder": "encoders",
+    "which_backend": "ops",
 }
+_MODULES = (
+    "augment",
+    "distributed",
+    "evaluation",
+    "functional",
+    "losses",
+    "metrics",
+    "ops",
+    "reference",
+)
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+# Hidden from type checkers, which would take any misspelled name for one of these.
+if not TYPE_CHECKING:
 
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            return getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
+        if name in _MODULES:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*__all__, *_MODULES})

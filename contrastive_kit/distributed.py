@@ -5,6 +5,7 @@ after the averaging of ``DistributedDataParallel`` or ``fully_shard`` exactly th
 process has on the concatenated batch.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,22 +20,32 @@ _Result = TypeVar("_Result")
 def rank_and_size(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
     """Rank of this process in a group, and the number of processes there.
 
+    Where torch.distributed has not been initialised and the environment variable ``WORLD_SIZE``,
+    which launchers set, is missing or 1, there is this one process: rank 0 of 1. So a program that
+    gathers runs without a launcher too. A program that starts processes by itself, without that
+    variable, has to initialise them first: what it computes before is of one process.
+
     Args:
         group: the processes; None for all of them.
 
     Raises:
-        RuntimeError: where torch.distributed is missing or has not been initialised.
+        RuntimeError: where torch.distributed is missing or has not been initialised, though there
+            is a ``group``, or ``WORLD_SIZE`` tells of several processes.
         TypeError: if ``group`` is no process group.
         ValueError: if this process is not a member of ``group``.
     """
-    if not dist.is_available():
+    initialized = dist.is_available() and dist.is_initialized()
+    if not initialized:
+        launched = os.environ.get("WORLD_SIZE", "1")
+        if group is None and launched == "1":
+            return 0, 1
+        if not dist.is_available():
+            raise RuntimeError(
+                "gathering over processes needs torch.distributed, which this build of torch "
+                "lacks; leave gather_distributed=False"
+            )
         raise RuntimeError(
-            "gathering over processes needs torch.distributed, which this build of torch lacks; "
-            "leave gather_distributed=False"
-        )
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "gathering over processes needs a process group: start with torchrun and call "
+            f"gathering over processes (WORLD_SIZE is {launched}) needs a process group: call "
             "torch.distributed.init_process_group() first, or leave gather_distributed=False"
         )
     if group is not None and not isinstance(group, dist.ProcessGroup):

@@ -1,9 +1,26 @@
 """Encoders: torchvision's ResNets, cut at the average pool."""
 
-from typing import Any, Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
 
 import torchvision
 from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    class Encoder(nn.Module):
+        """What a type checker knows of an encoder: images (N, 3, H, W) to features (N, out_dim).
+
+        There is no such class at run time.
+        """
+
+        out_dim: int
+
+        def __call__(self, images: Tensor) -> Tensor:
+            """The features of the images."""
+            ...
 
 
 def resnet_encoder(
@@ -11,7 +28,7 @@ def resnet_encoder(
     *,
     stem: Literal["imagenet", "cifar"] = "imagenet",
     weights: str | None = None,
-) -> nn.Module:
+) -> Encoder:
     """Build a torchvision ResNet that ends at its average pool.
 
     The module is torchvision's own with the classifier replaced by the identity, so its state
@@ -62,5 +79,5 @@ def resnet_encoder(
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
-    module: nn.Module = encoder
+    module: Encoder = encoder
     return module

@@ -111,7 +111,7 @@ class GradCache(nn.Module):
                 "allows one forward a backward"
             )
         self.encoder = encoder
-        self.chunk_size = check_int("chunk_size", chunk_size, at_least=1)
+        self.chunk_size: int = check_int("chunk_size", chunk_size, at_least=1)
         self._verified = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ class GradCache(nn.Module):
         Returns:
             What the encoder returns for the whole batch.
         """
-        return self._encode(self.encoder, args, kwargs)
+        return self._encode(self.encoder, args, kwargs)  # pyright: ignore[reportCallIssue]
 
     def views(self, *views: Tensor) -> tuple[Any, ...]:
         """The same as ``encoder(torch.cat(views)).chunk(len(views))``.
@@ -147,7 +147,8 @@ class GradCache(nn.Module):
                     f"{tuple(views[0].shape)}, {views[0].dtype}, {views[0].device}; got "
                     f"{tuple(view.shape)}, {view.dtype}, {view.device}"
                 )
-        result: tuple[Any, ...] = self._encode(partial(_encode_jointly, self.encoder), views, {})
+        jointly = partial(_encode_jointly, self.encoder)
+        result: tuple[Any, ...] = self._encode(jointly, views, {})  # pyright: ignore[reportCallIssue]
         return result
 
     def extra_repr(self) -> str:

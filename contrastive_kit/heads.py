@@ -1,5 +1,7 @@
 """The projection head of SimCLR: what maps the representation to the space of the loss."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from contrastive_kit._checks import check_flag, check_int
@@ -100,7 +102,7 @@ class ProjectionHead(nn.Module):
                 modules.append(norm)
             if not last:
                 modules.append(nn.ReLU(inplace=True))
-        self.net = nn.Sequential(*modules)
+        self.net: nn.Sequential = nn.Sequential(*modules)
 
     def forward(self, h: Tensor) -> Tensor:
         """Map representations (N, ``in_dim``) to embeddings (N, ``out_dim``)."""
@@ -108,3 +110,7 @@ class ProjectionHead(nn.Module):
             raise ValueError(f"h must have shape (N, {self.in_dim}), got {tuple(h.shape)}")
         z: Tensor = self.net(h)
         return z
+
+    if TYPE_CHECKING:
+        # nn.Module says that a call returns Any.
+        __call__ = forward

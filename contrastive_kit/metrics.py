@@ -17,7 +17,13 @@ from contrastive_kit._checks import (
     check_number,
     check_reverse_mode,
 )
-from contrastive_kit.ops import BACKENDS, Exclusion, kept_logsumexp, scaled_unit_rows
+from contrastive_kit.ops import (
+    BACKENDS,
+    BackendName,
+    Exclusion,
+    kept_logsumexp,
+    scaled_unit_rows,
+)
 
 
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -62,7 +68,7 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     return torch.where(coincide, 0, distance).mean()
 
 
-def uniformity(z: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
+def uniformity(z: Tensor, *, t: float = 2.0, backend: BackendName = "auto") -> Tensor:
     r"""How unevenly embeddings spread over the unit sphere: lower is more uniform.
 
     .. math:: \log \frac{1}{N (N - 1)} \sum_{i \neq j} e^{-t \lVert u_i - u_j \rVert^2}

@@ -1,11 +1,13 @@
 """A queue of keys from earlier batches: many negatives at the price of a small batch."""
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_kit._checks import (
     check_dense,
@@ -27,10 +29,11 @@ class NegativeQueue(nn.Module):
     """The last ``size`` keys seen in training, as negatives for ``InfoNCE``: the queue of MoCo.
 
     A call returns what the queue holds and then, in training mode only, takes in the keys it was
-    given; so no key is a negative of its own query. The queue begins empty and grows to ``size``.
-    Keys are stored detached and normalised, in the order of their coming; a batch may have any
-    number of keys, also more than ``size``, of which the last ones stay. A key with NaN or inf is
-    not taken in: its place keeps the key that it had, or a zero row, which has cosine 0 to all.
+    given; so no key is a negative of its own query. The queue begins empty and grows to ``size``;
+    an empty one makes the loss 0, see ``fill_at_random``. Keys are stored detached and normalised,
+    in the order of their coming; a batch may have any number of keys, also more than ``size``, of
+    which the last ones stay. A key with NaN or inf is not taken in: its place keeps the key that it
+    had, or a zero row, which has cosine 0 to all.
 
     What it holds is part of the ``state_dict``. Rows are stored in the dtype and on the device of
     the module, float32 at first, and normalised in at least float32 also under autocast. Nothing
@@ -61,7 +64,8 @@ class NegativeQueue(nn.Module):
         ValueError: if ``dim`` or ``size`` is below 1, for keys or labels of another shape or
             device, labels where none are held or the reverse, for a ``process_group`` without
             ``gather_distributed``. With it, in training, on every process if one of them raises.
-        RuntimeError: in training with ``gather_distributed`` where there is no process group.
+        RuntimeError: in training with ``gather_distributed`` where there is no process group, but
+            ``WORLD_SIZE`` tells of several processes.
 
     Memory:
         ``size``·D, and as much again for what a call returns.
@@ -115,6 +119,7 @@ class NegativeQueue(nn.Module):
             self.register_buffer("row_labels", torch.full((size,), _NO_LABEL))
         # A Python number: one in a tensor would have to be read back from the device.
         self._taken = 0
+        self._warned = False
 
     @overload
     def forward(self, keys: Tensor) -> Tensor: ...
@@ -147,10 +152,27 @@ class NegativeQueue(nn.Module):
             checked(lambda: self._check(keys, labels), self.process_group)
         else:
             self._check(keys, labels)
+            self._warn_where_overwritten()
         held = (self.negatives(), self.labels()) if self.has_labels else self.negatives()
         if self.training:
             self._take(keys, labels)
         return held
+
+    def _warn_where_overwritten(self) -> None:
+        """Warn, once, inside a DistributedDataParallel that sends the rows of rank 0 to all."""
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if self._warned or ddp is None or not self.training:
+            return
+        sends = ddp.will_sync_module_buffers() and dist.get_world_size(ddp.process_group) > 1
+        if sends and any(buffer is self.rows for buffer in ddp.modules_buffers):
+            self._warned = True
+            warnings.warn(
+                "a NegativeQueue with gather_distributed=False is inside a DistributedDataParallel "
+                "that broadcasts its buffers: the keys of rank 0 overwrite those of the other "
+                "processes. Use gather_distributed=True, or broadcast_buffers=False for a queue "
+                "of its own on each process",
+                stacklevel=2,
+            )
 
     def _check(self, keys: Tensor, labels: Tensor | None) -> None:
         dim = self.rows.shape[1]
@@ -168,6 +190,41 @@ class NegativeQueue(nn.Module):
             check_ids("labels", labels, len(keys), "keys", keys)
         else:
             raise ValueError("labels are held only by NegativeQueue(..., labels=True); omit them")
+
+    @torch.no_grad()
+    def fill_at_random(self, generator: torch.Generator) -> None:
+        """Replace what the queue holds by ``size`` random directions, as MoCo's code begins.
+
+        Then the first losses are those of a full queue. While it is empty, they are 0. In a queue
+        that holds labels, theirs is the smallest of int64, so that they are positives of nothing.
+
+        Args:
+            generator: where the numbers come from. With ``gather_distributed`` it has to have the
+                same seed on every process.
+
+        Raises:
+            TypeError: if ``generator`` is no ``torch.Generator``.
+
+        Example:
+            >>> import torch
+            >>> from contrastive_kit import NegativeQueue
+            >>> queue = NegativeQueue(dim=16, size=100)
+            >>> queue.fill_at_random(torch.Generator().manual_seed(0))
+            >>> len(queue)
+            100
+        """
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {type(generator).__name__}; "
+                "torch.Generator().manual_seed(0) is one"
+            )
+        directions = torch.randn(
+            self.rows.shape, generator=generator, device=generator.device, dtype=torch.float32
+        )
+        self.rows.copy_(scaled_unit_rows((directions,), 1.0)[0])
+        if self.has_labels:
+            self.row_labels.fill_(_NO_LABEL)
+        self._taken = len(self.rows)
 
     def negatives(self) -> Tensor:
         """A detached copy of the rows held, oldest first: (K, D), 0 ≤ K ≤ size."""

@@ -16,6 +16,7 @@ HEAVY = {
 
 STEPS = [
     "import contrastive_kit",
+    "contrastive_kit.losses, contrastive_kit.augment, contrastive_kit.metrics",
     "from contrastive_kit import NTXent, InfoNCE, ProjectionHead, which_backend",
     "from contrastive_kit.functional import nt_xent, info_nce",
     "import contrastive_kit.reference, contrastive_kit.evaluation",
@@ -48,9 +49,17 @@ def test_the_losses_load_and_use_torch_alone(loaded, step):
 
 
 def test_importing_a_loss_adds_little_to_importing_torch(loaded):
-    added = [name for step in STEPS[:3] for name in loaded[step]]
+    added = [name for step in STEPS[:4] for name in loaded[step]]
     assert "contrastive_kit.losses.ntxent" in added
     assert len(added) <= 60
+
+
+@pytest.mark.parametrize("module", [contrastive_kit, contrastive_kit.augment])
+def test_what_an_editor_offers_is_what_there_is(module):
+    names = dir(module)
+    assert set(module.__all__) <= set(names)
+    assert [name for name in names if name.startswith("_")] in ([], ["__version__"])
+    assert all(getattr(module, name) is not None for name in names)
 
 
 def test_an_unknown_name_is_an_attribute_error():

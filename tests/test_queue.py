@@ -229,12 +229,57 @@ def test_bad_keys_are_refused_and_change_nothing(keys, error, message):
     assert torch.equal(queue.negatives(), before)
 
 
-def test_gathering_without_a_process_group_says_what_to_do():
+def test_gathering_without_a_process_group_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     queue = NegativeQueue(4, 3, gather_distributed=True)
-    with pytest.raises(RuntimeError, match=r"torchrun .*init_process_group"):
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2.*init_process_group"):
         queue(torch.randn(2, 4))
     assert len(queue) == 0
     assert queue.eval()(torch.randn(2, 4)).shape == (0, 4)
+
+
+def test_one_process_gathers_its_own_keys(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    gathering, plain = NegativeQueue(4, 3, gather_distributed=True), NegativeQueue(4, 3)
+    for queue in (gathering, plain):
+        queue(torch.arange(8.0).view(2, 4))
+    assert torch.equal(gathering.negatives(), plain.negatives())
+    assert len(gathering) == 2
+
+
+def test_a_queue_filled_at_random_is_full_of_directions_of_the_generator():
+    first, again, other = (NegativeQueue(7, 50) for _ in range(3))
+    for queue, seed in ((first, 1), (again, 1), (other, 2)):
+        queue.fill_at_random(torch.Generator().manual_seed(seed))
+    rows = first(torch.ones(2, 7))
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(50))
+    assert len(rows.unique(dim=0)) == 50
+    assert rows.mean(0).norm() < 0.5  # one direction would have 1
+    assert torch.equal(rows, again.negatives())
+    assert not torch.equal(rows, other.negatives())
+    # Keys of training take the places of the oldest.
+    assert torch.equal(first.negatives()[:48], rows[2:])
+    torch.testing.assert_close(first.negatives()[48:], torch.full((2, 7), 7**-0.5))
+
+
+def test_the_first_loss_with_a_random_queue_is_that_of_many_negatives():
+    queue = NegativeQueue(16, 1000)
+    queue.fill_at_random(torch.Generator().manual_seed(0))
+    z = torch.randn(8, 16)
+    loss = InfoNCE(temperature=0.5)(z, z, negatives=queue(z))
+    assert loss > 3
+
+
+def test_random_directions_have_the_label_of_no_key():
+    queue = NegativeQueue(4, 3, labels=True)
+    queue(torch.randn(2, 4), torch.tensor([0, 1]))
+    queue.fill_at_random(torch.Generator().manual_seed(0))
+    assert queue.labels().tolist() == [torch.iinfo(torch.int64).min] * 3
+
+
+def test_a_queue_is_filled_from_a_generator_alone():
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator, got int"):
+        NegativeQueue(4, 3).fill_at_random(0)
 
 
 def test_repr_shows_the_options():

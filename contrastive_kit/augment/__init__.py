@@ -5,25 +5,37 @@
 `SimCLRAugment` need torch and einops only, the modules import Kornia.
 """
 
-from importlib import import_module
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from contrastive_kit.augment.kornia.geometric import (
-        RandomHorizontalFlip as RandomHorizontalFlip,
+    from contrastive_kit.augment import functional as functional
+    from contrastive_kit.augment.kornia.geometric import RandomHorizontalFlip, RandomResizedCrop
+    from contrastive_kit.augment.kornia.intensity import (
+        ColorJitter,
+        GaussianBlur,
+        RandomGrayscale,
+        RandomSolarize,
     )
-    from contrastive_kit.augment.kornia.geometric import RandomResizedCrop as RandomResizedCrop
-    from contrastive_kit.augment.kornia.intensity import ColorJitter as ColorJitter
-    from contrastive_kit.augment.kornia.intensity import GaussianBlur as GaussianBlur
-    from contrastive_kit.augment.kornia.intensity import RandomGrayscale as RandomGrayscale
-    from contrastive_kit.augment.kornia.intensity import RandomSolarize as RandomSolarize
-    from contrastive_kit.augment.kornia.view import SimCLRView as SimCLRView
-    from contrastive_kit.augment.recipe import BYOL as BYOL
-    from contrastive_kit.augment.recipe import CIFAR as CIFAR
-    from contrastive_kit.augment.recipe import GOOGLE_RESEARCH as GOOGLE_RESEARCH
-    from contrastive_kit.augment.recipe import IMAGENET as IMAGENET
-    from contrastive_kit.augment.recipe import Recipe as Recipe
-    from contrastive_kit.augment.simclr import SimCLRAugment as SimCLRAugment
+    from contrastive_kit.augment.kornia.view import SimCLRView
+    from contrastive_kit.augment.recipe import BYOL, CIFAR, GOOGLE_RESEARCH, IMAGENET, Recipe
+    from contrastive_kit.augment.simclr import SimCLRAugment
+
+__all__ = [
+    "BYOL",
+    "CIFAR",
+    "GOOGLE_RESEARCH",
+    "IMAGENET",
+    "ColorJitter",
+    "GaussianBlur",
+    "RandomGrayscale",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "RandomSolarize",
+    "Recipe",
+    "SimCLRAugment",
+    "SimCLRView",
+]
 
 _HOME = {
     "BYOL": "recipe",
@@ -41,14 +53,16 @@ _HOME = {
     "SimCLRView": "kornia.view",
 }
 
-__all__ = list(_HOME)
+# Hidden from type checkers, which would take any misspelled name for one of these.
+if not TYPE_CHECKING:
 
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            return getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
+        if name == "functional":
+            return _import_module(f"{__name__}.functional")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*__all__, "functional"})

@@ -113,8 +113,8 @@ def _option(default: Any, check: Callable[[str, Any], Any], *, step: bool = Fals
     return field(default=default, metadata={"check": check, "step": step})
 
 
-def _each(probability: Probability | str) -> Sequence[float | str]:
-    return probability if isinstance(probability, tuple) else (probability,)
+def _each(probability: Probability) -> Sequence[float]:
+    return (probability,) if isinstance(probability, (float, int)) else probability
 
 
 class Options(TypedDict, total=False):

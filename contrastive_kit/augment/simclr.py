@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -13,6 +13,7 @@ from torch import Tensor
 from contrastive_kit._checks import check_flag
 from contrastive_kit.augment import functional
 from contrastive_kit.augment._random import Draws
+from contrastive_kit.augment._sources import to_batch
 from contrastive_kit.augment.backends import (
     BACKENDS,
     BackendChoice,
@@ -30,9 +31,14 @@ from contrastive_kit.augment.parameters import (
 from contrastive_kit.augment.recipe import Options, Recipe
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
+
+    from contrastive_kit.augment._sources import Source
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# How far beyond [0, 1] the weights of a resize may take a float.
+_ROUNDING = 1e-3
 
 Views = tuple[Tensor, ...]
 
@@ -85,10 +91,12 @@ class SimCLRAugment(Draws):
         backend: "cpu" (in place, in chunks), "triton" (fused kernels on a CUDA device), "torch"
             (batched; any device, differentiable), or "auto": the first of these that takes the
             images.
-        dtype: Of the views: float32, float16, bfloat16 or float64.
+        dtype: Of the views: float32, float16, bfloat16 or float64. ``.to(dtype)``, ``.half()`` and
+            the like, of this module or of a model that holds it, change it.
         memory_format: Of the views: ``torch.contiguous_format`` or ``torch.channels_last``.
-        check_values: Raise where floats lie outside [0, 1]. Waits for the GPU. Without it the CPU
-            backend warns, once, where it meets some among the first views of a call.
+        check_values: Raise where floats lie outside [0, 1] further than rounding takes them. By
+            default, None, images on the CPU are looked at; True looks at all, and waits for the
+            GPU; False at none.
         options: Options of a `Recipe`, such as ``strength=0.5``, ``views=3`` or ``blur=True``: they
             replace those of `recipe`.
 
@@ -119,7 +127,7 @@ class SimCLRAugment(Draws):
         backend: Literal["auto", "cpu", "triton", "torch"] = "auto",
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
-        check_values: bool = False,
+        check_values: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__()
@@ -130,20 +138,21 @@ class SimCLRAugment(Draws):
             raise TypeError(
                 f"dtype must be floating: torch.float32, float16, bfloat16 or float64; got {dtype}"
             )
-        check_flag("check_values", check_values)
+        if check_values is not None:
+            check_flag("check_values", check_values)
         if memory_format not in (torch.contiguous_format, torch.channels_last):
             raise ValueError(
                 "memory_format must be torch.contiguous_format or torch.channels_last, "
                 f"got {memory_format}"
             )
-        self.recipe = replace(recipe, size=functional.check_size(size), **options)
+        self.recipe: Recipe = replace(recipe, size=functional.check_size(size), **options)
         self.generator = generator
         self.backend = backend
-        self.dtype = dtype
+        self.dtype: torch.dtype = dtype
         self.memory_format = memory_format
         self.check_values = check_values
 
-    def which_backend(self, images: Images) -> BackendChoice:
+    def which_backend(self, images: Source) -> BackendChoice:
         """Tell which backend makes the views of these images, and why not those before it.
 
         Args:
@@ -157,24 +166,26 @@ class SimCLRAugment(Draws):
             >>> SimCLRAugment(32).which_backend(torch.rand(2, 3, 40, 40))
             BackendChoice(name='cpu', refusals={})
         """
-        _check_images(images)
-        return choose(images, self.recipe, self.dtype, self.backend)
+        batch = to_batch(images).images
+        _check_images(batch)
+        return choose(batch, self.recipe, self.dtype, self.backend)
 
-    def draw(self, images: Images) -> Tensor:
+    def draw(self, images: Source) -> Tensor:
         """Draw the parameters of the views of these images, without making the views.
 
         A generator of one's own in the same state gives the same table on every rank: to divide a
         table of the whole batch among the ranks.
 
         Args:
-            images: ``(B, 3, H, W)``, or a list of B images ``(3, H_i, W_i)``.
+            images: As for the call.
 
         Returns:
             The parameter table, ``(views, B, columns)`` float32 on the generator's device;
             `contrastive_kit.augment.parameters.unpack` names its columns.
         """
-        _check_images(images)
-        return self._table(images, by_rank=False)
+        batch = to_batch(images).images
+        _check_images(batch)
+        return self._table(batch, by_rank=False)
 
     def _table(self, images: Images, *, by_rank: bool) -> Tensor:
         if isinstance(images, Tensor):
@@ -191,7 +202,7 @@ class SimCLRAugment(Draws):
     @overload
     def forward(
         self,
-        images: Images,
+        images: Source,
         *,
         params: Tensor | None = ...,
         return_params: Literal[False] = ...,
@@ -201,7 +212,7 @@ class SimCLRAugment(Draws):
     @overload
     def forward(
         self,
-        images: Images,
+        images: Source,
         *,
         params: Tensor | None = ...,
         return_params: Literal[False] = ...,
@@ -211,7 +222,7 @@ class SimCLRAugment(Draws):
     @overload
     def forward(
         self,
-        images: Images,
+        images: Source,
         *,
         params: Tensor | None = ...,
         return_params: Literal[True],
@@ -221,7 +232,7 @@ class SimCLRAugment(Draws):
     @overload
     def forward(
         self,
-        images: Images,
+        images: Source,
         *,
         params: Tensor | None = ...,
         return_params: Literal[True],
@@ -230,7 +241,7 @@ class SimCLRAugment(Draws):
 
     def forward(
         self,
-        images: Images,
+        images: Source,
         *,
         params: Tensor | None = None,
         return_params: bool = False,
@@ -240,7 +251,9 @@ class SimCLRAugment(Draws):
 
         Args:
             images: ``(B, 3, H, W)``, or a list of B images ``(3, H_i, W_i)`` of one dtype on one
-                device; uint8, or floating in [0, 1].
+                device; uint8, or floating in [0, 1]. Or one image, as data sets have them:
+                ``(3, H, W)``, a PIL image in RGB, a NumPy array ``(H, W, 3)``; a list may hold
+                these too. So a `SimCLRAugment` is the ``transform`` of a data set.
             params: A parameter table, to make the same views again or views of one's own.
             return_params: Return the parameter table too.
             concat: Return the views as one batch.
@@ -248,7 +261,8 @@ class SimCLRAugment(Draws):
         Returns:
             A tuple of `views` tensors ``(B, 3, *size)`` that share one buffer; with `concat` that
             buffer, ``(views · B, 3, *size)``, view by view. With `return_params` a pair of that
-            and the parameter table.
+            and the parameter table. Views of one image are ``(3, *size)``; with `concat` they are
+            ``(views, 3, *size)``. Views of a ``tv_tensors.Image`` are such images too.
 
         Raises:
             ValueError: If a shape does not fit, the named backend does not take the images, or
@@ -257,20 +271,31 @@ class SimCLRAugment(Draws):
                 no permutation, a sigma of 0 for a blur, or a step whose probability is 0 here.
             TypeError: If the images are neither uint8 nor floating, or `params` are not floating.
         """
-        first = _check_images(images)
+        source = to_batch(images)
+        batch: Images = source.images
+        first = _check_images(batch)
         check_flag("return_params", return_params)
         check_flag("concat", concat)
-        if self.check_values:
-            _check_range(images)
+        if self._looks_at_values(first):
+            _check_range(batch)
         if params is None:
-            table = self._table(images, by_rank=True)
+            table = self._table(batch, by_rank=True)
         else:
-            table = self._check_params(params, images)
-        chosen = BACKENDS[choose(images, self.recipe, self.dtype, self.backend).name]
+            table = self._check_params(params, batch)
+        chosen = BACKENDS[choose(batch, self.recipe, self.dtype, self.backend).name]
         on_device = to_device(table.float(), first.device)
-        batch = chosen.render(images, on_device, self.recipe, self.dtype, self.memory_format)
-        views = batch if concat else batch.chunk(self.recipe.views)
+        made = chosen.render(batch, on_device, self.recipe, self.dtype, self.memory_format)
+        views: Tensor | Views
+        if concat:
+            views = source._replace(single=False).shaped(made)
+        else:
+            views = tuple(source.shaped(view) for view in made.chunk(self.recipe.views))
         return (views, table) if return_params else views
+
+    def _looks_at_values(self, image: Tensor) -> bool:
+        if self.check_values is None:
+            return image.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.check_values
 
     if TYPE_CHECKING:
         # nn.Module says that a call returns Any.
@@ -321,6 +346,14 @@ class SimCLRAugment(Draws):
                 f"{COLUMN['blur']} asks for a blur, got {float(p.sigma[no_sigma][0])}"
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What casts the weights of a model casts the views that it is fed with.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        if dtype in _DTYPES:
+            self.dtype = dtype
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # torch.save pickles by protocol 2, which knows no torch.memory_format.
         return {**super().__getstate__(), "memory_format": str(self.memory_format)}
@@ -342,15 +375,10 @@ def _check_images(images: Images) -> Tensor:
     """Return the batch, or the first of the images, if they can be augmented, else raise."""
     if isinstance(images, Tensor):
         return functional.check_images(images, channels=3)
-    if not isinstance(images, Sequence) or not images:
-        raise TypeError(
-            f"images must be a tensor or a non-empty list of tensors, got {type(images).__name__}; "
-            "PIL images become tensors by torchvision.transforms.functional.pil_to_tensor"
-        )
     for image in images:
         if not isinstance(image, Tensor) or image.ndim != 3:
             got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"images in a list must be tensors (3, H, W), got {got}")
+            raise ValueError(f"images in a list must be one image each, (3, H, W), got {got}")
         functional.check_images(image[None], channels=3)
         if image.dtype != images[0].dtype or image.device != images[0].device:
             raise ValueError(
@@ -363,8 +391,10 @@ def _check_images(images: Images) -> Tensor:
 def _check_range(images: Images) -> None:
     for part in (images,) if isinstance(images, Tensor) else images:
         if part.is_floating_point() and part.numel():
-            low, high = part.aminmax()
-            if not (low >= 0 and high <= 1):
+            low, high = (end.item() for end in part.detach().aminmax())
+            if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
                 raise ValueError(
-                    f"images must lie in [0, 1], got values from {low.item()} to {high.item()}"
+                    f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}: divide "
+                    "0...255 by 255, leave it to normalize= to normalize views, clamp(0, 1) what a "
+                    "bicubic resize has left; check_values=False lets them pass"
                 )

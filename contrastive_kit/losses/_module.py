@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from contrastive_kit._checks import check_flag
 from contrastive_kit.losses._gathered import own_parameters
-from contrastive_kit.losses._options import Options, check_options
+from contrastive_kit.losses._options import Options, Reduction, Variant, check_options
+from contrastive_kit.ops import BackendName
 
 # The bounds of a learnable temperature. Below the one of CLIP training becomes unstable. Far above
 # the other the logits, and with them the gradient that could bring the temperature back, vanish.
@@ -23,7 +24,8 @@ class LossModule(nn.Module):
     A learnable temperature is the parameter ``logit_scale`` = log(1 / temperature). Each call
     brings it back into [-log(100), log(100)]: the upper bound is that of CLIP, the lower one keeps
     a gradient that it can come back by. With ``gather_distributed`` its gradient is averaged over
-    processes, whether or not the loss is inside a ``DistributedDataParallel``.
+    processes, whether or not the loss is inside a ``DistributedDataParallel``. ``fully_shard``
+    takes no 0-dim parameter: ``fully_shard(model, ignored_params=set(loss_fn.parameters()))``.
 
     Args:
         temperature: τ > 0; the initial one, from ``smallest`` to 100, if it is learnable.
@@ -36,14 +38,14 @@ class LossModule(nn.Module):
 
     decoupled: bool
     symmetric: bool
-    variant: str
+    variant: Variant
     balance_positives: bool
     label_smoothing: float
     hardness: float
-    reduction: str
+    reduction: Reduction
     gather_distributed: bool
     process_group: "torch.distributed.ProcessGroup | None"
-    backend: str
+    backend: BackendName
 
     def __init__(
         self,
@@ -106,6 +108,12 @@ class LossModule(nn.Module):
 
         An exported program keeps to the bounds, but writes to no parameter of its own.
         """
+        if type(self.logit_scale).__name__ == "DTensor":
+            raise RuntimeError(
+                "logit_scale must be whole on each process, got a shard of it: leave the "
+                "parameters of the loss out, "
+                "fully_shard(model, ignored_params=set(loss_fn.parameters()))"
+            )
         if self.logit_scale is not None and not torch.compiler.is_exporting():
             self.logit_scale.clamp_(_SMALLEST_LOGIT_SCALE, self._largest_logit_scale)
 

@@ -1,7 +1,7 @@
 """The options that losses share: named, checked and compared in one place."""
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from contrastive_kit._checks import (
     check_temperature,
 )
 from contrastive_kit._dtypes import compute_dtype
-from contrastive_kit.ops import check_backend
+from contrastive_kit.ops import BackendName, check_backend
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 # Named here, because torch 2.9 cannot compile a function inside another that spells them out.
 Scalar = float | Tensor
 
-REDUCTIONS = ("mean", "sum", "none")
-VARIANTS = ("out", "in", "pairwise")
+Reduction = Literal["mean", "sum", "none"]
+Variant = Literal["out", "in", "pairwise"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+VARIANTS: tuple[str, ...] = get_args(Variant)
 
 
 class Options(NamedTuple):
@@ -45,15 +47,15 @@ class Options(NamedTuple):
 
     decoupled: bool = False
     symmetric: bool = False
-    variant: str = "out"
+    variant: Variant = "out"
     balance_positives: bool = False
     teacher_temperature: float = 0.04
     label_smoothing: float = 0.0
     hardness: float = 0.0
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     gather_distributed: bool = False
     process_group: "ProcessGroup | None" = None
-    backend: str = "auto"
+    backend: BackendName = "auto"
 
     def of_the_loss(self) -> "Options":
         """What decides the value for given candidates, with the others at their defaults."""

@@ -8,19 +8,24 @@ from typing import TypedDict
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from contrastive_kit.losses._options import Reduction, Variant
+from contrastive_kit.ops import BackendName
+
 
 class LossKeywords(TypedDict, total=False):
     """What all losses take."""
 
     temperature: float | Tensor
     sample_weight: Tensor | None
-    reduction: str
+    reduction: Reduction
     gather_distributed: bool
     process_group: ProcessGroup | None
-    backend: str
+    backend: BackendName
 
 
 class _CrossEntropyKeywords(LossKeywords, total=False):
+    """What losses with a softmax take."""
+
     ids: Tensor | None
     label_smoothing: float
     hardness: float
@@ -44,7 +49,7 @@ class SupConKeywords(LossKeywords, total=False):
     keys: Tensor | None
     key_labels: Tensor | None
     symmetric: bool
-    variant: str
+    variant: Variant
 
 
 class SigLIPKeywords(LossKeywords, total=False):

@@ -17,8 +17,8 @@ from contrastive_kit.distributed import checked, gather_rows, row_counts
 from contrastive_kit.losses._common import check_sample_weight, logit_bound, reduce
 from contrastive_kit.losses._gathered import gather_batch, settings_of, several_processes
 from contrastive_kit.losses._module import LossModule
-from contrastive_kit.losses._options import CheckedOptions, Options, check_options
-from contrastive_kit.ops import Problem, logsumexp_for, mma_dtype, scaled_unit_rows
+from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
+from contrastive_kit.ops import BackendName, Problem, logsumexp_for, mma_dtype, scaled_unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,10 +38,10 @@ def similarity_distillation(
     teacher_temperature: float = 0.04,
     symmetric: bool = False,
     sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     r"""Cross entropy against the distribution that a teacher has over the same candidates.
 
@@ -89,7 +89,8 @@ def similarity_distillation(
             ``sample_weight`` with ``symmetric``, a temperature that is not positive and finite, an
             unknown ``reduction`` or ``backend``; on every process, if one of them raises, or they
             differ in options, or in embeddings but for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -313,10 +314,10 @@ class SimilarityDistillation(LossModule):
         *,
         symmetric: bool = False,
         learnable_temperature: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(
             temperature,

@@ -31,9 +31,10 @@ from contrastive_kit.losses._gathered import (
 )
 from contrastive_kit.losses._module import LossModule
 from contrastive_kit.losses._negatives import Found, check_own_keys, per_query_logsumexp, totals_of
-from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     LogitStatistics,
     Problem,
@@ -87,11 +88,11 @@ def info_nce(
     sample_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""InfoNCE: cross entropy of finding the key of each query among negatives.
 
@@ -151,7 +152,8 @@ def info_nce(
             is not positive and finite, an option out of its range, ``label_smoothing`` with
             ``hardness``, an unknown ``reduction`` or ``backend``; on every process, if one of them
             raises, or they differ in options, or in embeddings but for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -339,6 +341,7 @@ class InfoNCE(LossModule):
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
+            ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``hardness``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.
@@ -369,10 +372,10 @@ class InfoNCE(LossModule):
         learnable_temperature: bool = False,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(
             temperature,

@@ -29,9 +29,10 @@ from contrastive_kit.losses._gathered import (
 )
 from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._module import LossModule
-from contrastive_kit.losses._options import CheckedOptions, Options, check_options
+from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     Problem,
     logsumexp_for,
@@ -81,11 +82,11 @@ def nt_xent(
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""NT-Xent, the normalised temperature-scaled cross entropy of SimCLR.
 
@@ -146,7 +147,8 @@ def nt_xent(
             next to one it cannot be combined with, an unknown ``reduction`` or ``backend``; on
             every process, if one of them raises, or they differ in options, or in embeddings but
             for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -271,6 +273,7 @@ class NTXent(LossModule):
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
+            ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         decoupled: leave the positives out of the denominator.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
             ``decoupled`` or ``hardness``.
@@ -304,10 +307,10 @@ class NTXent(LossModule):
         decoupled: bool = False,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(
             temperature,

@@ -35,9 +35,10 @@ from contrastive_kit.losses._module import (
     LossModule,
     at_least_float32,
 )
-from contrastive_kit.losses._options import Options, Scalar, check_options
+from contrastive_kit.losses._options import Options, Reduction, Scalar, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     Problem,
     kept_softplus_sum,
@@ -88,11 +89,11 @@ def siglip(
     z2_labels: Tensor | None = None,
     balance_positives: bool = False,
     sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""The sigmoid loss of SigLIP: is this pair a match, asked of every pair of a batch.
 
@@ -152,7 +153,8 @@ def siglip(
             ``ids``, ``z2_labels`` or ``balance_positives`` without ``labels``, an unknown
             ``reduction`` or ``backend``; on every process, if one of them raises, or they differ
             in embeddings or options.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -339,10 +341,10 @@ class SigLIP(LossModule):
         *,
         max_scale: float = 1000.0,
         balance_positives: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         if isinstance(temperature, Tensor) or isinstance(logit_bias, Tensor):
             raise TypeError(
@@ -367,7 +369,7 @@ class SigLIP(LossModule):
             backend=backend,
         )
         self.max_scale = max_scale
-        self.logit_bias = nn.Parameter(torch.tensor(bias))
+        self.logit_bias: nn.Parameter = nn.Parameter(torch.tensor(bias))
 
     @overload
     def forward(

@@ -42,9 +42,17 @@ from contrastive_kit.losses._multi_hot import (
     check_of_multi_hot,
     sup_con_of_multi_hot,
 )
-from contrastive_kit.losses._options import CheckedOptions, Options, Scalar, check_options
+from contrastive_kit.losses._options import (
+    CheckedOptions,
+    Options,
+    Reduction,
+    Scalar,
+    Variant,
+    check_options,
+)
 from contrastive_kit.losses._stats import ContrastiveStats
 from contrastive_kit.ops import (
+    BackendName,
     Exclusion,
     Problem,
     logsumexp_for,
@@ -83,18 +91,18 @@ def sup_con(
 ) -> LossOutput: ...
 def sup_con(
     *views: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     keys: Tensor | None = None,
     key_labels: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    variant: str = "out",
+    variant: Variant = "out",
     symmetric: bool = False,
     sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     r"""SupCon, the supervised contrastive loss, in three variants, on one side or across two.
 
@@ -170,7 +178,8 @@ def sup_con(
             positive and finite, an unknown ``variant``, ``reduction`` or ``backend``; on every
             process, if one of them raises, or they differ in options, or in embeddings but for
             their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group; under
+        RuntimeError: for ``gather_distributed`` without an initialised process group where
+            ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
@@ -211,15 +220,14 @@ def sup_con(
         process_group=process_group,
         backend=backend,
     )
+    labels = _given(labels, views)
     gather = several_processes(gather_distributed, process_group)
 
     def check() -> CheckedOptions:
         if not views:
             raise ValueError("views must be at least one tensor of shape (N, D), got none")
         for i, view in enumerate(views):
-            check_embeddings(f"views[{i}]", view)
-            check_alike(f"views[{i}]", view, "views[0]", views[0])
-            check_reverse_mode(f"views[{i}]", view)
+            _check_view(f"views[{i}]", view, views[0])
         n = views[0].shape[0]
         if keys is None and n < 2 and not gather:
             raise ValueError(
@@ -283,6 +291,17 @@ def sup_con(
     return loss, label_statistics(batch, n_positives, logsumexp, temperature)
 
 
+def _given(labels: Tensor | None, views: tuple[Tensor, ...]) -> Tensor:
+    """The labels, or an error that writes the call as it must be."""
+    if labels is not None:
+        return labels
+    last = views[-1] if views else None
+    if len(views) > 1 and isinstance(last, Tensor) and not last.is_floating_point():
+        first = "*features.unbind(1)" if views[0].ndim == 3 else "z1, z2"
+        raise TypeError(f"labels must be given by name: pass ({first}, labels=labels)")
+    raise TypeError("labels must be an integer tensor of shape (N,), got None; without: nt_xent")
+
+
 def _gathered(
     views: tuple[Tensor, ...],
     rows: Tensor,
@@ -306,6 +325,17 @@ def _gathered(
     if everything.sample_weight is not None:
         anchors = anchors * everything.sample_weight
     return LabelledBatch.among(rows, everything), anchors.sum() / everything.n_processes
+
+
+def _check_view(name: str, view: Tensor, first: Tensor) -> None:
+    if isinstance(view, Tensor) and not view.is_nested and view.ndim == 3:
+        raise ValueError(
+            f"{name} must have shape (N, D), got {tuple(view.shape)}; features (N, V, D), as "
+            "SupContrast has them, are passed as (*features.unbind(1), labels=labels)"
+        )
+    check_embeddings(name, view)
+    check_alike(name, view, "views[0]", first)
+    check_reverse_mode(name, view)
 
 
 def _check_keys(
@@ -352,7 +382,8 @@ class SupCon(LossModule):
         temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
-            decay.
+            decay. With ``gather_distributed`` its gradient is averaged over processes.
+            ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         variant: "out", "in" or "pairwise".
         symmetric: average with the loss of keys against views; calls then need ``keys``.
         reduction: "mean", "sum" or "none".
@@ -378,12 +409,12 @@ class SupCon(LossModule):
         temperature: float = 0.1,
         *,
         learnable_temperature: bool = False,
-        variant: str = "out",
+        variant: Variant = "out",
         symmetric: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(
             temperature,
@@ -429,7 +460,7 @@ class SupCon(LossModule):
     def forward(
         self,
         *views: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         keys: Tensor | None = None,
         key_labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
@@ -439,7 +470,7 @@ class SupCon(LossModule):
         self._limit_logit_scale()
         return sup_con(
             *views,
-            labels=labels,
+            labels=_given(labels, views),
             keys=keys,
             key_labels=key_labels,
             temperature=self.temperature,

@@ -1,7 +1,7 @@
 """The backends: one table of what each computes and why it refuses, and the choice among them."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from contrastive_kit.ops import tiled, triton
 from contrastive_kit.ops.problem import Problem
 from contrastive_kit.ops.registered import LogSumExp, SoftplusSum
 from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
+
+# What a caller may name: "auto" and the keys of BACKENDS.
+BackendName = Literal["auto", "triton", "tiled", "reference"]
 
 # Mean NT-Xent of two views (N, D) at a temperature, or None where it takes no such views.
 PairLoss = Callable[[Tensor, Tensor, float], Tensor | None]
@@ -50,7 +53,9 @@ class BackendChoice(NamedTuple):
     refusals: dict[str, str]
 
 
-def which_backend(q: Tensor, k: Tensor | None = None, *, backend: str = "auto") -> BackendChoice:
+def which_backend(
+    q: Tensor, k: Tensor | None = None, *, backend: BackendName = "auto"
+) -> BackendChoice:
     """Tell which backend a loss would use for these embeddings, and why not the others.
 
     That is for its logsumexp. ``SigLIP`` needs sums of softplus, and the variants "in" and
@@ -95,7 +100,7 @@ def softplus_sum_for(problem: Problem, backend: str) -> SoftplusSum:
 
 def pair_loss_for(z1: Tensor, z2: Tensor, backend: str) -> PairLoss | None:
     """The whole pair loss of the backend whose logsumexp runs on two views, if it has one."""
-    return BACKENDS[which_backend(z1, z2, backend=backend).name].pair_loss
+    return BACKENDS[_choose(Problem(z1, z2), "logsumexp", backend).name].pair_loss
 
 
 def check_backend(backend: str, primitive: str = "logsumexp") -> None:

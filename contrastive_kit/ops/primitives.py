@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kit._checks import check_device
-from contrastive_kit.ops.backends import logsumexp_for, softplus_sum_for
+from contrastive_kit.ops.backends import BackendName, logsumexp_for, softplus_sum_for
 from contrastive_kit.ops.problem import Exclusion, checked_problem
 from contrastive_kit.ops.statistics import LogitStatistics
 
@@ -18,7 +18,7 @@ def kept_logsumexp(
     bound: float = torch.inf,
     statistics: bool = False,
     mma_dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, LogitStatistics | None]:
     """Logsumexp over the kept entries of each row of the logits ``q @ k.T``, equation (2).
 
@@ -71,7 +71,7 @@ def kept_softplus_sum(
     bias: float | Tensor = 0.0,
     *,
     exclusion: Exclusion = Exclusion(),  # noqa: B008  an immutable tuple
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Sum of softplus over the kept entries of each row of ``q @ k.T + bias``, equation (18).
 

@@ -45,7 +45,7 @@ def large_blocks(monkeypatch):
 
 
 def allow_runtime_bounds(monkeypatch):
-    """Triton 3.5 and 3.6 turn loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
+    """Triton 3.5 and 3.6 make ints of loop bounds, arrays of one element, as NumPy 2.4 forbids."""
     import numpy as np
     from triton.runtime import interpreter
 

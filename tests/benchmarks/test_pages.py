@@ -1,4 +1,4 @@
-"""What is published is what was measured: the pages and the README from the committed results."""
+"""What is published is what was measured: pages and documents from the committed results."""
 
 import json
 
@@ -8,7 +8,7 @@ from jinja2 import UndefinedError
 from benchmarks import readme
 from benchmarks.__main__ import FILES, main, parse
 from benchmarks.claims.plan import SCALES
-from benchmarks.harness.machine import REPOSITORY, RESULTS
+from benchmarks.harness.machine import RESULTS
 from benchmarks.harness.report import not_measured, page
 
 COMMITTED = [
@@ -34,9 +34,24 @@ def test_a_committed_page_is_that_of_its_results(again, name):
     assert (again / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
-def test_the_readme_shows_the_committed_figures():
-    text = (REPOSITORY / "README.md").read_text()
-    assert readme.numbers() in text
+def test_the_documents_show_the_committed_figures():
+    assert readme.numbers() in readme.PAGE.read_text()
+
+
+def test_the_chart_of_the_readme_has_the_committed_figures(tmp_path, monkeypatch):
+    curves = readme.curves()
+    results = json.loads((RESULTS / "loss_cpu.json").read_text())["cases"]
+    (case,) = (c for c in results if c["case"].get("n") == 8192 and c.get("memory"))
+    for arm in ("contrastive-kit", "eager", "lightly"):
+        sizes = [n for n, _ in curves[arm]["ms"]]
+        assert sizes == sorted(set(sizes))
+        time = case["times"]["forward+backward"]["milliseconds"][arm]["median"]
+        assert curves[arm]["ms"][-1] == (8192, time)
+        assert curves[arm]["MiB"][-1] == (8192, case["memory"][arm]["extra_mib"])
+    assert readme.CHART.is_file()
+    monkeypatch.setattr(readme, "CHART", tmp_path / "chart.png")
+    readme.draw()
+    assert readme.CHART.stat().st_size > 10_000
 
 
 def flat(value):

@@ -216,7 +216,8 @@ def test_processes_that_disagree_all_raise(several):
     several.run(check_disagreement)
 
 
-def test_without_a_process_group_the_call_says_so():
+def test_several_processes_without_a_group_are_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     z = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="init_process_group"):
         siglip(z, z, gather_distributed=True)

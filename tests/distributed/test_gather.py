@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from worlds import TIME_OUT, Failed
 
+from contrastive_kit import InfoNCE, NTXent, SigLIP, SupCon
 from contrastive_kit.distributed import (
     average_gradient,
     checked,
@@ -353,12 +354,35 @@ def test_a_check_can_fail(several):
 
 
 class TestWithoutProcessGroup:
-    def test_it_says_what_to_do(self):
+    def test_several_processes_are_told_what_to_do(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
         for call in (rank_and_size, lambda: gather_rows(torch.ones(2, 2))):
-            with pytest.raises(RuntimeError, match=r"torchrun and call .*init_process_group\(\)"):
+            with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2.*init_process_group\(\)"):
                 call()
 
+    @pytest.mark.parametrize("world_size", [None, "1"])
+    @pytest.mark.parametrize("available", [True, False])
+    def test_one_process_has_nothing_to_gather(self, monkeypatch, world_size, available):
+        if world_size is None:
+            monkeypatch.delenv("WORLD_SIZE", raising=False)
+        else:
+            monkeypatch.setenv("WORLD_SIZE", world_size)
+        if not available:
+            monkeypatch.setattr(dist, "is_available", lambda: False)
+        x = torch.randn(3, 2)
+        assert rank_and_size() == (0, 1)
+        assert gather_rows(x) is x
+
+    @pytest.mark.parametrize("loss", [NTXent, InfoNCE, SupCon, SigLIP])
+    def test_the_loss_of_one_process_is_the_plain_loss(self, monkeypatch, loss):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        z1, z2 = torch.randn(2, 5, 3)
+        more = {"labels": torch.arange(5) // 2} if loss is SupCon else {}
+        gathered = loss(gather_distributed=True)(z1, z2, **more)
+        assert torch.equal(gathered, loss()(z1, z2, **more))
+
     def test_it_says_so_where_torch_has_no_distributed(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(dist, "is_available", lambda: False)
         with pytest.raises(RuntimeError, match="which this build of torch lacks"):
             rank_and_size()

@@ -240,6 +240,34 @@ def test_parameters_under_fully_shard(several, name):
     several.run(check_fsdp, name)
 
 
+def check_fsdp_of_everything(rank, size, name):
+    """The line of the documents, for a model that holds its loss."""
+    step, views, options, _, expected = training_problem(rank, size, name, True, torch.float64)
+    mesh = init_device_mesh("cpu", (size,))
+    fully_shard(step, mesh=mesh, ignored_params=set(step.loss.parameters()))
+    step(views, **options).backward()
+    assert_gradients(step.named_parameters(), expected, torch.float64)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_fully_shard_of_a_model_that_holds_the_loss(pair, name):
+    pair.run(check_fsdp_of_everything, name)
+
+
+def check_sharded_scale(rank, size):
+    """What torch proposes, a scale of one dimension, ends in an error that writes the line."""
+    loss_fn = NTXent(learnable_temperature=True)
+    loss_fn.logit_scale = torch.nn.Parameter(loss_fn.logit_scale.detach().view(1))
+    fully_shard(loss_fn, mesh=init_device_mesh("cpu", (size,)))
+    z = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match=r"ignored_params=set\(loss_fn.parameters\(\)\)"):
+        NTXent.forward(loss_fn, z, z)
+
+
+def test_a_sharded_scale_is_refused(pair):
+    pair.run(check_sharded_scale)
+
+
 def check_without_gathering(rank, size):
     """The oracle of these tests tells a wrong gradient from a right one."""
     step, views, options, _, expected = training_problem(rank, size, "clip", False, torch.float64)
@@ -525,12 +553,13 @@ def test_ids_of_any_width(pair, dtype):
     pair.run(check_narrow_ids, dtype)
 
 
-def test_options_that_make_no_sense():
+def test_options_that_make_no_sense(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     z = torch.randn(4, 3)
     for call in (nt_xent, info_nce):
         with pytest.raises(ValueError, match="process_group is used only with gather_distributed"):
             call(z, z, process_group=object())
-        with pytest.raises(RuntimeError, match=r"torchrun .*init_process_group\(\)"):
+        with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2.*init_process_group\(\)"):
             call(z, z, gather_distributed=True)
     for module in (NTXent, InfoNCE):
         with pytest.raises(ValueError, match="process_group is used only with gather_distributed"):

@@ -1,5 +1,7 @@
 """The queue of a training job: one and the same on every process."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -165,3 +167,23 @@ def check_refusals(rank, size):
 
 def test_keys_that_one_process_refuses_are_refused_on_all(several):
     several.run(check_refusals)
+
+
+def check_warning(rank, size, gather, broadcast):
+    """Inside DDP only a queue that gathers, or that nobody overwrites, is right."""
+    model = DistributedDataParallel(
+        MoCo(4, NegativeQueue(4, 8, gather_distributed=gather)), broadcast_buffers=broadcast
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.randn(2, 5)).sum().backward()
+    said = [str(w.message) for w in caught if "NegativeQueue" in str(w.message)]
+    assert len(said) == (broadcast and not gather)
+    assert all("gather_distributed=True, or broadcast_buffers=False" in text for text in said)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("gather", [True, False])
+def test_a_queue_that_ddp_overwrites_says_so(pair, gather, broadcast):
+    pair.run(check_warning, gather, broadcast)

@@ -154,7 +154,20 @@ LABELS = torch.arange(4) // 2
         ((Z,), {"labels": LABELS.double()}, TypeError, "labels must hold integers"),
         ((Z, Z), {"labels": LABELS.repeat(2)}, ValueError, r"labels must have shape \(4,\)"),
         ((Z,), {"labels": None}, TypeError, "labels must be an integer tensor .* got None"),
-        ((Z,), {}, TypeError, "missing .*'labels'"),
+        ((Z,), {}, TypeError, "labels must be an integer tensor .* got None; without: nt_xent"),
+        ((Z, LABELS), {}, TypeError, r"given by name: pass \(z1, z2, labels=labels\)"),
+        (
+            (Z[:, None], LABELS),
+            {},
+            TypeError,
+            r"given by name: pass \(\*features.unbind\(1\), labels=labels\)",
+        ),
+        (
+            (torch.stack([Z, Z], 1),),
+            {"labels": LABELS},
+            ValueError,
+            r"got \(4, 2, 3\); features .* passed as \(\*features.unbind\(1\), labels=labels\)",
+        ),
         ((Z,), {"labels": LABELS, "variant": "L_in"}, ValueError, "variant must be .*got 'L_in'"),
         ((Z,), {"labels": LABELS, "temperature": 0.0}, ValueError, "temperature must be"),
         (
@@ -221,6 +234,15 @@ def test_siglip(args, options, error, message):
 def test_siglip_checks_when_it_is_made(options, error, message):
     with pytest.raises(error, match=message):
         SigLIP(**options)
+
+
+def test_the_line_that_the_error_for_features_writes_is_right():
+    features = torch.stack([Z, Z + 1], 1)
+    expected = sup_con(Z, Z + 1, labels=LABELS)
+    assert torch.equal(SupCon()(*features.unbind(1), labels=LABELS), expected)
+    for call in (lambda: SupCon()(features, LABELS), lambda: SupCon()(features, labels=LABELS)):
+        with pytest.raises((TypeError, ValueError), match=r"\*features.unbind\(1\), labels=labels"):
+            call()
 
 
 def test_supcon_checks_its_variant_when_it_is_made():

@@ -60,7 +60,7 @@ def right_interpreter():
 
 @pytest.fixture(autouse=True)
 def runtime_loop_bounds(monkeypatch):
-    """Triton 3.5 and 3.6 turn loop bounds, arrays of one element, into ints as NumPy 2.4 forbids."""
+    """Triton 3.5 and 3.6 make ints of loop bounds, arrays of one element, as NumPy 2.4 forbids."""
     if not INTERPRETED:
         return
     import numpy as np

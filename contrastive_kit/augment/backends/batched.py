@@ -49,7 +49,7 @@ def render(
     x = gated(jitter(x, p.order, factors, *modes), x, p.jitter)
     x = gated(gray(x).expand_as(x), x, p.grayscale)
     if recipe.taps:
-        radii = (recipe.taps // 2,) * 2
+        radii = (recipe.taps // 2, recipe.taps // 2)
         x = gated(blur(x, p.sigma.to(x.dtype), radii, recipe.blur_padding), x, p.blur)
     x = after_blur(x, p, recipe)
     if recipe.normalize is not None:

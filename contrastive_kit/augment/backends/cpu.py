@@ -7,7 +7,6 @@ order, so that the hue, the most expensive operation, is one call on a slice of 
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -43,8 +42,6 @@ _CROP_TOGETHER = 48 * 48
 # larger samples, in channels_last above all, is slower than one copy each.
 _JITTER_TOGETHER = 64 * 64
 _TINY = 1e-30
-# So many views of a call are looked at for values out of range: a look costs 2 % of a view.
-_LOOKED_AT = 4
 # What lies beyond 4.5 sigma weighs 7e-6: below the rounding that is promised.
 _BLUR_REACH = 4.5
 
@@ -135,8 +132,6 @@ def _render(images: Tensor | Sequence[Tensor], table: Tensor, recipe: Recipe, ou
             _crop_together(batch.index_select(0, index % len(batch)), own, x, recipe)
         else:
             _crop(images, part, own, x, recipe)
-        if floats and start < _LOOKED_AT:
-            _look_at(x[:_LOOKED_AT], recipe)
         _to_unit_range(x, floats, recipe)
         jittered = sum(row.p.jitter != 0 for row in part)
         if jittered and jitter_together:
@@ -156,19 +151,6 @@ def _to_unit_range(x: Tensor, floats: bool, recipe: Recipe) -> None:
         x.mul_(1 / 255)
     elif recipe.interpolation == "bicubic":
         x.clamp_(0, 1)
-
-
-def _look_at(x: Tensor, recipe: Recipe) -> None:
-    """Warn where crops leave [0, 1] further than rounding, or a bicubic's overshoot, takes them."""
-    low, high = (float(end) for end in x.aminmax())
-    slack = 0.5 if recipe.interpolation == "bicubic" else 1e-3
-    if not (low >= -slack and high <= 1 + slack):
-        warnings.warn(
-            "images hold floats outside [0, 1], or NaN: the color operations will clamp them. "
-            "Divide 0...255 by 255, and leave it to normalize= to normalize the views. "
-            "check_values=True makes this an error",
-            stacklevel=2,
-        )
 
 
 def _crop(

@@ -13,12 +13,35 @@ def check_images(images: object, channels: int | None = None) -> Tensor:
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     if images.ndim != 4 or 0 in images.shape[1:]:
-        raise ValueError(f"images must be (B, C, H, W) and not empty, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be (B, C, H, W) and not empty, got {tuple(images.shape)}"
+            f"{_OF_OTHER_DIMENSIONS.get(images.ndim, '')}"
+        )
     if not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
+        raise TypeError(
+            f"images must be uint8 or floating, got {images.dtype}; "
+            "images.to(torch.uint8) if they lie in 0...255"
+        )
     if channels is not None and images.shape[1] != channels:
-        raise ValueError(f"images must have {channels} channels, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images must have {channels} channels, got {tuple(images.shape)}"
+            f"{_of_other_channels(images.shape[1], images.shape[3])}"
+        )
     return images
+
+
+_OF_OTHER_DIMENSIONS = {
+    3: "; one image is a batch as images[None]",
+    5: "; the frames of videos (B, T, C, H, W) are a batch as images.flatten(0, 1)",
+}
+
+
+def _of_other_channels(count: int, last: int) -> str:
+    if last == 3:
+        return "; channels come before rows: images.permute(0, 3, 1, 2)"
+    if count == 1:
+        return "; gray images become RGB by images.expand(-1, 3, -1, -1)"
+    return "; images[:, :3] leaves the alpha channel out" if count == 4 else ""
 
 
 def widen(images: Tensor) -> Tensor:

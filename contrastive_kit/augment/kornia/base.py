@@ -85,9 +85,8 @@ class _AugmentationMixin:
         if self.gated:
             p = to_probability("p", p)
             options = f"{options}, p={p}" if options else f"p={p}"
-        super().__init__(  # type: ignore[call-arg]
-            p=1.0, p_batch=1.0, same_on_batch=same_on_batch, keepdim=keepdim
-        )
+        of_kornia = {"p": 1.0, "p_batch": 1.0, "same_on_batch": same_on_batch, "keepdim": keepdim}
+        super().__init__(**of_kornia)
         self._param_generator = Draw(self.gated + columns, self._from_uniforms, generator)
         self._options = options
         self.probability = p

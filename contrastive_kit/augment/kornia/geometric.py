@@ -35,7 +35,7 @@ class Cropping(Geometric):
 
     def keep_flags(self, size: tuple[int, int], interpolation: str, antialias: bool) -> None:
         """Keep what the samples share where Kornia's containers look for it."""
-        self.flags = {
+        self.flags: dict[str, Any] = {
             "size": size,
             "resample": Resample.get(interpolation),
             "align_corners": False,
@@ -111,7 +111,7 @@ class RandomResizedCrop(Cropping):
         super().__init__(
             N_UNIFORMS, options, same_on_batch=same_on_batch, keepdim=keepdim, generator=generator
         )
-        self.recipe = Recipe(scale=scale, ratio=ratio)
+        self.recipe: Recipe = Recipe(scale=scale, ratio=ratio)
         self.keep_flags(shape, interpolation, antialias)
 
     def draw(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:

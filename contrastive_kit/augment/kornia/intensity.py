@@ -1,6 +1,8 @@
 """Modules for Kornia's pipelines that change colors or sharpness and move no pixel."""
 
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,8 +45,15 @@ class ColorJitter(Intensity):
         ColorJitter(brightness=(0.2, 1.8), contrast=(0.2, 1.8), saturation=(0.2, 1.8), hue=(-0.2, 0.2), p=0.8)
     """  # noqa: E501
 
-    operation = staticmethod(functional.color_jitter)
-    drawn = ("order", "brightness", "contrast", "saturation", "hue", "apply")
+    operation: ClassVar[Callable[..., Tensor]] = staticmethod(functional.color_jitter)
+    drawn: ClassVar[tuple[str, ...]] = (
+        "order",
+        "brightness",
+        "contrast",
+        "saturation",
+        "hue",
+        "apply",
+    )
 
     def __init__(
         self,
@@ -121,7 +130,7 @@ class RandomGrayscale(Intensity):
         tensor([0.2989, 0.2989, 0.2989])
     """
 
-    operation = staticmethod(functional.grayscale)
+    operation: ClassVar[Callable[..., Tensor]] = staticmethod(functional.grayscale)
 
     def __init__(
         self,
@@ -170,8 +179,8 @@ class GaussianBlur(Intensity):
         True
     """
 
-    operation = staticmethod(functional.gaussian_blur)
-    drawn = ("sigma", "apply")
+    operation: ClassVar[Callable[..., Tensor]] = staticmethod(functional.gaussian_blur)
+    drawn: ClassVar[tuple[str, ...]] = ("sigma", "apply")
 
     def __init__(
         self,
@@ -198,7 +207,7 @@ class GaussianBlur(Intensity):
             generator=generator,
         )
         self.sigma = ends
-        self.flags = {"kernel_size": kernel_size}
+        self.flags: dict[str, Any] = {"kernel_size": kernel_size}
 
     def draw(self, uniforms: Tensor, shape: tuple[int, ...]) -> Params:
         """The widths."""
@@ -231,7 +240,7 @@ class RandomSolarize(Intensity):
         tensor([[[[0.2500, 0.2500]]]])
     """
 
-    operation = staticmethod(functional.solarize)
+    operation: ClassVar[Callable[..., Tensor]] = staticmethod(functional.solarize)
 
     def __init__(
         self,
@@ -253,4 +262,4 @@ class RandomSolarize(Intensity):
             keepdim=keepdim,
             generator=generator,
         )
-        self.flags = {"threshold": threshold}
+        self.flags: dict[str, Any] = {"threshold": threshold}

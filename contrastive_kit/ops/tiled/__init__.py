@@ -1,9 +1,16 @@
 """Backend ``tiled``: the logits one tile at a time, in plain torch, on any device."""
 
-from contrastive_kit.ops.registered import register_logsumexp, register_softplus_sum
+from contrastive_kit.ops.registered import (
+    LogSumExp,
+    SoftplusSum,
+    register_logsumexp,
+    register_softplus_sum,
+)
 from contrastive_kit.ops.tiled import logsumexp as _logsumexp
 from contrastive_kit.ops.tiled import softplus as _softplus
 from contrastive_kit.ops.tiled.tiles import new_tiles
 
-logsumexp = register_logsumexp("tiled", _logsumexp.forward, _logsumexp.backward, new_tiles)
-softplus_sum = register_softplus_sum("tiled", _softplus.forward, _softplus.backward)
+logsumexp: LogSumExp = register_logsumexp(
+    "tiled", _logsumexp.forward, _logsumexp.backward, new_tiles
+)
+softplus_sum: SoftplusSum = register_softplus_sum("tiled", _softplus.forward, _softplus.backward)
