@@ -44,15 +44,29 @@ def info_nce(
     temperature: float | Tensor,
     ids: Tensor,
     *,
+    negatives: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
 ) -> Tensor:
-    """InfoNCE within a batch, equation (9): row i against every key with another id, (N,)."""
+    """InfoNCE within a batch, equation (9): row i against every key with another id, (N,).
+
+    By equation (21) also against ``negatives``, (K, D) or (N, K, D), with another id, against the
+    other queries, and its key against the other keys, if asked for.
+    """
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-    logits = query @ key.T / temperature
-    positive_logits = logits.diagonal()[:, None]
-    negative_logits = logits.masked_fill(ids[:, None] == ids[None, :], -torch.inf)
-    return _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
+    pairs = [(query, key)] + [(query, query)] * query_negatives + [(key, key)] * key_negatives
+    same_id = ids[:, None] == ids[None, :]
+    logits = [(a @ b.T / temperature).masked_fill(same_id, -torch.inf) for a, b in pairs]
+    if negatives is not None:
+        more = (query[:, None] * F.normalize(negatives, dim=-1)).sum(2) / temperature
+        if negative_ids is not None:
+            more = more.masked_fill(ids[:, None] == negative_ids, -torch.inf)
+        logits.append(more)
+    positive_logits = (query * key).sum(1, keepdim=True) / temperature
+    return _cross_entropy(positive_logits, torch.cat(logits, 1), label_smoothing, hardness)
 
 
 def info_nce_with_negatives(

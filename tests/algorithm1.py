@@ -34,22 +34,51 @@ def nt_xent(views, temperature, ids=None, decoupled=False, label_smoothing=0.0, 
     return losses
 
 
-def info_nce(query, key, temperature, negatives=None, ids=None, label_smoothing=0.0, hardness=0.0):
-    """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D)."""
+def info_nce(
+    query,
+    key,
+    temperature,
+    negatives=None,
+    ids=None,
+    label_smoothing=0.0,
+    hardness=0.0,
+    in_batch=None,
+    negative_ids=None,
+    query_negatives=False,
+    key_negatives=False,
+):
+    """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D).
+
+    The other pairs of the batch are negatives without ``negatives``, or as ``in_batch`` says.
+    """
     query, key = np.asarray(query, dtype=np.float64), np.asarray(key, dtype=np.float64)
     n = len(query)
     ids = list(range(n)) if ids is None else [int(i) for i in ids]
+    in_batch = negatives is None if in_batch is None else in_batch
     losses = np.zeros(n)
     for i in range(n):
-        if negatives is None:
-            candidates = [key[j] for j in range(n) if ids[j] != ids[i]]
-        else:
+        pairs = []
+        for j in range(n):
+            if ids[j] == ids[i]:
+                continue
+            if in_batch:
+                pairs.append((query[i], key[j]))
+            if query_negatives:
+                pairs.append((query[i], query[j]))
+            if key_negatives:
+                pairs.append((key[i], key[j]))
+        if negatives is not None:
             mine = np.asarray(negatives, dtype=np.float64)
-            candidates = list(mine if mine.ndim == 2 else mine[i])
-        if not candidates:
+            mine = mine if mine.ndim == 2 else mine[i]
+            their_ids = [None] * len(mine)
+            if negative_ids is not None:
+                their_ids = np.asarray(negative_ids)
+                their_ids = their_ids if their_ids.ndim == 1 else their_ids[i]
+            pairs += [(query[i], c) for c, k in zip(mine, their_ids, strict=True) if k != ids[i]]
+        if not pairs:
             continue
         positive = _cosine(query[i], key[i]) / temperature
-        others = [_cosine(query[i], c) / temperature for c in candidates]
+        others = [_cosine(a, b) / temperature for a, b in pairs]
         losses[i] = _loss([positive], others, False, label_smoothing, hardness)
     return losses
 

@@ -36,6 +36,9 @@ class LossModule(nn.Module):
 
     decoupled: bool
     symmetric: bool
+    in_batch_negatives: bool | None
+    query_negatives: bool
+    key_negatives: bool
     variant: str
     label_smoothing: float
     hardness: float

@@ -32,6 +32,10 @@ class Options(NamedTuple):
     Attributes:
         decoupled: leave the positives out of the denominator, equation (11).
         symmetric: average with the loss of keys against queries.
+        in_batch_negatives: compare with the other pairs of the batch; None where nothing else is
+            given.
+        query_negatives: compare queries with the other queries too.
+        key_negatives: compare keys with the other keys too.
         variant: "out" or "in", equations (15) and (16).
         label_smoothing: the part of the target spread over all candidates, equation (12).
         hardness: how much the most similar negatives are preferred, equation (13).
@@ -43,6 +47,9 @@ class Options(NamedTuple):
 
     decoupled: bool = False
     symmetric: bool = False
+    in_batch_negatives: bool | None = None
+    query_negatives: bool = False
+    key_negatives: bool = False
     variant: str = "out"
     label_smoothing: float = 0.0
     hardness: float = 0.0
@@ -92,6 +99,15 @@ def check_options(
     check_choice("variant", options.variant, VARIANTS)
     check_flag("decoupled", options.decoupled)
     check_flag("symmetric", options.symmetric)
+    if options.in_batch_negatives is not None:
+        check_flag("in_batch_negatives", options.in_batch_negatives)
+    for name in ("query_negatives", "key_negatives"):
+        check_flag(name, getattr(options, name))
+        if getattr(options, name) and options.in_batch_negatives is False:
+            raise ValueError(
+                f"{name}=True takes negatives from the batch, which in_batch_negatives=False "
+                "leaves out"
+            )
     check_gathering(options.gather_distributed, options.process_group)
     check_backend(options.backend, primitive)
     smoothing = _check_number("label_smoothing", options.label_smoothing, 1.0)

@@ -36,6 +36,10 @@ class InfoNCEKeywords(_CrossEntropyKeywords, total=False):
     """Those of ``info_nce``."""
 
     symmetric: bool
+    in_batch_negatives: bool | None
+    query_negatives: bool
+    key_negatives: bool
+    negative_ids: Tensor | None
 
 
 class SupConKeywords(LossKeywords, total=False):

@@ -14,27 +14,24 @@ from contrastive_kit._checks import (
 from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
+    anchor_losses,
     check_sample_weight,
     logit_bound,
     positive_pair_logits,
-    preferring_hard,
     reduce,
-    smoothed,
-    softmax_loss,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
     settings_of,
     several_processes,
 )
-from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._module import LossModule
+from contrastive_kit.losses._negatives import InTiles
 from contrastive_kit.losses._options import CheckedOptions, Options, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     Exclusion,
     Problem,
-    logsumexp_for,
     mma_dtype,
     pair_loss_for,
     scaled_unit_rows,
@@ -236,16 +233,8 @@ def nt_xent(
         statistics=return_stats,
         mma_dtype=mma_dtype(*views),
     )
-    logsumexp = preferring_hard(logsumexp_for(problem, backend), options.hardness)
-    negative_lse, statistics = logsumexp(problem)
-    per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
-    if options.label_smoothing:
-        candidates = rows if columns is None else columns
-        negative_total = (rows * kept_sums(rows.shape[0], candidates, exclusion)).sum(1)
-        counts = kept_counts(rows.shape[0], candidates.shape[0], exclusion, rows.device)
-        per_anchor = smoothed(
-            per_anchor, positive_logits, negative_total, counts, options.label_smoothing
-        )
+    negatives = InTiles(problem, backend)
+    per_anchor, statistics = anchor_losses(positive_logits, negatives, options, return_stats)
     loss = reduce(per_anchor.view(len(views), n), reduction, sample_weight, weight_per_process)
     if statistics is None:
         return loss
