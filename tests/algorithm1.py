@@ -13,7 +13,16 @@ def _cosine(a, b):
     return float(a @ b / lengths) if lengths else 0.0
 
 
-def nt_xent(views, temperature, ids=None, decoupled=False, label_smoothing=0.0, hardness=0.0):
+def nt_xent(
+    views,
+    temperature,
+    ids=None,
+    decoupled=False,
+    label_smoothing=0.0,
+    hardness=0.0,
+    positive_prior=0.0,
+    margin=0.0,
+):
     """Loss of every anchor, (V, N), of ``views`` (V, N, D)."""
     views = np.asarray(views, dtype=np.float64)
     n_views, n, _ = views.shape
@@ -30,7 +39,10 @@ def nt_xent(views, temperature, ids=None, decoupled=False, label_smoothing=0.0, 
             negatives = [s for (_, j), s in logits.items() if ids[j] != ids[i]]
             if not negatives:
                 continue
-            losses[v, i] = _loss(positives, negatives, decoupled, label_smoothing, hardness)
+            positives, negatives = _changed(
+                positives, negatives, temperature, hardness, positive_prior, margin
+            )
+            losses[v, i] = _loss(positives, negatives, decoupled, label_smoothing)
     return losses
 
 
@@ -46,6 +58,8 @@ def info_nce(
     negative_ids=None,
     query_negatives=False,
     key_negatives=False,
+    positive_prior=0.0,
+    margin=0.0,
 ):
     """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D).
 
@@ -79,7 +93,10 @@ def info_nce(
             continue
         positive = _cosine(query[i], key[i]) / temperature
         others = [_cosine(a, b) / temperature for a, b in pairs]
-        losses[i] = _loss([positive], others, False, label_smoothing, hardness)
+        positives, others = _changed(
+            [positive], others, temperature, hardness, positive_prior, margin
+        )
+        losses[i] = _loss(positives, others, False, label_smoothing)
     return losses
 
 
@@ -115,12 +132,22 @@ def siglip(z1, z2, temperature, bias, ids=None):
     return losses
 
 
-def _loss(positives, negatives, decoupled, label_smoothing, hardness):
-    """One anchor: cross entropy with a target over its candidates, written out."""
+def _changed(positives, negatives, temperature, hardness, positive_prior, margin):
+    """The logits of one anchor, as the options change them."""
     if hardness:
         importance = [math.exp(hardness * s) for s in negatives]
         mean = math.fsum(importance) / len(importance)
         negatives = [s + math.log(w / mean) for s, w in zip(negatives, importance, strict=True)]
+    if positive_prior:
+        n = len(negatives)
+        mean = math.fsum(math.exp(s) for s in positives) / len(positives)
+        total = math.fsum(math.exp(s) for s in negatives) - positive_prior * n * mean
+        negatives = [math.log(max(total / (1 - positive_prior), n * math.exp(-1 / temperature)))]
+    return [s - margin / temperature for s in positives], negatives
+
+
+def _loss(positives, negatives, decoupled, label_smoothing):
+    """One anchor: cross entropy with a target over its candidates, written out."""
     log_total = _log_sum_exp(negatives if decoupled else negatives + positives)
     n_candidates = len(positives) + len(negatives)
     target = [(1 - label_smoothing) / len(positives) + label_smoothing / n_candidates] * len(

@@ -42,6 +42,8 @@ class LossModule(nn.Module):
     variant: str
     label_smoothing: float
     hardness: float
+    positive_prior: float
+    margin: float
     reduction: str
     gather_distributed: bool
     process_group: "torch.distributed.ProcessGroup | None"

@@ -25,6 +25,14 @@ Scalar = float | Tensor
 REDUCTIONS = ("mean", "sum", "none")
 VARIANTS = ("out", "in")
 
+# The options that are numbers of at least 0, 0 being off, and the largest that each may be.
+LARGEST = {
+    "label_smoothing": 1.0,
+    "hardness": sys.float_info.max,
+    "positive_prior": 1.0,
+    "margin": 2.0,
+}
+
 
 class Options(NamedTuple):
     """What a loss is asked for beside its inputs; a loss without an option has its default.
@@ -39,6 +47,8 @@ class Options(NamedTuple):
         variant: "out" or "in", equations (15) and (16).
         label_smoothing: the part of the target spread over all candidates, equation (12).
         hardness: how much the most similar negatives are preferred, equation (13).
+        positive_prior: the expected share of positives among the negatives, equation (22).
+        margin: how far the cosine of a positive must be ahead, equation (23).
         reduction: "mean", "sum" or "none".
         gather_distributed: compare with the images of all processes.
         process_group: the processes to gather from; None for all of them.
@@ -53,6 +63,8 @@ class Options(NamedTuple):
     variant: str = "out"
     label_smoothing: float = 0.0
     hardness: float = 0.0
+    positive_prior: float = 0.0
+    margin: float = 0.0
     reduction: str = "mean"
     gather_distributed: bool = False
     process_group: "ProcessGroup | None" = None
@@ -110,8 +122,17 @@ def check_options(
             )
     check_gathering(options.gather_distributed, options.process_group)
     check_backend(options.backend, primitive)
-    smoothing = _check_number("label_smoothing", options.label_smoothing, 1.0)
-    beta = _check_number("hardness", options.hardness, sys.float_info.max)
+    numbers = {
+        name: _check_number(name, getattr(options, name), largest)
+        for name, largest in LARGEST.items()
+    }
+    options = options.changed_to(**numbers)
+    smoothing, beta = options.label_smoothing, options.hardness
+    prior, margin = options.positive_prior, options.margin
+    if prior == 1:
+        raise ValueError(
+            "positive_prior must be below 1, or all negatives would be taken for positives; got 1"
+        )
     if beta and z is not None and not isinstance(tau, Tensor):
         # The limit of check_temperature, for logits that are multiplied by 1 + hardness.
         largest = tau / torch.finfo(compute_dtype(z)).eps
@@ -125,17 +146,28 @@ def check_options(
             "label_smoothing and hardness cannot be combined: weighted negatives have no "
             f"probabilities to smooth; got {smoothing} and {beta}, set one to 0"
         )
+    if smoothing and prior:
+        raise ValueError(
+            "label_smoothing and positive_prior cannot be combined: corrected negatives have no "
+            f"probabilities to smooth; got {smoothing} and {prior}, set one to 0"
+        )
+    if margin and options.decoupled:
+        raise ValueError(
+            "margin needs decoupled=False: without the positives in its denominator it would only "
+            f"add a constant to the loss; got {margin}"
+        )
     if smoothing and options.decoupled:
         raise ValueError(
             "label_smoothing needs decoupled=False: without the positives in its denominator the "
             f"loss is no cross entropy; got {smoothing}"
         )
-    return tau, options.changed_to(label_smoothing=smoothing, hardness=beta)
+    return tau, options
 
 
 def _check_number(name: str, value: object, largest: float) -> float:
     number = check_number(name, value)
     if not 0 <= number <= largest:
-        bound = "a finite number of at least 0" if largest > 1 else "between 0 and 1"
+        endless = largest == sys.float_info.max
+        bound = "a finite number of at least 0" if endless else f"between 0 and {largest:g}"
         raise ValueError(f"{name} must be {bound}, got {number}")
     return number

@@ -24,6 +24,8 @@ class _CrossEntropyKeywords(LossKeywords, total=False):
     ids: Tensor | None
     label_smoothing: float
     hardness: float
+    positive_prior: float
+    margin: float
 
 
 class NTXentKeywords(_CrossEntropyKeywords, total=False):

@@ -97,6 +97,8 @@ def info_nce(
     sample_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
+    positive_prior: float = 0.0,
+    margin: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
@@ -143,13 +145,18 @@ def info_nce(
             negative of others. The sign is not checked.
         label_smoothing: the part of the target, in [0, 1], spread evenly over all candidates of a
             query, its key included: what ``torch.nn.functional.cross_entropy`` calls so. Not with
-            ``hardness``.
+            ``hardness`` or ``positive_prior``.
         hardness: β ≥ 0; each negative counts in proportion to e^(β·s), so that those most similar
-            to the query count most (arXiv 2010.04592, with τ⁺ = 0). Twice the cost.
+            to the query count most (arXiv 2010.04592; τ⁺ is ``positive_prior``). Twice the cost.
+        positive_prior: τ⁺ in [0, 1), the share of negatives that are expected to be positives in
+            truth, 1 / C for C balanced classes; what they add is taken out of the sum over the
+            negatives (debiased, arXiv 2007.00224). Not with ``label_smoothing``.
+        margin: m in [0, 2]; the cosine of a positive counts as less by m, so that it must be
+            ahead of the negatives by that.
         reduction: "mean" (over both directions if ``symmetric``), "sum", or "none" for the losses
             (N,), or (2, N) if ``symmetric``: queries first, then keys.
         return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``, of
-            the softmax without weights, smoothing or hardness. Over the queries of this process.
+            the softmax without weights and the options above. Over the queries of this process.
         gather_distributed: take the keys of all processes as negatives, and the queries too if
             ``symmetric``. Exact after ``DistributedDataParallel``, also for batches of different
             sizes: see ``nt_xent``, whose conventions these are. Shared ``negatives`` of all
@@ -208,6 +215,8 @@ def info_nce(
         key_negatives=key_negatives,
         label_smoothing=label_smoothing,
         hardness=hardness,
+        positive_prior=positive_prior,
+        margin=margin,
         reduction=reduction,
         gather_distributed=gather_distributed,
         process_group=process_group,
@@ -278,7 +287,9 @@ def info_nce(
         found = _of_batch(asked, pairs, options, others)
     else:
         found = together(others, queries, return_stats)
-    per_anchor, statistics = anchor_losses(positive_logits, found, options, return_stats)
+    per_anchor, statistics = anchor_losses(
+        positive_logits, found, options, temperature, return_stats
+    )
     losses = per_anchor.view(2, n) if symmetric else per_anchor
     loss = reduce(losses, reduction, sample_weight, weight_per_process)
     if statistics is None:
@@ -438,8 +449,11 @@ class InfoNCE(LossModule):
             each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
-            ``hardness``.
+            ``hardness`` or ``positive_prior``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.
+        positive_prior: τ⁺ in [0, 1), the expected share of positives among the negatives. Not with
+            ``label_smoothing``.
+        margin: m in [0, 2], by how much the cosine of a positive must be ahead.
         reduction: "mean", "sum" or "none".
         gather_distributed: take the keys (and queries) of all processes as negatives.
         process_group: the processes to gather from; None for all of them.
@@ -470,6 +484,8 @@ class InfoNCE(LossModule):
         learnable_temperature: bool = False,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
+        positive_prior: float = 0.0,
+        margin: float = 0.0,
         reduction: str = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -484,6 +500,8 @@ class InfoNCE(LossModule):
             key_negatives=key_negatives,
             label_smoothing=label_smoothing,
             hardness=hardness,
+            positive_prior=positive_prior,
+            margin=margin,
             reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,

@@ -84,6 +84,23 @@ META = torch.empty(4, 3, device="meta")
             ValueError,
             "label_smoothing and hardness cannot be combined: .* set one to 0",
         ),
+        ((Z, Z), {"positive_prior": 1.0}, ValueError, "positive_prior must be below 1"),
+        ((Z, Z), {"positive_prior": -0.1}, ValueError, "positive_prior must be between 0 and 1"),
+        ((Z, Z), {"positive_prior": "a"}, TypeError, "positive_prior must be a number, got 'a'"),
+        ((Z, Z), {"margin": 2.5}, ValueError, "margin must be between 0 and 2, got 2.5"),
+        ((Z, Z), {"margin": float("nan")}, ValueError, "margin must be between 0 and 2, got nan"),
+        (
+            (Z, Z),
+            {"positive_prior": 0.1, "label_smoothing": 0.1},
+            ValueError,
+            "label_smoothing and positive_prior cannot be combined: .* set one to 0",
+        ),
+        (
+            (Z, Z),
+            {"decoupled": True, "margin": 0.1},
+            ValueError,
+            "margin needs decoupled=False",
+        ),
         (
             (Z, Z),
             {"decoupled": True, "label_smoothing": 0.1},

@@ -22,6 +22,9 @@ LOSSES = {
     "clip": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True),
     "queue": lambda a, b, t: info_nce(a, b, b.detach().flip(0), temperature=t),
     "per query": lambda a, b, t: info_nce(a, b, torch.stack([b, -b], 1), temperature=t),
+    "prior and margin": lambda a, b, t: info_nce(
+        a, b, temperature=t, symmetric=True, positive_prior=0.1, hardness=0.5, margin=0.2
+    ),
     "negatives of every kind": lambda a, b, t: info_nce(
         a,
         b,

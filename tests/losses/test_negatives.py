@@ -16,6 +16,16 @@ from contrastive_kit.functional import info_nce, nt_xent
 from contrastive_kit.ops import BACKENDS
 
 backends = pytest.mark.parametrize("backend", list(BACKENDS))
+options_of_the_softmax = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1, "margin": 0.2},
+        {"hardness": 0.7},
+        {"positive_prior": 0.1, "margin": 0.1},
+    ],
+    ids=str,
+)
 IDS = torch.tensor([3, 3, -1, 8, 5, 8, 8])
 SHAPES = {"shared": (11, 5), "per query": (7, 3, 5)}
 SAME_SIDE = [
@@ -41,7 +51,7 @@ def negatives_and_ids(name):
 
 
 @backends
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"hardness": 0.7}], ids=str)
+@options_of_the_softmax
 @pytest.mark.parametrize("same_side", SAME_SIDE, ids=str)
 @pytest.mark.parametrize("negatives", [None, *SHAPES])
 @pytest.mark.parametrize("with_ids", [False, True])
@@ -64,7 +74,7 @@ def test_one_direction_equals_its_loop(with_ids, negatives, same_side, options, 
 
 
 @backends
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"hardness": 0.7}], ids=str)
+@options_of_the_softmax
 @pytest.mark.parametrize("same_side", SAME_SIDE, ids=str)
 @pytest.mark.parametrize("negatives", [None, *SHAPES])
 def test_both_directions_equal_their_loops(negatives, same_side, options, backend):
