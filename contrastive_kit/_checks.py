@@ -101,16 +101,24 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def check_ids(name: str, ids: Tensor, n: int, other_name: str, other: Tensor) -> None:
     """Raise unless ``ids`` holds ``n`` integers on the device of ``other``."""
+    check_ids_of(name, ids, (n,), other_name, other)
+
+
+def check_ids_of(
+    name: str, ids: Tensor, shape: tuple[int, ...], other_name: str, other: Tensor
+) -> None:
+    """Raise unless ``ids`` holds integers, one for each row of ``other``, of that shape."""
+    shape = tuple(shape)
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be an integer tensor of shape ({n},), got {ids!r}")
+        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {ids!r}")
     check_dense(name, ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {ids.dtype}")
     if ids.dtype in _HARDLY_SUPPORTED:
         raise TypeError(f"{name} must hold signed integers or uint8, got {ids.dtype}")
-    if ids.shape != (n,):
+    if ids.shape != shape:
         raise ValueError(
-            f"{name} must have shape ({n},), one id for each row of {other_name}, "
+            f"{name} must have shape {shape}, one id for each row of {other_name}, "
             f"got {tuple(ids.shape)}"
         )
     check_device(name, ids, other_name, other)

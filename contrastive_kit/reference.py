@@ -2,7 +2,8 @@
 
 Everything is materialised (memory O(N²), or O(N·K) with K negatives) and differentiated by
 autograd alone, so these functions are the oracle of the tests and the ``reference`` backend. They
-take what the formulas take and check nothing. Equation numbers are those of ``docs/nt_xent.md``.
+take what the formulas take and check nothing; their ``options`` are what ``_cross_entropy`` takes.
+Equation numbers are those of ``docs/nt_xent.md``.
 """
 
 import torch
@@ -14,13 +15,11 @@ def nt_xent(
     views: Tensor,
     temperature: float | Tensor,
     ids: Tensor | None = None,
-    *,
-    label_smoothing: float = 0.0,
-    hardness: float = 0.0,
+    **options: float,
 ) -> Tensor:
     """NT-Xent, equation (1), of ``views`` (V, N, D): the loss of every anchor, (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
-    loss = _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
+    loss = _cross_entropy(positive_logits, negative_logits, temperature, **options)
     return loss.view(views.shape[:2])
 
 
@@ -30,10 +29,12 @@ def decoupled_nt_xent(
     ids: Tensor | None = None,
     *,
     hardness: float = 0.0,
+    positive_prior: float = 0.0,
 ) -> Tensor:
     """NT-Xent without the positive in its denominator, equation (11): (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
     negative_logits = _weighted_by_hardness(negative_logits, hardness)
+    negative_logits = _debiased(positive_logits, negative_logits, temperature, positive_prior)
     loss = negative_logits.logsumexp(1) - _mean_of_finite(positive_logits)
     return _zero_without_negatives(loss, negative_logits).view(views.shape[:2])
 
@@ -44,15 +45,28 @@ def info_nce(
     temperature: float | Tensor,
     ids: Tensor,
     *,
-    label_smoothing: float = 0.0,
-    hardness: float = 0.0,
+    negatives: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
+    **options: float,
 ) -> Tensor:
-    """InfoNCE within a batch, equation (9): row i against every key with another id, (N,)."""
+    """InfoNCE within a batch, equation (9): row i against every key with another id, (N,).
+
+    By equation (21) also against ``negatives``, (K, D) or (N, K, D), with another id, against the
+    other queries, and its key against the other keys, if asked for.
+    """
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-    logits = query @ key.T / temperature
-    positive_logits = logits.diagonal()[:, None]
-    negative_logits = logits.masked_fill(ids[:, None] == ids[None, :], -torch.inf)
-    return _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
+    pairs = [(query, key)] + [(query, query)] * query_negatives + [(key, key)] * key_negatives
+    same_id = ids[:, None] == ids[None, :]
+    logits = [(a @ b.T / temperature).masked_fill(same_id, -torch.inf) for a, b in pairs]
+    if negatives is not None:
+        more = (query[:, None] * F.normalize(negatives, dim=-1)).sum(2) / temperature
+        if negative_ids is not None:
+            more = more.masked_fill(ids[:, None] == negative_ids, -torch.inf)
+        logits.append(more)
+    positive_logits = (query * key).sum(1, keepdim=True) / temperature
+    return _cross_entropy(positive_logits, torch.cat(logits, 1), temperature, **options)
 
 
 def info_nce_with_negatives(
@@ -60,15 +74,13 @@ def info_nce_with_negatives(
     key: Tensor,
     negatives: Tensor,
     temperature: float | Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    hardness: float = 0.0,
+    **options: float,
 ) -> Tensor:
     """InfoNCE against explicit negatives, (K, D) shared or (N, K, D) per query: (N,)."""
     query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
     positive_logits = (query * key).sum(1, keepdim=True) / temperature
     negative_logits = (query[:, None] * negatives).sum(2) / temperature
-    return _cross_entropy(positive_logits, negative_logits, label_smoothing, hardness)
+    return _cross_entropy(positive_logits, negative_logits, temperature, **options)
 
 
 def sup_con(
@@ -212,13 +224,22 @@ def _pairs(views: Tensor, temperature: float | Tensor, ids: Tensor | None) -> tu
 
 
 def _cross_entropy(
-    positive_logits: Tensor, negative_logits: Tensor, label_smoothing: float, hardness: float
+    positive_logits: Tensor,
+    negative_logits: Tensor,
+    temperature: float | Tensor,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
+    positive_prior: float = 0.0,
+    margin: float = 0.0,
 ) -> Tensor:
     """Cross entropy between the softmax over all pairs of a row and the target on its positives.
 
-    With ``label_smoothing`` a part of the target is spread over all pairs, equation (12).
+    With ``label_smoothing`` a part of the target is spread over all pairs, equation (12); with
+    ``margin`` the positives have to be ahead by it, equation (23).
     """
     negative_logits = _weighted_by_hardness(negative_logits, hardness)
+    negative_logits = _debiased(positive_logits, negative_logits, temperature, positive_prior)
+    positive_logits = positive_logits - margin / temperature
     logits = torch.cat([positive_logits, negative_logits], dim=1)
     log_total = logits.logsumexp(1)
     of_positives = log_total - _mean_of_finite(positive_logits)
@@ -250,6 +271,26 @@ def _weighted_by_hardness(negative_logits: Tensor, hardness: float) -> Tensor:
     n_negatives = present.sum(1, keepdim=True, dtype=log_share.dtype)
     weighted = negative_logits + log_share + n_negatives.log()
     return weighted.masked_fill(~present, -torch.inf)
+
+
+def _debiased(
+    positive_logits: Tensor,
+    negative_logits: Tensor,
+    temperature: float | Tensor,
+    positive_prior: float,
+) -> Tensor:
+    """Equation (22): one logit for all negatives, less what positives among them would add."""
+    if positive_prior == 0:
+        return negative_logits
+    n_positives, n_negatives = (
+        (logits != -torch.inf).sum(1, keepdim=True, dtype=logits.dtype)
+        for logits in (positive_logits, negative_logits)
+    )
+    mean_positive = positive_logits.exp().sum(1, keepdim=True) / n_positives
+    total = negative_logits.exp().sum(1, keepdim=True)
+    total = (total - positive_prior * n_negatives * mean_positive) / (1 - positive_prior)
+    smallest = torch.exp(-torch.ones_like(total) / temperature)
+    return torch.maximum(total, n_negatives * smallest).log()
 
 
 def _mean_of_finite(logits: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ def _cosine(a, b):
     return float(a @ b / lengths) if lengths else 0.0
 
 
-def nt_xent(views, temperature, ids=None, decoupled=False, label_smoothing=0.0, hardness=0.0):
+def nt_xent(
+    views,
+    temperature,
+    ids=None,
+    decoupled=False,
+    label_smoothing=0.0,
+    hardness=0.0,
+    positive_prior=0.0,
+    margin=0.0,
+):
     """Loss of every anchor, (V, N), of ``views`` (V, N, D)."""
     views = np.asarray(views, dtype=np.float64)
     n_views, n, _ = views.shape
@@ -30,27 +39,64 @@ def nt_xent(views, temperature, ids=None, decoupled=False, label_smoothing=0.0, 
             negatives = [s for (_, j), s in logits.items() if ids[j] != ids[i]]
             if not negatives:
                 continue
-            losses[v, i] = _loss(positives, negatives, decoupled, label_smoothing, hardness)
+            positives, negatives = _changed(
+                positives, negatives, temperature, hardness, positive_prior, margin
+            )
+            losses[v, i] = _loss(positives, negatives, decoupled, label_smoothing)
     return losses
 
 
-def info_nce(query, key, temperature, negatives=None, ids=None, label_smoothing=0.0, hardness=0.0):
-    """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D)."""
+def info_nce(
+    query,
+    key,
+    temperature,
+    negatives=None,
+    ids=None,
+    label_smoothing=0.0,
+    hardness=0.0,
+    in_batch=None,
+    negative_ids=None,
+    query_negatives=False,
+    key_negatives=False,
+    positive_prior=0.0,
+    margin=0.0,
+):
+    """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D).
+
+    The other pairs of the batch are negatives without ``negatives``, or as ``in_batch`` says.
+    """
     query, key = np.asarray(query, dtype=np.float64), np.asarray(key, dtype=np.float64)
     n = len(query)
     ids = list(range(n)) if ids is None else [int(i) for i in ids]
+    in_batch = negatives is None if in_batch is None else in_batch
     losses = np.zeros(n)
     for i in range(n):
-        if negatives is None:
-            candidates = [key[j] for j in range(n) if ids[j] != ids[i]]
-        else:
+        pairs = []
+        for j in range(n):
+            if ids[j] == ids[i]:
+                continue
+            if in_batch:
+                pairs.append((query[i], key[j]))
+            if query_negatives:
+                pairs.append((query[i], query[j]))
+            if key_negatives:
+                pairs.append((key[i], key[j]))
+        if negatives is not None:
             mine = np.asarray(negatives, dtype=np.float64)
-            candidates = list(mine if mine.ndim == 2 else mine[i])
-        if not candidates:
+            mine = mine if mine.ndim == 2 else mine[i]
+            their_ids = [None] * len(mine)
+            if negative_ids is not None:
+                their_ids = np.asarray(negative_ids)
+                their_ids = their_ids if their_ids.ndim == 1 else their_ids[i]
+            pairs += [(query[i], c) for c, k in zip(mine, their_ids, strict=True) if k != ids[i]]
+        if not pairs:
             continue
         positive = _cosine(query[i], key[i]) / temperature
-        others = [_cosine(query[i], c) / temperature for c in candidates]
-        losses[i] = _loss([positive], others, False, label_smoothing, hardness)
+        others = [_cosine(a, b) / temperature for a, b in pairs]
+        positives, others = _changed(
+            [positive], others, temperature, hardness, positive_prior, margin
+        )
+        losses[i] = _loss(positives, others, False, label_smoothing)
     return losses
 
 
@@ -157,12 +203,22 @@ def _of_several_positives(logits, is_positive, variant):
     return -math.fsum(log_p) / len(log_p)
 
 
-def _loss(positives, negatives, decoupled, label_smoothing, hardness):
-    """One anchor: cross entropy with a target over its candidates, written out."""
+def _changed(positives, negatives, temperature, hardness, positive_prior, margin):
+    """The logits of one anchor, as the options change them."""
     if hardness:
         importance = [math.exp(hardness * s) for s in negatives]
         mean = math.fsum(importance) / len(importance)
         negatives = [s + math.log(w / mean) for s, w in zip(negatives, importance, strict=True)]
+    if positive_prior:
+        n = len(negatives)
+        mean = math.fsum(math.exp(s) for s in positives) / len(positives)
+        total = math.fsum(math.exp(s) for s in negatives) - positive_prior * n * mean
+        negatives = [math.log(max(total / (1 - positive_prior), n * math.exp(-1 / temperature)))]
+    return [s - margin / temperature for s in positives], negatives
+
+
+def _loss(positives, negatives, decoupled, label_smoothing):
+    """One anchor: cross entropy with a target over its candidates, written out."""
     log_total = _log_sum_exp(negatives if decoupled else negatives + positives)
     n_candidates = len(positives) + len(negatives)
     target = [(1 - label_smoothing) / len(positives) + label_smoothing / n_candidates] * len(

@@ -1,8 +1,6 @@
 """What losses share: from logits to losses, weights, reductions."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 from itertools import combinations
 
 import torch
@@ -13,9 +11,9 @@ from contrastive_kit._checks import (
     check_dense,
     check_device,
 )
-from contrastive_kit.losses._kept import kept_counts
+from contrastive_kit.losses._negatives import Found, Negatives
+from contrastive_kit.losses._options import Options, Scalar
 from contrastive_kit.losses._stats import ContrastiveStats
-from contrastive_kit.ops import LogitStatistics, LogSumExp, Problem
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
@@ -39,48 +37,76 @@ def logit_bound(temperature: float | Tensor) -> float:
     return torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
 
 
-def preferring_hard(logsumexp: LogSumExp, hardness: float) -> LogSumExp:
-    """``logsumexp`` with each negative weighted by its hardness, equation (13).
+def anchor_losses(
+    positive_logits: Tensor,
+    negatives: Negatives,
+    options: Options,
+    temperature: float | Tensor,
+    return_stats: bool,
+) -> Found:
+    """The loss of each anchor as the options make it, and the statistics, which are without them.
 
-    The statistics are those without weights.
+    Args:
+        positive_logits: (P, M), the P positives of each anchor.
+        negatives: those of each anchor.
+        options: checked.
+        temperature: that of the logits.
+        return_stats: whether there are statistics.
     """
-    return partial(_hard_logsumexp, logsumexp, hardness) if hardness else logsumexp
+    if options.hardness:
+        negative_lse = weighted_by_hardness(negatives, options.hardness)
+        statistics = negatives.found()[1] if return_stats else None
+    else:
+        negative_lse, statistics = negatives.found()
+    if options.positive_prior or options.margin:
+        scale = 1 / _scalar(temperature, positive_logits.dtype)
+        if options.positive_prior:
+            prior, counts = options.positive_prior, negatives.counts()
+            negative_lse = debiased(negative_lse, positive_logits, counts, prior, scale)
+        if options.margin:
+            positive_logits = positive_logits - options.margin * scale
+    loss = softmax_loss(positive_logits, negative_lse, options.decoupled)
+    if options.label_smoothing:
+        total, counts = negatives.totals(), negatives.counts()
+        loss = smoothed(loss, positive_logits, total, counts, options.label_smoothing)
+    return loss, statistics
 
 
-def _hard_logsumexp(
-    logsumexp: LogSumExp, hardness: float, problem: Problem
-) -> tuple[Tensor, LogitStatistics | None]:
-    n_rows, n_columns = problem.q.shape[0], problem.keys().shape[0]
-    exclusion = problem.exclusion
-    counts = kept_counts(n_rows, n_columns, exclusion, problem.q.device)
-    if problem.both:
-        transposed = exclusion.transposed()
-        counts_of_columns = kept_counts(n_columns, n_rows, transposed, problem.q.device)
-        counts = torch.cat([counts, counts_of_columns])
-
-    def at_scale(scale: float) -> Tensor:
-        root = math.sqrt(scale)
-        return logsumexp(
-            problem._replace(
-                q=problem.q * root,
-                k=None if problem.k is None else problem.k * root,
-                # A symbol for the scale cannot multiply infinity.
-                bound=torch.inf if problem.bound == torch.inf else problem.bound * scale,
-                statistics=False,
-            )
-        )[0]
-
-    weighted = weighted_by_hardness(counts, at_scale, hardness)
-    return weighted, logsumexp(problem)[1] if problem.statistics else None
-
-
-def weighted_by_hardness(
-    counts: Tensor, at_scale: Callable[[float], Tensor], hardness: float
-) -> Tensor:
-    """Equation (13) from the number of negatives and their logsumexp with scaled logits."""
-    weighted, weights = at_scale(1 + hardness), at_scale(hardness)
+def weighted_by_hardness(negatives: Negatives, hardness: float) -> Tensor:
+    """The logsumexp with each negative weighted by its hardness, equation (13)."""
+    weighted, weights = negatives.at_scale(1 + hardness), negatives.at_scale(hardness)
+    counts = negatives.counts()
     result = weighted - weights + counts.to(weighted.dtype).log()
     return torch.where(counts == 0, -torch.inf, result)
+
+
+def debiased(
+    negative_lse: Tensor, positive_logits: Tensor, counts: Tensor, prior: float, scale: Scalar
+) -> Tensor:
+    """The logsumexp without the positives that are expected among the negatives, equation (22).
+
+    Args:
+        negative_lse: (M,), logsumexp over the negatives of each anchor, weighted or not.
+        positive_logits: (P, M), the P positives of each anchor.
+        counts: (M,), how many negatives there are.
+        prior: the expected share of positives among them, above 0 and below 1.
+        scale: 1 / temperature.
+    """
+    n = counts.to(negative_lse.dtype)
+    log_mean_positive = positive_logits.logsumexp(0) - math.log(len(positive_logits))
+    # The logarithm of the share of the sum that is taken away.
+    share = (prior * n).log() + log_mean_positive - negative_lse
+    share = share.masked_fill(counts == 0, -torch.inf)
+    # As much as there is, or more: the floor takes its place, and -1 keeps the gradient finite.
+    all_of_it = share >= 0
+    left = -torch.expm1(share.masked_fill(all_of_it, -1)) / (1 - prior)
+    estimate, floor = negative_lse + left.log(), n.log() - scale
+    return torch.where(all_of_it | (estimate < floor), floor, estimate)
+
+
+def _scalar(x: Scalar, dtype: torch.dtype) -> Scalar:
+    """A number as it is, a tensor of one value as one of no dimension."""
+    return x.reshape(()).to(dtype) if isinstance(x, Tensor) else x
 
 
 def positive_pair_logits(rows: Tensor) -> Tensor:

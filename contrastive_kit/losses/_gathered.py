@@ -117,6 +117,16 @@ def gather_labels(
     return gather_rows(labels.long(), group, counts), sample_weight
 
 
+def gather_more(
+    rows: Tensor, ids: Tensor | None, group: "ProcessGroup | None"
+) -> tuple[Tensor, Tensor | None]:
+    """Rows (k, D) beside those of the batch, and their ids, of all processes; k may differ."""
+    counts = row_counts(rows, group)
+    if ids is not None:
+        ids = gather_rows(ids.long(), group, counts)  # gloo and NCCL send no int16
+    return gather_rows(rows, group, counts), ids
+
+
 def _described(x: object) -> str:
     if not isinstance(x, Tensor):
         return str(x)

@@ -38,10 +38,15 @@ class LossModule(nn.Module):
 
     decoupled: bool
     symmetric: bool
+    in_batch_negatives: bool | None
+    query_negatives: bool
+    key_negatives: bool
     variant: Variant
     balance_positives: bool
     label_smoothing: float
     hardness: float
+    positive_prior: float
+    margin: float
     reduction: Reduction
     gather_distributed: bool
     process_group: "torch.distributed.ProcessGroup | None"

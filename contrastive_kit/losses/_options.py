@@ -27,6 +27,14 @@ Variant = Literal["out", "in", "pairwise"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 VARIANTS: tuple[str, ...] = get_args(Variant)
 
+# The options that are numbers of at least 0, 0 being off, and the largest that each may be.
+LARGEST = {
+    "label_smoothing": 1.0,
+    "hardness": sys.float_info.max,
+    "positive_prior": 1.0,
+    "margin": 2.0,
+}
+
 
 class Options(NamedTuple):
     """What a loss is asked for beside its inputs; a loss without an option has its default.
@@ -34,11 +42,17 @@ class Options(NamedTuple):
     Attributes:
         decoupled: leave the positives out of the denominator, equation (11).
         symmetric: average with the loss of keys against queries.
+        in_batch_negatives: compare with the other pairs of the batch; None where nothing else is
+            given.
+        query_negatives: compare queries with the other queries too.
+        key_negatives: compare keys with the other keys too.
         variant: "out", "in" or "pairwise", equations (15), (16) and (32).
         balance_positives: weigh each match by how many share its ends, equation (34).
         teacher_temperature: the temperature of the targets, equation (35).
         label_smoothing: the part of the target spread over all candidates, equation (12).
         hardness: how much the most similar negatives are preferred, equation (13).
+        positive_prior: the expected share of positives among the negatives, equation (22).
+        margin: how far the cosine of a positive must be ahead, equation (23).
         reduction: "mean", "sum" or "none".
         gather_distributed: compare with the images of all processes.
         process_group: the processes to gather from; None for all of them.
@@ -47,11 +61,16 @@ class Options(NamedTuple):
 
     decoupled: bool = False
     symmetric: bool = False
+    in_batch_negatives: bool | None = None
+    query_negatives: bool = False
+    key_negatives: bool = False
     variant: Variant = "out"
     balance_positives: bool = False
     teacher_temperature: float = 0.04
     label_smoothing: float = 0.0
     hardness: float = 0.0
+    positive_prior: float = 0.0
+    margin: float = 0.0
     reduction: Reduction = "mean"
     gather_distributed: bool = False
     process_group: "ProcessGroup | None" = None
@@ -98,14 +117,32 @@ def check_options(
     check_choice("variant", options.variant, VARIANTS)
     check_flag("decoupled", options.decoupled)
     check_flag("symmetric", options.symmetric)
+    if options.in_batch_negatives is not None:
+        check_flag("in_batch_negatives", options.in_batch_negatives)
+    for name in ("query_negatives", "key_negatives"):
+        check_flag(name, getattr(options, name))
+        if getattr(options, name) and options.in_batch_negatives is False:
+            raise ValueError(
+                f"{name}=True takes negatives from the batch, which in_batch_negatives=False "
+                "leaves out"
+            )
     check_flag("balance_positives", options.balance_positives)
     check_gathering(options.gather_distributed, options.process_group)
     check_backend(options.backend, primitive)
     teacher_tau = check_temperature(options.teacher_temperature, z, "teacher_temperature")
     if isinstance(teacher_tau, Tensor):
         raise TypeError("teacher_temperature must be a number, as the teacher has no gradient")
-    smoothing = _check_number("label_smoothing", options.label_smoothing, 1.0)
-    beta = _check_number("hardness", options.hardness, sys.float_info.max)
+    numbers = {
+        name: _check_number(name, getattr(options, name), largest)
+        for name, largest in LARGEST.items()
+    }
+    options = options.changed_to(teacher_temperature=teacher_tau, **numbers)
+    smoothing, beta = options.label_smoothing, options.hardness
+    prior, margin = options.positive_prior, options.margin
+    if prior == 1:
+        raise ValueError(
+            "positive_prior must be below 1, or all negatives would be taken for positives; got 1"
+        )
     if beta and z is not None and not isinstance(tau, Tensor):
         # The limit of check_temperature, for logits that are multiplied by 1 + hardness.
         largest = tau / torch.finfo(compute_dtype(z)).eps
@@ -119,19 +156,28 @@ def check_options(
             "label_smoothing and hardness cannot be combined: weighted negatives have no "
             f"probabilities to smooth; got {smoothing} and {beta}, set one to 0"
         )
+    if smoothing and prior:
+        raise ValueError(
+            "label_smoothing and positive_prior cannot be combined: corrected negatives have no "
+            f"probabilities to smooth; got {smoothing} and {prior}, set one to 0"
+        )
+    if margin and options.decoupled:
+        raise ValueError(
+            "margin needs decoupled=False: without the positives in its denominator it would only "
+            f"add a constant to the loss; got {margin}"
+        )
     if smoothing and options.decoupled:
         raise ValueError(
             "label_smoothing needs decoupled=False: without the positives in its denominator the "
             f"loss is no cross entropy; got {smoothing}"
         )
-    return tau, options.changed_to(
-        label_smoothing=smoothing, hardness=beta, teacher_temperature=teacher_tau
-    )
+    return tau, options
 
 
 def _check_number(name: str, value: object, largest: float) -> float:
     number = check_number(name, value)
     if not 0 <= number <= largest:
-        bound = "a finite number of at least 0" if largest > 1 else "between 0 and 1"
+        endless = largest == sys.float_info.max
+        bound = "a finite number of at least 0" if endless else f"between 0 and {largest:g}"
         raise ValueError(f"{name} must be {bound}, got {number}")
     return number

@@ -29,6 +29,8 @@ class _CrossEntropyKeywords(LossKeywords, total=False):
     ids: Tensor | None
     label_smoothing: float
     hardness: float
+    positive_prior: float
+    margin: float
 
 
 class NTXentKeywords(_CrossEntropyKeywords, total=False):
@@ -41,6 +43,10 @@ class InfoNCEKeywords(_CrossEntropyKeywords, total=False):
     """Those of ``info_nce``."""
 
     symmetric: bool
+    in_batch_negatives: bool | None
+    query_negatives: bool
+    key_negatives: bool
+    negative_ids: Tensor | None
 
 
 class SupConKeywords(LossKeywords, total=False):

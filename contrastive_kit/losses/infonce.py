@@ -1,6 +1,6 @@
 """InfoNCE: each query against its key and negatives; in both directions it is the loss of CLIP."""
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -12,33 +12,39 @@ from contrastive_kit._checks import (
     check_embeddings,
     check_flag,
     check_ids,
+    check_ids_of,
     check_reverse_mode,
 )
 from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
+    anchor_losses,
     check_sample_weight,
     logit_bound,
-    preferring_hard,
     reduce,
-    smoothed,
-    softmax_loss,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
+    gather_more,
     settings_of,
     several_processes,
 )
 from contrastive_kit.losses._module import LossModule
-from contrastive_kit.losses._negatives import Found, check_own_keys, per_query_logsumexp, totals_of
+from contrastive_kit.losses._negatives import (
+    Beside,
+    InTiles,
+    Negatives,
+    PerQuery,
+    Together,
+    check_own_keys,
+    together,
+)
 from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     BackendName,
     Exclusion,
-    LogitStatistics,
     Problem,
-    logsumexp_for,
     mma_dtype,
     scaled_unit_rows,
 )
@@ -84,10 +90,16 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.07,
     symmetric: bool = False,
+    in_batch_negatives: bool | None = None,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
     ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
     sample_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
+    positive_prior: float = 0.0,
+    margin: float = 0.0,
     reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
@@ -103,37 +115,55 @@ def info_nce(
 
     Without ``negatives``, the negatives of query i are the keys of all other queries; unlike
     NT-Xent, no query is a negative of a query. With ``negatives`` those are the only ones (MoCo's
-    queue; mined negatives).
+    queue), or with ``in_batch_negatives=True`` both (mined negatives, a queue beside the batch).
 
     Args:
         query: embeddings (N, D), any floating dtype, normalised here; N ≥ 2 without ``negatives``.
         key: embeddings (N, D); row i is the positive of row i of ``query``.
-        negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query.
-            With K = 0 shared ones, as in a queue that is still empty, all losses are 0. Without
-            the keys themselves, which would count each positive twice.
+        negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query,
+            which no other query sees. With K = 0 shared ones, as in a queue that is still empty,
+            and no others all losses are 0. Without the keys themselves, which would count each
+            positive twice.
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient. The value of a tensor is not checked; if it is not positive
             the loss is NaN.
         symmetric: average with the loss of keys against queries, the loss of CLIP, from the same
-            tiles. Not with ``negatives``.
+            tiles. ``negatives`` meet the queries alone (NegCLIP), and need the negatives of the
+            batch beside them: without those the keys would have none.
+        in_batch_negatives: whether the keys of other queries are negatives; None for yes without
+            ``negatives``, and no with them.
+        query_negatives: the other queries are negatives of each query too (GTE, Qwen3).
+        key_negatives: the other keys are negatives of each key, in the direction of the keys if
+            ``symmetric``, else in the one denominator of the pair (Qwen3). With both, and
+            ``symmetric``, the loss is ``nt_xent``.
         ids: integers (N,); pairs of equal id are not negatives of each other. A row left without
-            negatives has loss 0 and a zero gradient. Not with ``negatives``.
+            negatives has loss 0 and a zero gradient. Where the batch gives no negatives, only
+            with ``negative_ids``.
+        negative_ids: integers (K,), or (N, K) for negatives per query: the ids of ``negatives``.
+            One is left out for the queries that have its id in ``ids``, which must be given.
         sample_weight: floating numbers (N,) ≥ 0, one for each pair: its losses are multiplied by
             it, and the mean is weighted, Σ w·ℓ / Σ w; 0 if all are 0. A key of weight 0 stays a
             negative of others. The sign is not checked.
         label_smoothing: the part of the target, in [0, 1], spread evenly over all candidates of a
             query, its key included: what ``torch.nn.functional.cross_entropy`` calls so. Not with
-            ``hardness``.
+            ``hardness`` or ``positive_prior``.
         hardness: β ≥ 0; each negative counts in proportion to e^(β·s), so that those most similar
-            to the query count most (arXiv 2010.04592, with τ⁺ = 0). Twice the cost.
+            to the query count most (arXiv 2010.04592; τ⁺ is ``positive_prior``). Twice the cost.
+        positive_prior: τ⁺ in [0, 1), the share of negatives that are expected to be positives in
+            truth, 1 / C for C balanced classes; what they add is taken out of the sum over the
+            negatives (debiased, arXiv 2007.00224). Not with ``label_smoothing``.
+        margin: m in [0, 2]; the cosine of a positive counts as less by m, so that it must be
+            ahead of the negatives by that.
         reduction: "mean" (over both directions if ``symmetric``), "sum", or "none" for the losses
             (N,), or (2, N) if ``symmetric``: queries first, then keys.
         return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``, of
-            the softmax without weights, smoothing or hardness. Over the queries of this process.
+            the softmax without weights and the options above. Over the queries of this process.
         gather_distributed: take the keys of all processes as negatives, and the queries too if
             ``symmetric``. Exact after ``DistributedDataParallel``, also for batches of different
-            sizes: see ``nt_xent``, whose conventions these are. Not with ``negatives``: let
-            ``NegativeQueue`` gather.
+            sizes: see ``nt_xent``, whose conventions these are. Shared ``negatives`` of all
+            processes are taken too, their number K may differ: let a ``NegativeQueue`` beside the
+            batch hold the keys of its own process. Negatives per query stay with their query. Not
+            with ``negatives`` alone: there let ``NegativeQueue`` gather.
         process_group: the processes to gather from; None for all of them.
         backend: "auto" or a name, see ``which_backend``. Per-query negatives need no tiles: each
             is used once, and every backend computes them alike.
@@ -147,7 +177,9 @@ def info_nce(
             not integers.
         NotImplementedError: for forward-mode differentiation (``torch.func.jvp``, ``jacfwd``).
         ValueError: for shapes or devices that do not match, fewer than two rows without
-            ``negatives``, sparse or nested tensors, ``symmetric`` or ``ids`` with ``negatives``,
+            ``negatives``, sparse or nested tensors, ``symmetric``, ``query_negatives``,
+            ``key_negatives`` or ``gather_distributed`` where the batch gives no negatives, ids
+            that are compared with nothing,
             ``negatives`` that begin or end with the keys (seen on a CPU only), a temperature that
             is not positive and finite, an option out of its range, ``label_smoothing`` with
             ``hardness``, an unknown ``reduction`` or ``backend``; on every process, if one of them
@@ -158,12 +190,13 @@ def info_nce(
 
     Memory:
         O((N + K)·D) and a few tiles, on a CPU up to 32 MiB of them from the forward to the
-        backward; per-query negatives are an input of N·K·D. With ``gather_distributed`` N is the
-        number of pairs of all processes.
+        backward, for each of up to four kinds of negatives; per-query negatives are an input of
+        N·K·D. With ``gather_distributed`` N and K are the numbers of all processes.
 
     References:
         van den Oord et al., arXiv 1807.03748, equation 4; Radford et al., arXiv 2103.00020,
-        figure 3 (symmetric); He et al., arXiv 1911.05722, equation 1 (queue).
+        figure 3 (symmetric); He et al., arXiv 1911.05722, equation 1 (queue); Yuksekgonul et al.,
+        arXiv 2210.01936 (NegCLIP); Zhang et al., arXiv 2506.05176, section 3 (Qwen3 Embedding).
 
     Example:
         >>> import torch
@@ -174,11 +207,18 @@ def info_nce(
         >>> queue = -torch.ones(2, 4)
         >>> info_nce(image, text, queue, temperature=1.0)  # log(e + 2 e^-1/2) - 1
         tensor(0.3690)
+        >>> info_nce(image, text, queue, temperature=1.0, in_batch_negatives=True)  # + 3
+        tensor(0.9361)
     """
     options = Options(
         symmetric=symmetric,
+        in_batch_negatives=in_batch_negatives,
+        query_negatives=query_negatives,
+        key_negatives=key_negatives,
         label_smoothing=label_smoothing,
         hardness=hardness,
+        positive_prior=positive_prior,
+        margin=margin,
         reduction=reduction,
         gather_distributed=gather_distributed,
         process_group=process_group,
@@ -187,12 +227,16 @@ def info_nce(
     gather = several_processes(gather_distributed, process_group)
 
     def check() -> CheckedOptions:
-        least = 1 if gather else 2
-        _check_inputs(query, key, negatives, symmetric, ids, gather_distributed, least)
+        check_flag("return_stats", return_stats)
+        checked_options = check_options(temperature, options, query)
+        _check_pairs(query, key, ids)
+        if negatives is None:
+            _check_batch_alone(query, options, negative_ids, 1 if gather else 2)
+        else:
+            _check_negatives(query, key, negatives, ids, negative_ids, options)
         if sample_weight is not None:
             check_sample_weight(sample_weight, query.shape[0], "query", query)
-        check_flag("return_stats", return_stats)
-        return check_options(temperature, options, query)
+        return checked_options
 
     temperature, options = checked(check, process_group) if gather else check()
     n = query.shape[0]
@@ -203,53 +247,51 @@ def info_nce(
     positive_logits = (queries * keys).sum(1)[None]
     if symmetric:
         positive_logits = positive_logits.repeat(1, 2)
-    # What queries, and keys if symmetric, are compared with.
-    columns = [keys, queries] if symmetric else [keys]
+    given = None if negatives is None else scaled_unit_rows((negatives,), temperature)[0]
+
+    pairs = _Pairs(queries, keys)
     exclusion, weight_per_process = Exclusion(n, ids), None
-    if negatives is not None:
-        exclusion = Exclusion()
-        if negatives.shape[0] == 0:
-            # One column, of which nothing is kept: a defined edge of everything below.
-            negatives, exclusion = query.new_zeros(1, query.shape[1]), _nothing(n, query.device)
-        columns = [scaled_unit_rows((negatives,), temperature)[0]]
-    elif gather:
+    if gather:
         settings = settings_of(
             "info_nce",
             (query, key),
             temperature=temperature,
             ids=ids,
             sample_weight=sample_weight,
+            negatives=negatives,
+            negative_ids=negative_ids,
+            per_query=negatives is not None and negatives.ndim == 3,
             **options.of_the_loss().changed(),
         )
-        batch = gather_batch(torch.stack(columns), ids, sample_weight, process_group, settings)
-        columns = [x.contiguous() for x in batch.rows.unbind(1)]
+        sides = [keys, queries] if symmetric or query_negatives else [keys]
+        batch = gather_batch(torch.stack(sides), ids, sample_weight, process_group, settings)
+        pairs = _Pairs(queries, keys, *(x.contiguous() for x in batch.rows.unbind(1)))
         exclusion, weight_per_process = batch.exclusion(1), batch.weight_per_process()
-    directions = list(zip((queries, keys)[: len(columns)], columns, strict=True))
+        if given is not None and given.ndim == 2:
+            given, negative_ids = gather_more(given, negative_ids, process_group)
 
-    def found_among(q: Tensor, k: Tensor, both: bool = False) -> Found:
-        problem = Problem(
-            q,
-            k,
+    asked = InTiles(
+        Problem(
+            queries,
+            keys,
             exclusion,
-            both=both,
             bound=logit_bound(temperature),
             statistics=return_stats,
-            mma_dtype=mma_dtype(query, key if negatives is None else negatives),
-        )
-        return preferring_hard(logsumexp_for(problem, backend), options.hardness)(problem)
-
-    if columns[0].ndim == 3:
-        found = per_query_logsumexp(queries, columns[0], options.hardness, return_stats)
-    elif symmetric and not gather:
-        found = found_among(queries, keys, both=True)
+            mma_dtype=mma_dtype(query, key),
+        ),
+        backend,
+    )
+    others: list[Negatives] = []
+    if given is not None and negatives is not None:
+        of_given = asked.among(queries, given, mma_dtype=mma_dtype(query, negatives))
+        others = _given(of_given, ids, negative_ids)
+    if _in_batch(options, negatives):
+        found = _of_batch(asked, pairs, options, others)
     else:
-        found = _joined([found_among(q, k) for q, k in directions])
-    negative_lse, statistics = found
-    per_anchor = softmax_loss(positive_logits, negative_lse, decoupled=False)
-    if options.label_smoothing:
-        totals, counts = zip(*(totals_of(q, k, exclusion) for q, k in directions), strict=True)
-        total, count = torch.cat(totals), torch.cat(counts)
-        per_anchor = smoothed(per_anchor, positive_logits, total, count, options.label_smoothing)
+        found = together(others, queries, return_stats)
+    per_anchor, statistics = anchor_losses(
+        positive_logits, found, options, temperature, return_stats
+    )
     losses = per_anchor.view(2, n) if symmetric else per_anchor
     loss = reduce(losses, reduction, sample_weight, weight_per_process)
     if statistics is None:
@@ -257,40 +299,93 @@ def info_nce(
     return loss, contrastive_stats(positive_logits, statistics, temperature)
 
 
-def _check_inputs(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    symmetric: bool,
-    ids: Tensor | None,
-    gather_distributed: bool,
-    least: int,
-) -> None:
-    check_flag("symmetric", symmetric)
+class _Pairs(NamedTuple):
+    """Rows of queries and keys, and those of all processes that they are compared with, if any."""
+
+    queries: Tensor
+    keys: Tensor
+    all_keys: Tensor | None = None
+    all_queries: Tensor | None = None
+
+
+def _of_batch(
+    asked: InTiles, pairs: _Pairs, options: Options, others: list[Negatives]
+) -> Negatives:
+    """The negatives of the batch, and ``others`` of the queries; queries first, then keys."""
+    queries, keys, all_keys, all_queries = pairs
+    statistics = asked.problem.statistics
+    of_queries: list[Negatives] = [*others]
+    of_keys: list[Negatives] = []
+    if options.query_negatives:
+        of_queries.append(asked.among(queries, all_queries))
+    if options.key_negatives:
+        (of_keys if options.symmetric else of_queries).append(asked.among(keys, all_keys))
+    if options.symmetric and all_keys is None:
+        clip = asked.among(queries, keys, both=True)
+        if not of_queries and not of_keys:
+            return clip
+        sides = (together(of_queries, queries, statistics), together(of_keys, keys, statistics))
+        return Together((clip, Beside(sides)))
+    of_queries.append(asked.among(queries, keys if all_keys is None else all_keys))
+    if not options.symmetric:
+        return together(of_queries, queries, statistics)
+    of_keys.append(asked.among(keys, all_queries))
+    return Beside((together(of_queries, queries, statistics), together(of_keys, keys, statistics)))
+
+
+def _given(asked: InTiles, ids: Tensor | None, negative_ids: Tensor | None) -> list[Negatives]:
+    """The negatives that the caller gave, the columns of ``asked``: shared, or per query."""
+    problem, rows = asked.problem, asked.problem.keys()
+    if rows.ndim == 3:
+        left_out = None if negative_ids is None or ids is None else negative_ids == ids[:, None]
+        return [PerQuery.of(problem.q, rows, left_out, problem.statistics)]
+    if rows.shape[0] == 0:
+        return []
+    rule = Exclusion() if negative_ids is None else Exclusion(0, ids, negative_ids)
+    return [asked.among(problem.q, rows, exclusion=rule)]
+
+
+def _in_batch(options: Options, negatives: Tensor | None) -> bool:
+    """Whether the pairs of the batch are negatives of each other."""
+    given = options.in_batch_negatives
+    return negatives is None if given is None else given
+
+
+def _check_pairs(query: Tensor, key: Tensor, ids: Tensor | None) -> None:
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_alike("key", key, "query", query)
     check_reverse_mode("query", query)
     check_reverse_mode("key", key)
-    n, d = query.shape
-    if negatives is None:
-        if n < least:
-            raise ValueError(
-                "query must have at least 2 rows where no negatives are given, or there are none; "
-                f"got {n}"
-            )
-        if ids is not None:
-            check_ids("ids", ids, n, "query", query)
-        return
-    if symmetric:
-        raise ValueError("symmetric=True takes no negatives: keys have no negatives of their own")
-    if gather_distributed:
-        raise ValueError(
-            "gather_distributed=True takes the keys of other processes as negatives; with "
-            "negatives given, leave it False and let NegativeQueue gather"
-        )
     if ids is not None:
-        raise ValueError("ids tell which keys are no negatives; with negatives given, omit ids")
+        check_ids("ids", ids, query.shape[0], "query", query)
+
+
+def _check_batch_alone(
+    query: Tensor, options: Options, negative_ids: Tensor | None, least: int
+) -> None:
+    if options.in_batch_negatives is False:
+        raise ValueError("in_batch_negatives=False needs negatives, or there are none; got None")
+    if negative_ids is not None:
+        raise ValueError("negative_ids are those of negatives, which are None; omit them")
+    if query.shape[0] < least:
+        raise ValueError(
+            "query must have at least 2 rows where no negatives are given, or there are none; "
+            f"got {query.shape[0]}"
+        )
+
+
+def _check_negatives(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    options: Options,
+) -> None:
+    if not _in_batch(options, negatives):
+        _check_without_batch(options, ids, negative_ids)
+    n, d = query.shape
     if isinstance(negatives, Tensor):
         check_dense("negatives", negatives)
     if isinstance(negatives, Tensor) and negatives.ndim == 3:
@@ -310,26 +405,36 @@ def _check_inputs(
     check_device("negatives", negatives, "query", query)
     check_reverse_mode("negatives", negatives)
     check_own_keys(key, negatives)
+    if negative_ids is not None:
+        if ids is None:
+            raise ValueError("negative_ids are compared with ids, which are None; give both")
+        check_ids_of("negative_ids", negative_ids, negatives.shape[:-1], "negatives", negatives)
 
 
-def _joined(found: list[Found]) -> Found:
-    """Both directions one after the other."""
-    if len(found) == 1:
-        return found[0]
-    lse, stats = zip(*found, strict=True)
-    statistics = None
-    if stats[0] is not None:
-        statistics = LogitStatistics(*(torch.cat(field) for field in zip(*stats, strict=True)))
-    return torch.cat(lse), statistics
-
-
-def _nothing(n: int, device: torch.device) -> Exclusion:
-    """The rule that leaves out the one column there is, for all ``n`` rows."""
-    return Exclusion(
-        0,
-        torch.zeros(n, dtype=torch.int64, device=device),
-        torch.zeros(1, dtype=torch.int64, device=device),
-    )
+def _check_without_batch(options: Options, ids: Tensor | None, negative_ids: Tensor | None) -> None:
+    """Raise for what only the negatives of the batch could answer."""
+    if options.symmetric:
+        raise ValueError(
+            "symmetric=True with negatives needs in_batch_negatives=True: keys have no negatives "
+            "of their own"
+        )
+    for name in ("query_negatives", "key_negatives"):
+        if getattr(options, name):
+            raise ValueError(
+                f"{name}=True takes negatives from the batch; with negatives given, set "
+                "in_batch_negatives=True"
+            )
+    if options.gather_distributed:
+        raise ValueError(
+            "gather_distributed=True takes the keys of other processes as negatives; with "
+            "negatives given, set in_batch_negatives=True, or leave it False and let NegativeQueue "
+            "gather"
+        )
+    if ids is not None and negative_ids is None:
+        raise ValueError(
+            "ids tell which keys are no negatives; with negatives given, omit ids, give "
+            "negative_ids too, or set in_batch_negatives=True"
+        )
 
 
 class InfoNCE(LossModule):
@@ -338,13 +443,20 @@ class InfoNCE(LossModule):
     Args:
         temperature: τ > 0; the initial one, from 0.01 to 100, if it is learnable.
         symmetric: average both directions: the loss of CLIP.
+        in_batch_negatives: whether the keys of other queries are negatives; None for yes without
+            ``negatives``, and no with them.
+        query_negatives: the other queries are negatives of each query too.
+        key_negatives: the other keys are negatives of each key too.
         learnable_temperature: learn τ through the parameter ``logit_scale`` = log(1 / τ), which
             each call brings back to within ±log(100). Give it to the optimizer without weight
             decay. With ``gather_distributed`` its gradient is averaged over processes.
             ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
-            ``hardness``.
+            ``hardness`` or ``positive_prior``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.
+        positive_prior: τ⁺ in [0, 1), the expected share of positives among the negatives. Not with
+            ``label_smoothing``.
+        margin: m in [0, 2], by how much the cosine of a positive must be ahead.
         reduction: "mean", "sum" or "none".
         gather_distributed: take the keys (and queries) of all processes as negatives.
         process_group: the processes to gather from; None for all of them.
@@ -369,9 +481,14 @@ class InfoNCE(LossModule):
         temperature: float = 0.07,
         *,
         symmetric: bool = False,
+        in_batch_negatives: bool | None = None,
+        query_negatives: bool = False,
+        key_negatives: bool = False,
         learnable_temperature: bool = False,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
+        positive_prior: float = 0.0,
+        margin: float = 0.0,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -381,8 +498,13 @@ class InfoNCE(LossModule):
             temperature,
             learnable_temperature,
             symmetric=symmetric,
+            in_batch_negatives=in_batch_negatives,
+            query_negatives=query_negatives,
+            key_negatives=key_negatives,
             label_smoothing=label_smoothing,
             hardness=hardness,
+            positive_prior=positive_prior,
+            margin=margin,
             reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,
@@ -397,6 +519,7 @@ class InfoNCE(LossModule):
         negatives: Tensor | None = None,
         *,
         ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: Literal[False] = False,
     ) -> Tensor: ...
@@ -408,6 +531,7 @@ class InfoNCE(LossModule):
         negatives: Tensor | None = None,
         *,
         ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: Literal[True],
     ) -> tuple[Tensor, ContrastiveStats]: ...
@@ -419,6 +543,7 @@ class InfoNCE(LossModule):
         negatives: Tensor | None = None,
         *,
         ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: bool,
     ) -> LossOutput: ...
@@ -429,6 +554,7 @@ class InfoNCE(LossModule):
         negatives: Tensor | None = None,
         *,
         ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossOutput:
@@ -440,6 +566,7 @@ class InfoNCE(LossModule):
             negatives,
             temperature=self.temperature,
             ids=ids,
+            negative_ids=negative_ids,
             sample_weight=sample_weight,
             return_stats=return_stats,
             **self._options(),

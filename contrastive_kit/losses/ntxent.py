@@ -14,28 +14,25 @@ from contrastive_kit._checks import (
 from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
+    anchor_losses,
     check_sample_weight,
     logit_bound,
     positive_pair_logits,
-    preferring_hard,
     reduce,
-    smoothed,
-    softmax_loss,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
     settings_of,
     several_processes,
 )
-from contrastive_kit.losses._kept import kept_counts, kept_sums
 from contrastive_kit.losses._module import LossModule
+from contrastive_kit.losses._negatives import InTiles
 from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     BackendName,
     Exclusion,
     Problem,
-    logsumexp_for,
     mma_dtype,
     pair_loss_for,
     scaled_unit_rows,
@@ -82,6 +79,8 @@ def nt_xent(
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
+    positive_prior: float = 0.0,
+    margin: float = 0.0,
     reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
@@ -118,13 +117,18 @@ def nt_xent(
         decoupled: leave the positives out of the denominator (DCL, arXiv 2110.06848, equation 6).
         label_smoothing: the part of the target, in [0, 1], spread evenly over all candidates of an
             anchor, its positives included: what ``torch.nn.functional.cross_entropy`` calls so.
-            Not with ``decoupled`` or ``hardness``.
+            Not with ``decoupled``, ``hardness`` or ``positive_prior``.
         hardness: β ≥ 0; each negative counts in proportion to e^(β·s), so that those most similar
-            to the anchor count most (arXiv 2010.04592, with τ⁺ = 0). Twice the cost.
+            to the anchor count most (arXiv 2010.04592; τ⁺ is ``positive_prior``). Twice the cost.
+        positive_prior: τ⁺ in [0, 1), the share of negatives that are expected to be positives in
+            truth, 1 / C for C balanced classes; what they add is taken out of the sum over the
+            negatives (debiased, arXiv 2007.00224). Not with ``label_smoothing``.
+        margin: m in [0, 2]; the cosine of a positive counts as less by m, so that it must be
+            ahead of the negatives by that. Not with ``decoupled``.
         reduction: "mean" or "sum" over the V·N anchors, or "none" for the losses (V, N): entry
             (v, i) has row i of view v as its anchor.
-        return_stats: also return ``ContrastiveStats``, of the softmax without weights, smoothing
-            or hardness, over the anchors of this process. It costs a second pass over each tile.
+        return_stats: also return ``ContrastiveStats``, of the softmax without weights or the
+            options above, over the anchors of this process. It costs a second pass over each tile.
         gather_distributed: take the images of all processes as negatives. The anchors are those
             of this process. "mean" is then the share of this process: the sum of its losses over
             the mean number of anchors (or sum of weights) of a process, so that the mean over
@@ -172,6 +176,8 @@ def nt_xent(
         decoupled=decoupled,
         label_smoothing=label_smoothing,
         hardness=hardness,
+        positive_prior=positive_prior,
+        margin=margin,
         reduction=reduction,
         gather_distributed=gather_distributed,
         process_group=process_group,
@@ -238,16 +244,10 @@ def nt_xent(
         statistics=return_stats,
         mma_dtype=mma_dtype(*views),
     )
-    logsumexp = preferring_hard(logsumexp_for(problem, backend), options.hardness)
-    negative_lse, statistics = logsumexp(problem)
-    per_anchor = softmax_loss(positive_logits, negative_lse, decoupled)
-    if options.label_smoothing:
-        candidates = rows if columns is None else columns
-        negative_total = (rows * kept_sums(rows.shape[0], candidates, exclusion)).sum(1)
-        counts = kept_counts(rows.shape[0], candidates.shape[0], exclusion, rows.device)
-        per_anchor = smoothed(
-            per_anchor, positive_logits, negative_total, counts, options.label_smoothing
-        )
+    negatives = InTiles(problem, backend)
+    per_anchor, statistics = anchor_losses(
+        positive_logits, negatives, options, temperature, return_stats
+    )
     loss = reduce(per_anchor.view(len(views), n), reduction, sample_weight, weight_per_process)
     if statistics is None:
         return loss
@@ -276,8 +276,12 @@ class NTXent(LossModule):
             ``fully_shard`` has to leave it out: ``ignored_params=set(loss_fn.parameters())``.
         decoupled: leave the positives out of the denominator.
         label_smoothing: the part of the target spread over all candidates, in [0, 1]. Not with
-            ``decoupled`` or ``hardness``.
+            ``decoupled``, ``hardness`` or ``positive_prior``.
         hardness: β ≥ 0, how much the most similar negatives are preferred.
+        positive_prior: τ⁺ in [0, 1), the expected share of positives among the negatives. Not with
+            ``label_smoothing``.
+        margin: m in [0, 2], by how much the cosine of a positive must be ahead. Not with
+            ``decoupled``.
         reduction: "mean", "sum" or "none".
         gather_distributed: take the images of all processes as negatives.
         process_group: the processes to gather from; None for all of them.
@@ -307,6 +311,8 @@ class NTXent(LossModule):
         decoupled: bool = False,
         label_smoothing: float = 0.0,
         hardness: float = 0.0,
+        positive_prior: float = 0.0,
+        margin: float = 0.0,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -318,6 +324,8 @@ class NTXent(LossModule):
             decoupled=decoupled,
             label_smoothing=label_smoothing,
             hardness=hardness,
+            positive_prior=positive_prior,
+            margin=margin,
             reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,

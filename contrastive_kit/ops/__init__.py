@@ -14,7 +14,7 @@ from contrastive_kit.ops.backends import (
 from contrastive_kit.ops.primitives import kept_logsumexp, kept_softplus_sum
 from contrastive_kit.ops.problem import Exclusion, Problem, mma_dtype
 from contrastive_kit.ops.registered import LogSumExp
-from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
+from contrastive_kit.ops.statistics import LogitStatistics, merged_statistics, row_statistics
 from contrastive_kit.ops.unit_rows import scaled_unit_rows
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "kept_logsumexp",
     "kept_softplus_sum",
     "logsumexp_for",
+    "merged_statistics",
     "mma_dtype",
     "pair_loss_for",
     "row_statistics",

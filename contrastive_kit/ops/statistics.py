@@ -1,5 +1,6 @@
 """Per-row figures of the kept logits beside their logsumexp, for diagnostics."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,16 @@ def merge_statistics(lse: Tensor, a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Te
             a[3] + b[3],
         ]
     )
+
+
+def merged_statistics(parts: Sequence[LogitStatistics]) -> LogitStatistics:
+    """Statistics of the union of disjoint sets of logits of the same rows."""
+    lse, *figures = parts[0]
+    stats = torch.stack(figures)
+    for lse_b, *figures_b in parts[1:]:
+        lse_a, lse = lse, torch.logaddexp(lse, lse_b)
+        stats = merge_statistics(lse, stats, lse_a, torch.stack(figures_b), lse_b)
+    return LogitStatistics(lse, *stats.unbind(0))
 
 
 def _zero_where_empty(lse: Tensor) -> Tensor:

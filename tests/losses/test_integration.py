@@ -28,6 +28,30 @@ LOSSES = {
     "clip": lambda a, b, t: info_nce(a, b, temperature=t, symmetric=True),
     "queue": lambda a, b, t: info_nce(a, b, b.detach().flip(0), temperature=t),
     "per query": lambda a, b, t: info_nce(a, b, torch.stack([b, -b], 1), temperature=t),
+    "prior and margin": lambda a, b, t: info_nce(
+        a, b, temperature=t, symmetric=True, positive_prior=0.1, hardness=0.5, margin=0.2
+    ),
+    "negatives of every kind": lambda a, b, t: info_nce(
+        a,
+        b,
+        torch.cat([b.flip(0), a])[1:],
+        temperature=t,
+        symmetric=True,
+        in_batch_negatives=True,
+        query_negatives=True,
+        key_negatives=True,
+        ids=torch.arange(len(a)) // 2,
+        negative_ids=torch.arange(2 * len(a) - 1),
+    ),
+    "per query beside the batch": lambda a, b, t: info_nce(
+        a,
+        b,
+        torch.stack([b, -b], 1),
+        temperature=t,
+        in_batch_negatives=True,
+        ids=torch.arange(len(a)),
+        negative_ids=torch.zeros(len(a), 2, dtype=torch.int64),
+    ),
     "weights and smoothing": lambda a, b, t: nt_xent(
         a,
         b,

@@ -3,11 +3,14 @@
 Equations (12) to (14) of docs/nt_xent.md.
 """
 
+import math
+
 import algorithm1
 import pytest
 import torch
 import torch.nn.functional as F
 from budgets import assert_within, gradient_budget
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_kit import InfoNCE, NTXent, reference
 from contrastive_kit.functional import info_nce, nt_xent
@@ -15,9 +18,17 @@ from contrastive_kit.losses._kept import _sorted_sums, kept_counts, kept_sums
 from contrastive_kit.ops import BACKENDS, Exclusion
 
 backends = pytest.mark.parametrize("backend", list(BACKENDS))
-options = pytest.mark.parametrize(
-    "options", [{"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"hardness": 0.7}], ids=str
-)
+OPTIONS = [
+    {"label_smoothing": 0.1},
+    {"label_smoothing": 1.0},
+    {"hardness": 0.7},
+    {"positive_prior": 0.1},
+    {"positive_prior": 0.1, "hardness": 0.7},
+    {"margin": 0.2},
+    {"margin": 0.3, "label_smoothing": 0.1},
+    {"margin": 0.3, "positive_prior": 0.05, "hardness": 0.4},
+]
+options = pytest.mark.parametrize("options", OPTIONS, ids=str)
 IDS = torch.tensor([3, 3, -1, 8, 5, 8, 8])
 
 
@@ -43,15 +54,17 @@ def test_nt_xent_equals_its_loops(ids, n_views, options, backend):
 
 @backends
 @pytest.mark.parametrize("n_views", [2, 3])
-def test_hardness_of_the_decoupled_loss(n_views, backend):
+@pytest.mark.parametrize("prior", [0.0, 0.1])
+def test_hardness_and_prior_of_the_decoupled_loss(prior, n_views, backend):
     views = random_views(n_views, 7, 5)
-    expected = torch.from_numpy(algorithm1.nt_xent(views, 0.2, IDS, True, hardness=0.7))
+    options = {"hardness": 0.7, "positive_prior": prior}
+    expected = torch.from_numpy(algorithm1.nt_xent(views, 0.2, IDS, True, **options))
     actual = nt_xent(
         *views,
         temperature=0.2,
         ids=IDS,
         decoupled=True,
-        hardness=0.7,
+        **options,
         reduction="none",
         backend=backend,
     )
@@ -103,7 +116,9 @@ def test_value_and_gradients_at_odd_sizes(n, d, dtype, options, backend):
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_within(loss, expected, 1e-13 if dtype == torch.float64 else 2e-6)
     for grad, expected_grad in zip(torch.autograd.grad(loss, inputs), expected_grads, strict=True):
-        assert_within(grad, expected_grad, 3 * gradient_budget(dtype, 0.2))
+        # A difference of sums, as with a prior, is less exact than either.
+        factor = 6 if "positive_prior" in options else 3
+        assert_within(grad, expected_grad, factor * gradient_budget(dtype, 0.2))
 
 
 @backends
@@ -207,6 +222,120 @@ class TestHardness:
         assert_within(loss, expected, 1e-5)
 
 
+class TestPositivePrior:
+    """What the authors published, on whole matrices in probability space."""
+
+    @pytest.mark.parametrize("prior", [0.01, 0.1, 0.4])
+    @pytest.mark.parametrize("beta", [0.0, 1.0])
+    def test_is_the_debiased_and_the_hard_loss_of_the_authors(self, beta, prior):
+        """Chuang et al., arXiv 2007.00224, and Robinson et al., arXiv 2010.04592: their main.py."""
+        n, t = 8, 0.5
+        inputs = wanting(*random_views(2, n, 5))
+        out = F.normalize(torch.cat(inputs), dim=1)
+        keep = ~torch.eye(n, dtype=torch.bool).repeat(2, 2)
+        neg = (out @ out.T / t).exp()[keep].view(2 * n, -1)
+        pos = ((out[:n] * out[n:]).sum(1) / t).exp().repeat(2)
+        importance = (beta * neg.log()).exp()
+        reweighted = (importance * neg).sum(1) / importance.mean(1)
+        n_negatives = 2 * n - 2
+        ng = (-prior * n_negatives * pos + reweighted) / (1 - prior)
+        clamped = ng < n_negatives * math.exp(-1 / t)
+        ng = ng.clamp(min=n_negatives * math.exp(-1 / t))
+        expected = -(pos / (pos + ng)).log().mean()
+        # Both sides of the clamp have to be there.
+        assert 0 < clamped.sum() < 2 * n or prior < 0.4
+        actual = nt_xent(*inputs, temperature=t, positive_prior=prior, hardness=beta)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs)
+        )
+
+    def test_takes_out_the_positives_that_it_knows_of(self):
+        """Half of the negatives are the key itself: what is left is the sum over the others."""
+        q, k = random_views(2, 6, 5)
+        others = torch.randn(6, 3, 5, dtype=torch.float64)
+        spoiled = torch.cat([others, k[:, None].expand(6, 3, 5)], 1)
+        loss = info_nce(q, k, spoiled, temperature=0.5, positive_prior=0.5)
+        # Of 6 negatives, 3 are counted twice: (sum of 3) / (1 - 0.5).
+        expected = info_nce(q, k, torch.cat([others, others], 1), temperature=0.5)
+        torch.testing.assert_close(loss, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_at_the_floor_the_gradient_is_that_of_the_positive(self, dtype):
+        """All negatives opposite, all positives equal: the estimate is below what there can be."""
+        q = torch.eye(4, dtype=dtype)
+        inputs = wanting(q, q.clone(), -q[:, None].expand(4, 5, 4))
+        loss = info_nce(*inputs, temperature=0.01, positive_prior=0.3, reduction="none")
+        expected = torch.full((4,), 5 * math.exp(-200), dtype=torch.float64).to(dtype)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+        grads = torch.autograd.grad(loss.sum(), inputs)
+        assert all(g.isfinite().all() for g in grads)
+        assert not grads[2].any()
+
+    def test_of_zero_is_the_plain_loss_bit_for_bit(self):
+        views = random_views(2, 9, 5, torch.float32)
+        assert torch.equal(nt_xent(*views, positive_prior=0.0), nt_xent(*views))
+
+
+class TestMargin:
+    def test_is_that_of_additive_margin_softmax(self):
+        """Wang et al., arXiv 1801.05599, equation 6: keys are the weights of classes."""
+        q, k = random_views(2, 9, 5)
+        cosines = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
+        logits = (cosines - 0.35 * torch.eye(9)) / 0.07
+        expected = F.cross_entropy(logits, torch.arange(9))
+        torch.testing.assert_close(info_nce(q, k, margin=0.35), expected)
+        both = (expected + F.cross_entropy(logits.T, torch.arange(9))) / 2
+        torch.testing.assert_close(info_nce(q, k, margin=0.35, symmetric=True), both)
+
+    def test_of_several_positives_is_that_of_each(self):
+        views = random_views(3, 6, 5)
+        u = F.normalize(views.flatten(0, 1), dim=1)
+        image = torch.arange(6).repeat(3)
+        same = image[:, None] == image[None, :]
+        itself = torch.eye(18, dtype=torch.bool)
+        logits = ((u @ u.T - 0.2 * same) / 0.3)[~itself].view(18, 17)
+        target = same[~itself].view(18, 17).double() / 2
+        expected = F.cross_entropy(logits, target)
+        torch.testing.assert_close(nt_xent(*views, temperature=0.3, margin=0.2), expected)
+
+    def test_keeps_the_precision_of_a_tiny_loss(self):
+        q = torch.eye(4)
+        k = q.clone().requires_grad_()
+        loss = info_nce(q, k, temperature=0.03, margin=0.1)
+        expected = 3 * math.exp(-0.9 / 0.03)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"ids": IDS}, {"return_stats": True}], ids=str)
+def test_an_option_that_is_off_costs_nothing(options):
+    """The same ops, forward and backward, whether it is said or not."""
+
+    class Ops(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def ops(function, **off):
+        views = wanting(*random_views(2, 7, 5))
+        with Ops() as seen:
+            loss = function(*views, **options, **off)
+            (loss[0] if "return_stats" in options else loss).backward()
+        return seen.names
+
+    off = {"label_smoothing": 0.0, "hardness": 0.0, "positive_prior": 0.0, "margin": 0.0}
+    assert ops(nt_xent, **off) == ops(nt_xent)
+    assert "aten.expm1.default" in ops(nt_xent, positive_prior=0.1)
+    off |= {"in_batch_negatives": True, "query_negatives": False, "key_negatives": False}
+    assert ops(info_nce, **off) == ops(info_nce)
+    # One logsumexp, with none of what joins several.
+    assert sum("logsumexp" in name for name in ops(info_nce)) <= 3 + ("return_stats" in options)
+
+
 class TestWeights:
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_reductions(self, reduction):
@@ -295,8 +424,9 @@ def test_modules_pass_their_options_on(options):
         loss_fn = module(0.2, **options)
         expected = function(*views, temperature=0.2, ids=ids, sample_weight=weights, **options)
         torch.testing.assert_close(loss_fn(*views, ids=ids, sample_weight=weights), expected)
-        name, value = next(iter(options.items()))
-        assert repr(loss_fn) == f"{module.__name__}(temperature=0.2, {name}={value})"
+        for name, value in options.items():
+            assert f", {name}={value}" in repr(loss_fn)
+        assert repr(loss_fn).count("=") == 1 + len(options)
 
 
 class TestKept:

@@ -371,6 +371,8 @@ NT_XENT_OPTIONS = {
     "decoupled": True,
     "label_smoothing": 0.2,
     "hardness": 0.5,
+    "positive_prior": 0.2,
+    "margin": 0.2,
     "reduction": "sum",
     "return_stats": True,
 }
