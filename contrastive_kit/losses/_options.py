@@ -55,6 +55,10 @@ class Options(NamedTuple):
         """What decides the value for given candidates, with the others at their defaults."""
         return self.changed_to(gather_distributed=False, process_group=None, backend="auto")
 
+    def asks_only(self, *names: str) -> bool:
+        """Whether all options that decide the value have their defaults, but for those named."""
+        return all(name in names for name in self.of_the_loss().changed())
+
     def changed_to(self, **changes: Any) -> "Options":
         """``_replace``, whose result torch 2.9 cannot keep where the graph of a compile breaks."""
         return Options(**{**dict(zip(self._fields, self, strict=True)), **changes})

@@ -23,6 +23,7 @@ from contrastive_kit.losses._common import (
     reduce,
     smoothed,
     softmax_loss,
+    with_statistics,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
@@ -36,9 +37,11 @@ from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     Exclusion,
     LogitStatistics,
+    Pairs,
     Problem,
     logsumexp_for,
     mma_dtype,
+    pair_loss_for,
     scaled_unit_rows,
 )
 
@@ -195,6 +198,22 @@ def info_nce(
     temperature, options = checked(check, process_group) if gather else check()
     n = query.shape[0]
 
+    # One op answers the options named here, and nothing else.
+    if negatives is None and not gather and options.asks_only("symmetric", "reduction"):
+        pairs = Pairs(
+            query,
+            key,
+            temperature,
+            ids,
+            sample_weight,
+            between=True,
+            both=symmetric,
+            reduction=reduction,
+            statistics=return_stats,
+        )
+        whole = pair_loss_for(pairs, backend)
+        if whole is not None:
+            return with_statistics(*whole, temperature)
     # Normalised apart, so that a key or a queue without gradient costs none.
     queries = scaled_unit_rows((query,), temperature)[0]
     keys = scaled_unit_rows((key,), temperature)[0]

@@ -9,12 +9,13 @@ from torch import Tensor
 from contrastive_kit import reference
 from contrastive_kit._checks import check_choice
 from contrastive_kit.ops import tiled, triton
+from contrastive_kit.ops.pairs import PairLoss, Pairs
 from contrastive_kit.ops.problem import Problem
 from contrastive_kit.ops.registered import LogSumExp, SoftplusSum
 from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
 
-# Mean NT-Xent of two views (N, D) at a temperature, or None where it takes no such views.
-PairLoss = Callable[[Tensor, Tensor, float], Tensor | None]
+# The loss of a batch of pairs, or None where it does not take them.
+PairLossOf = Callable[[Pairs], PairLoss | None]
 
 
 class Backend(NamedTuple):
@@ -25,14 +26,14 @@ class Backend(NamedTuple):
         logsumexp: equation (2), differentiable in both matrices.
         same_class_logsumexp: the same where the rule leaves out pairs of different classes.
         softplus_sum: equation (18), differentiable in both matrices and the bias.
-        pair_loss: the whole mean NT-Xent of two views, where one op is faster than many.
+        pair_loss: a whole loss of pairs, where one op is faster than many.
     """
 
     refuse: Callable[[Problem], str | None]
     logsumexp: LogSumExp
     same_class_logsumexp: LogSumExp | None = None
     softplus_sum: SoftplusSum | None = None
-    pair_loss: PairLoss | None = None
+    pair_loss: PairLossOf | None = None
 
 
 class BackendChoice(NamedTuple):
@@ -86,9 +87,10 @@ def softplus_sum_for(problem: Problem, backend: str) -> SoftplusSum:
     return _present(BACKENDS[_choose(problem, "softplus_sum", backend).name].softplus_sum)
 
 
-def pair_loss_for(z1: Tensor, z2: Tensor, backend: str) -> PairLoss | None:
-    """The whole pair loss of the backend whose logsumexp runs on two views, if it has one."""
-    return BACKENDS[which_backend(z1, z2, backend=backend).name].pair_loss
+def pair_loss_for(pairs: Pairs, backend: str) -> PairLoss | None:
+    """The loss of the backend whose logsumexp runs on the pairs, if it has them as one op."""
+    chosen = BACKENDS[which_backend(pairs.z1, pairs.z2, backend=backend).name]
+    return None if chosen.pair_loss is None else chosen.pair_loss(pairs)
 
 
 def check_backend(backend: str, primitive: str = "logsumexp") -> None:
@@ -158,7 +160,9 @@ def _reference_softplus_sum(problem: Problem, bias: Tensor) -> Tensor:
 # In the order of preference.
 BACKENDS = {
     "triton": Backend(triton.refusal, triton.logsumexp, pair_loss=triton.pair_loss),
-    "tiled": Backend(_never_refuses, tiled.logsumexp, tiled.logsumexp, tiled.softplus_sum),
+    "tiled": Backend(
+        _never_refuses, tiled.logsumexp, tiled.logsumexp, tiled.softplus_sum, tiled.pair_loss
+    ),
     "reference": Backend(
         _never_refuses, _reference_logsumexp, _reference_logsumexp, _reference_softplus_sum
     ),

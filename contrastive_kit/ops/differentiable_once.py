@@ -10,6 +10,31 @@ from torch import Tensor
 _Gradients = tuple[Tensor | None, ...]
 
 
+def applier(function: Any) -> Callable[..., Any]:
+    """``function.apply``, spared what torch adds to it for tracing and transforms.
+
+    Around a function with ``setup_context`` torch inspects the signature at each call, which takes
+    longer than the forward of a small batch. One whose ``forward`` takes the context it calls as it
+    is, but neither traces nor transforms it.
+    """
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = function.forward(*arguments)
+            function.setup_context(ctx, arguments, output)
+            return output
+
+        backward = staticmethod(function.backward)
+
+    def apply(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return Plain.apply(*arguments)
+
+    return apply
+
+
 def first_is_differentiable(ctx: Any, *outputs: Tensor) -> None:
     """Say that of the outputs only the first has a gradient; no other is given one of zeros."""
     ctx.mark_non_differentiable(*outputs[1:])

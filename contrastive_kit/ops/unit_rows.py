@@ -8,11 +8,19 @@ from torch import Tensor
 
 from contrastive_kit._checks import check_alike, check_temperature
 from contrastive_kit._dtypes import compute_dtype
-from contrastive_kit.ops.differentiable_once import differentiable_once, first_is_differentiable
+from contrastive_kit.ops.differentiable_once import (
+    applier,
+    differentiable_once,
+    first_is_differentiable,
+)
 
 # Numbers in a piece of rows on a CPU. What is computed from it stays in cache, and in memory that
 # the allocator has at hand, instead of new pages of the system.
 _CPU_PIECE = 2**18
+
+# Between this length and its reciprocal squares of float32 stay in range, and lose nothing to
+# underflow that would show in their sum.
+_SHORTEST = 1e-15
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -57,8 +65,34 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
         root_scale = temperature**-0.5
     of_dtype = [view.to(dtype) for view in views]
     stacked = torch.stack(of_dtype) if len(views) > 1 else of_dtype[0].unsqueeze(0)  # no copy
-    rows: Tensor = _ScaledUnitRows.apply(stacked, root_scale)[0]
+    rows: Tensor = _apply_scaled_unit_rows(stacked, root_scale)[0]
     return rows
+
+
+def unit_rows(z: Tensor, length: float) -> tuple[Tensor, Tensor]:
+    """Rows (..., D) of ``z``, on a CPU, with that length, and by what that multiplied each.
+
+    Not differentiable, and may write to ``z``. The same as ``scaled_unit_rows`` where that has one
+    temperature; the factors (..., 1) are in double precision, 0 for a row of zeros.
+    """
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    shortest, longest = norm.aminmax()
+    if _SHORTEST < float(shortest) and float(longest) < 1 / _SHORTEST:
+        factor = length / norm
+        return z.mul_(factor), factor.to(torch.float64)
+    power = _power_of_two(z)
+    z = z / power
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    factor = torch.where(norm > 0, length / norm, 0)
+    return z * factor, factor.to(torch.float64) / power
+
+
+def _power_of_two(z: Tensor) -> Tensor:
+    """A power of two near the largest entry of each row, inf for a row of zeros."""
+    # Dividing by it is exact, and keeps squares in range.
+    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    return torch.where(largest < torch.finfo(z.dtype).tiny, torch.inf, power)
 
 
 def _check_views(views: tuple[Tensor, ...]) -> None:
@@ -104,12 +138,12 @@ class _ScaledUnitRows(torch.autograd.Function):
         return dz, d_root_scale
 
 
+_apply_scaled_unit_rows = applier(_ScaledUnitRows)
+
+
 def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of length ``root_scale``, and the three figures a row that the backward needs."""
-    # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
-    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
-    power = largest / (2 * torch.frexp(largest).mantissa)
-    power = torch.where(largest < torch.finfo(z.dtype).tiny, torch.inf, power)
+    power = _power_of_two(z)
     z = z / power
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
     norm = torch.where(norm > 0, norm, 1)

@@ -3,6 +3,7 @@
 from contrastive_kit.ops.registered import register_logsumexp, register_softplus_sum
 from contrastive_kit.ops.tiled import logsumexp as _logsumexp
 from contrastive_kit.ops.tiled import softplus as _softplus
+from contrastive_kit.ops.tiled.pairs import pair_loss as pair_loss
 from contrastive_kit.ops.tiled.tiles import new_tiles
 
 logsumexp = register_logsumexp("tiled", _logsumexp.forward, _logsumexp.backward, new_tiles)

@@ -102,7 +102,8 @@ def empty_tiles(n_tiles: int | torch.SymInt, problem: Problem) -> Tensor:
 
 def blocks(x: Tensor, dim: int = 0) -> Blocks:
     """``x`` cut along ``dim`` as the tiles cut its rows or columns."""
-    pieces: Blocks = torch.split(x, tile_size(x), dim)
+    size = tile_size(x)
+    pieces: Blocks = (x,) if x.shape[dim] <= size else torch.split(x, size, dim)
     return pieces
 
 
