@@ -57,7 +57,9 @@ class Options(NamedTuple):
 
     def asks_only(self, *names: str) -> bool:
         """Whether all options that decide the value have their defaults, but for those named."""
-        return all(name in names for name in self.of_the_loss().changed())
+        names = (*names, "gather_distributed", "process_group", "backend")
+        pairs = zip(self._fields, self, Options(), strict=True)
+        return all(value == default or name in names for name, value, default in pairs)
 
     def changed_to(self, **changes: Any) -> "Options":
         """``_replace``, whose result torch 2.9 cannot keep where the graph of a compile breaks."""
@@ -118,6 +120,8 @@ def check_options(
             "label_smoothing needs decoupled=False: without the positives in its denominator the "
             f"loss is no cross entropy; got {smoothing}"
         )
+    if smoothing is options.label_smoothing and beta is options.hardness:
+        return tau, options
     return tau, options.changed_to(label_smoothing=smoothing, hardness=beta)
 
 

@@ -18,8 +18,7 @@ from contrastive_kit.ops.differentiable_once import (
 # the allocator has at hand, instead of new pages of the system.
 _CPU_PIECE = 2**18
 
-# Between this length and its reciprocal squares of float32 stay in range, and lose nothing to
-# underflow that would show in their sum.
+# Between this length and its reciprocal nothing that is made of it leaves the range of float32.
 _SHORTEST = 1e-15
 
 
@@ -69,22 +68,22 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
     return rows
 
 
-def unit_rows(z: Tensor, length: float) -> tuple[Tensor, Tensor]:
-    """Rows (..., D) of ``z``, on a CPU, with that length, and by what that multiplied each.
+def unit_rows(z: Tensor, length: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (..., D) of ``z`` on a CPU with that length, not differentiable.
 
-    Not differentiable, and may write to ``z``. The same as ``scaled_unit_rows`` where that has one
-    temperature; the factors (..., 1) are in double precision, 0 for a row of zeros.
+    The same as ``scaled_unit_rows``. May write to ``z``.
+
+    Returns:
+        The rows; the lengths (..., 1) of ``z`` in double precision, inf for a row of zeros; and
+        those of the rows as rounding has left them.
     """
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
     shortest, longest = norm.aminmax()
     if _SHORTEST < float(shortest) and float(longest) < 1 / _SHORTEST:
-        factor = length / norm
-        return z.mul_(factor), factor.to(torch.float64)
-    power = _power_of_two(z)
-    z = z / power
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    factor = torch.where(norm > 0, length / norm, 0)
-    return z * factor, factor.to(torch.float64) / power
+        divisor = (norm / length).to(z.dtype)
+        return z.div_(divisor), norm, norm / divisor
+    rows, power, factor, length_of_rows = _scaled(z, length)
+    return rows, power / factor.to(torch.float64) * length, length_of_rows
 
 
 def _power_of_two(z: Tensor) -> Tensor:

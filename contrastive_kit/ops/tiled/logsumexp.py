@@ -145,7 +145,7 @@ def _weights(
 ) -> Iterator[tuple[Tile, Tensor]]:
     """Each tile with the weights of equation (5), both directions summed."""
     row_factors, column_factors = row_and_column_blocks(factors, problem)
-    (buffer,) = empty_tiles(1, problem)
+    buffer = empty_tiles(1, problem)[0]
     scale, exponentiate = _exponentials(problem, bound)
     for tile, exps in computed_tiles(
         problem, exponentiate, scale=scale, saved=saved_tiles, known=True
@@ -202,7 +202,7 @@ def _largest_logit(problem: Problem) -> float:
     q, k = problem.q, problem.k
     if problem.bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]:
         return problem.bound
-    if 0 in (len(q), len(problem.keys())):
+    if 0 in (q.shape[0], problem.keys().shape[0]):
         return 0.0
     if q.device.type != "cpu":
         return torch.inf  # reading the norms would wait for the device

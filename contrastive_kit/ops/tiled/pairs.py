@@ -19,7 +19,7 @@ from contrastive_kit.ops.differentiable_once import (
 )
 from contrastive_kit.ops.pairs import PairLoss, Pairs, PairStatistics
 from contrastive_kit.ops.problem import Exclusion, Problem
-from contrastive_kit.ops.registered import register, registered
+from contrastive_kit.ops.registered import register
 from contrastive_kit.ops.statistics import LogitStatistics
 from contrastive_kit.ops.tiled.logsumexp import add_gradients, exact_logsumexp
 from contrastive_kit.ops.tiled.tiles import new_tiles, power_of_two
@@ -61,6 +61,7 @@ class _Settings:
         self.reduction, self.statistics = reduction, statistics
         # Without its derivative: reading a value on the CPU waits for nothing.
         self.temperature = number if temperature is None else float(temperature.detach())
+        self.root_scale = self.temperature**-0.5 if self.temperature > 0 else math.nan
         self.n_directions = 2 if both or not between else 1
 
     def problem(self, rows: Tensor) -> Problem:
@@ -71,7 +72,7 @@ class _Settings:
             q, k = rows.unbind(0)
             return Problem(q, k, Exclusion(n, self.ids), self.both, bound, self.statistics)
         ids = None if self.ids is None else self.ids.repeat(2)
-        return Problem(rows.flatten(0, 1), None, Exclusion(n, ids), False, bound, self.statistics)
+        return Problem(rows.view(2 * n, -1), None, Exclusion(n, ids), False, bound, self.statistics)
 
     def weights(self, like: Tensor) -> Tensor | None:
         """What each pair counts in the loss where that is not the same for all."""
@@ -87,14 +88,13 @@ class _Settings:
 def _forward(z1: Tensor, z2: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The loss, its statistics (6, R) or (0,), and what the backward needs.
 
-    That is the unit rows (2, N, D); what each gradient is multiplied by for the length of its row,
-    (2, N, 1); logsumexp and slope of the loss of each anchor, (directions, N); and tiles.
+    That is the unit rows (2, N, D); the lengths of embeddings, and of the rows, (2, N, 1);
+    logsumexp and slope of the loss of each anchor, (directions, N); and tiles.
     """
     settings, save_tiles = _Settings(*arguments[:-1]), arguments[-1]
     with torch.autocast("cpu", enabled=False):
-        dtype, tau = compute_dtype(z1, z2), settings.temperature
-        z = torch.stack((z1.to(dtype), z2.to(dtype)))
-        rows, inverse_length = unit_rows(z, tau**-0.5 if tau > 0 else math.nan)
+        z = torch.stack((z1, z2)).to(compute_dtype(z1, z2))
+        rows, norm, length = unit_rows(z, settings.root_scale)
         y1, y2 = rows.unbind(0)
         positive = (y1 * y2).sum(1)
         problem = settings.problem(rows)
@@ -111,11 +111,9 @@ def _forward(z1: Tensor, z2: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             losses, slope = F.softplus(gap, threshold=_LINEAR_ABOVE), gap.sigmoid()
         loss = _reduced(losses, settings)
         if settings.statistics:
-            figures = [positive.repeat(len(lse))[None], lse.view(1, -1).to(dtype), stats]
-            stats = torch.cat(figures)
-        else:
-            stats = rows.new_empty(0)
-    return loss.to(dtype), stats, rows, inverse_length, lse, slope, tiles
+            of_rows = lse.view(1, -1).to(rows.dtype)
+            stats = torch.cat([positive.repeat(len(lse))[None], of_rows, stats])
+    return loss.to(rows.dtype), stats, rows, norm, length, lse, slope, tiles
 
 
 def _reduced(losses: Tensor, settings: _Settings) -> Tensor:
@@ -142,6 +140,7 @@ def _fake_forward(z1: Tensor, z2: Tensor, *arguments: Any) -> tuple[Tensor, ...]
         rows.new_empty((6, directions * n) if statistics else 0),
         rows,
         z1.new_empty((2, n, 1), dtype=torch.float64),
+        z1.new_empty((2, n, 1), dtype=torch.float64),
         exact,
         torch.empty_like(exact),
         new_tiles(Problem(q, k), save_tiles),
@@ -151,18 +150,19 @@ def _fake_forward(z1: Tensor, z2: Tensor, *arguments: Any) -> tuple[Tensor, ...]
 def _backward(
     grad: Tensor,
     rows: Tensor,
-    inverse_length: Tensor,
+    norm: Tensor,
+    length: Tensor,
     lse: Tensor,
     slope: Tensor,
     tiles: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both matrices, (2, N, D), and of the temperature; that of one may be missing."""
-    settings, (needs_z1, needs_z2) = _Settings(*arguments[:-2]), arguments[-2:]
+    settings, (needs_z1, needs_z2, needs_temperature) = _Settings(*arguments[:-3]), arguments[-3:]
     problem = settings.problem(rows)
     with torch.autocast("cpu", enabled=False):
         weights = settings.weights(slope)
-        scale = grad.to(slope.dtype)
+        scale = grad.to(slope.dtype)  # of all gradients
         if settings.reduction == "none":
             weights, scale = scale if weights is None else scale * weights, None
         if weights is not None:
@@ -177,17 +177,19 @@ def _backward(
             dq, dk = (x if needed else rows.new_empty(0)
                       for x, needed in zip(grads.unbind(0), (needs_z1, needs_z2)))
         else:
-            dq, dk = grads.flatten(0, 1), rows.new_empty(0)
-        add_gradients(problem, slope.flatten(), lse.flatten(), tiles, dq, dk)
-        of_positive = slope.sum(0).neg_().to(rows.dtype).unsqueeze(1)
-        grads.addcmul_(rows.flip(0), of_positive)
+            dq, dk = grads.view(problem.q.shape), rows.new_empty(0)
+        add_gradients(problem, slope.view(-1), lse.view(-1), tiles, dq, dk)
+        of_positive = slope.sum(0).to(rows.dtype).unsqueeze(1)
+        grads.addcmul_(rows.flip(0), of_positive, value=-1)
         # Equation (7); what lies along a row is the gradient of its length, and so of temperature.
-        along = (grads * rows).sum(2, keepdim=True)
-        grads.addcmul_(rows, along * -settings.temperature)
+        along = (grads * rows).sum(2, keepdim=True, dtype=length.dtype)
+        grads.addcmul_(rows, (along / length.square()).to(rows.dtype), value=-1)
         # The reciprocal of a tiny length times a large gradient may leave the range of float32.
-        factor = (inverse_length * scale).clamp_(max=torch.finfo(rows.dtype).max)
+        factor = (scale * settings.root_scale / norm).clamp_(max=torch.finfo(rows.dtype).max)
         grads.mul_(factor.to(rows.dtype))
-        d_temperature = along.sum(dtype=slope.dtype) * scale / (-2 * settings.temperature)
+        d_temperature = norm.new_empty(())
+        if needs_temperature:
+            d_temperature = along.sum() * scale / (-2 * settings.temperature)
     return grads, d_temperature
 
 
@@ -195,19 +197,20 @@ _SETTINGS = (
     "Tensor? temperature, Tensor? ids, Tensor? sample_weight, bool between, bool both, "
     "bool decoupled, str reduction, bool statistics, float number"
 )
-register(
+_forward_op = register(
     "tiled_pair_loss",
     f"(Tensor z1, Tensor z2, {_SETTINGS}, bool save_tiles) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
-register(
+_backward_op = register(
     "tiled_pair_loss_backward",
-    "(Tensor grad, Tensor rows, Tensor inverse_length, Tensor lse, Tensor slope, Tensor tiles, "
-    f"{_SETTINGS}, bool needs_z1, bool needs_z2) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor rows, Tensor norm, Tensor length, Tensor lse, Tensor slope, "
+    f"Tensor tiles, {_SETTINGS}, bool needs_z1, bool needs_z2, bool needs_temperature) -> "
+    " (Tensor, Tensor)",
     _backward,
-    lambda grad, rows, inverse_length, lse, *_: (torch.empty_like(rows), lse.new_empty(())),
+    lambda grad, rows, norm, length, lse, *_: (torch.empty_like(rows), lse.new_empty(())),
 )
 
 
@@ -221,7 +224,7 @@ class _PairLoss(torch.autograd.Function):
         z1: Any, z2: Any, temperature: Any, ids: Any, sample_weight: Any, between: Any, both: Any,
         decoupled: Any, reduction: Any, statistics: Any, number: Any, save_tiles: Any,
     ) -> Any:  # fmt: skip
-        return registered("tiled_pair_loss")(
+        return _forward_op(
             z1, z2, temperature, ids, sample_weight, between, both, decoupled, reduction,
             statistics, number, save_tiles,
         )  # fmt: skip
@@ -237,18 +240,17 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        needs_z1, needs_z2, needs_temperature = ctx.needs_input_grad[:3]
-        *saved, z1, z2 = ctx.saved_tensors
-        op = registered("tiled_pair_loss_backward")
-        grads, d_temperature = op(grad, *saved, *ctx.settings, needs_z1, needs_z2)
-        dz1, dz2 = grads.unbind(0)
-        temperature = saved[5]
-        return (
-            dz1.to(z1.dtype) if needs_z1 else None,
-            dz2.to(z2.dtype) if needs_z2 else None,
-            d_temperature.to(temperature.dtype).view_as(temperature) if needs_temperature else None,
-            *[None] * 9,
+        needs = ctx.needs_input_grad[:3]
+        *saved, temperature, ids, sample_weight, z1, z2 = ctx.saved_tensors
+        grads, d_temperature = _backward_op(
+            grad, *saved, temperature, ids, sample_weight, *ctx.settings, *needs
         )
+        gradients = zip((*grads.unbind(0), d_temperature), (z1, z2, temperature), strict=True)
+        of_inputs = (
+            x.to(y.dtype).view_as(y) if needed else None
+            for (x, y), needed in zip(gradients, needs, strict=True)
+        )
+        return *of_inputs, *[None] * 9
 
 
 _apply = applier(_PairLoss)
