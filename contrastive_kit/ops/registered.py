@@ -124,7 +124,7 @@ def _logsumexp(backend: str, problem: Problem) -> tuple[Tensor, LogitStatistics 
     # number of tiles, the smaller of two, would bound the size of the batch.
     save_tiles = _wants_gradient(problem) and not problem.statistics
     save_tiles = save_tiles and not torch.compiler.is_exporting()
-    lse, _, stats, _ = _apply_logsumexp(*problem.flat(), save_tiles, backend)
+    lse, _, stats = _apply_logsumexp(*problem.flat(), save_tiles, backend)
     return lse, LogitStatistics(lse.detach(), *stats.unbind(0)) if problem.statistics else None
 
 
@@ -168,7 +168,7 @@ class _LogSumExp(torch.autograd.Function):
         return *_wanted(gradients, needs), *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-_apply_logsumexp = applier(_LogSumExp)
+_apply_logsumexp = applier(_LogSumExp, 3)
 
 
 def _wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -219,7 +219,7 @@ def register_softplus_sum(
 
 
 def _softplus_sum(backend: str, problem: Problem, bias: Tensor) -> Tensor:
-    sums: Tensor = _apply_softplus_sum(bias, *problem.in_compute_dtype().flat(), backend)
+    sums: Tensor = _SoftplusSum.apply(bias, *problem.in_compute_dtype().flat(), backend)
     return sums
 
 
@@ -251,6 +251,3 @@ class _SoftplusSum(torch.autograd.Function):
         op = registered(f"{ctx.backend}_softplus_sum_backward")
         gradients = op(grad, *ctx.saved_tensors, *ctx.settings, *needs[1:])
         return *_wanted(gradients, needs), *[None] * (len(ctx.needs_input_grad) - 3)
-
-
-_apply_softplus_sum = applier(_SoftplusSum)

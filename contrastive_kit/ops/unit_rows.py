@@ -137,7 +137,7 @@ class _ScaledUnitRows(torch.autograd.Function):
         return dz, d_root_scale
 
 
-_apply_scaled_unit_rows = applier(_ScaledUnitRows)
+_apply_scaled_unit_rows = applier(_ScaledUnitRows, 1)
 
 
 def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

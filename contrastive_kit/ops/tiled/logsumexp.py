@@ -13,6 +13,8 @@ from contrastive_kit.ops.tiled.tiles import (
     blocks,
     computed_tiles,
     empty_tiles,
+    is_one_tile,
+    one_tile,
     power_of_two,
     row_and_column_blocks,
 )
@@ -27,6 +29,8 @@ _LARGEST_UNSHIFTED_LOGIT = {torch.float32: 69.0, torch.float64: 600.0}
 # more: above this largest |logit| that would show in the gradient.
 _BITS_PER_NAT = math.log2(math.e)
 _LARGEST_LOGIT_IN_BITS = 32.0
+
+_ONLY_TILE = Tile(0, 0, 0, 0, False)
 
 
 def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,9 +56,16 @@ def exact_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tens
     bound = torch.inf if problem.statistics else _largest_logit(problem)
     if _needs_shift(q, bound):
         return _running_logsumexp(problem, saved_tiles)
+    scale, exponentiate = _exponentials(problem, bound)
+    if is_one_tile(problem):
+        exps = one_tile(problem, saved_tiles)
+        exps.addmm_(q, problem.keys().T, beta=0, alpha=scale)
+        exponentiate(exps, _ONLY_TILE)
+        of_rows = exps.sum(1)
+        sums = torch.cat((of_rows, exps.sum(0))) if problem.both else of_rows
+        return sums.to(accumulator_dtype(q)).log_(), q.new_empty(0)
     sums = q.new_zeros(problem.n_results(), dtype=accumulator_dtype(q))
     row_sums, column_sums = row_and_column_blocks(sums, problem)
-    scale, exponentiate = _exponentials(problem, bound)
     for tile, exps in computed_tiles(problem, exponentiate, scale=scale, saved=saved_tiles):
         row_sums[tile.row].add_(exps.sum(1))
         if column_sums is not None and tile.mirrored:
@@ -122,14 +133,27 @@ def add_gradients(
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     bound = _largest_logit(problem)
-    if _needs_shift(q, bound):
+    shifted = _needs_shift(q, bound)
+    if shifted:
         # exp(logit - lse) · grad, as much of the exponent as float32 holds taken out of the tile
         rounded = lse.to(q.dtype)
         lse_lo = torch.where(rounded.isinf(), 0, lse - rounded)
         factors = (grad * (-lse_lo).exp()).to(q.dtype)
-        weight_tiles = _shifted_weights(problem, rounded, factors, saved_tiles)
     else:
         factors = (grad * (-lse).exp()).to(q.dtype)
+    if is_one_tile(problem) and len(saved_tiles) and not shifted:
+        factor = factors[: q.shape[0]].unsqueeze(1)
+        of_columns = factors if k is None else factors[q.shape[0] :] if problem.both else None
+        factor = factor if of_columns is None else factor + of_columns
+        weights = one_tile(problem, saved_tiles) * factor
+        if dq.numel():
+            dq.addmm_(weights, problem.keys())
+        if k is not None and dk.numel():
+            dk.addmm_(weights.T, q)
+        return
+    if shifted:
+        weight_tiles = _shifted_weights(problem, rounded, factors, saved_tiles)
+    else:
         weight_tiles = _weights(problem, factors, bound, saved_tiles)
     rows, drows = blocks(q), blocks(dq)
     columns, dcolumns = (rows, drows) if k is None else (blocks(k), blocks(dk))

@@ -16,6 +16,7 @@ from contrastive_kit.ops.differentiable_once import (
     applier,
     differentiable_once,
     first_is_differentiable,
+    is_watched,
 )
 from contrastive_kit.ops.pairs import PairLoss, Pairs, PairStatistics
 from contrastive_kit.ops.problem import Exclusion, Problem
@@ -42,7 +43,7 @@ def pair_loss(pairs: Pairs) -> PairLoss | None:
     save_tiles = save_tiles and not pairs.statistics and not torch.compiler.is_exporting()
     number = math.nan if isinstance(temperature, Tensor) else temperature
     tensor = temperature if isinstance(temperature, Tensor) else None
-    loss, stats, *_ = _apply(z1, z2, tensor, *pairs[3:], number, save_tiles)
+    loss, stats = _apply(z1, z2, tensor, *pairs[3:], number, save_tiles)
     if not pairs.statistics:
         return loss, None
     positive_logits, *negatives = stats.unbind(0)
@@ -224,7 +225,8 @@ class _PairLoss(torch.autograd.Function):
         z1: Any, z2: Any, temperature: Any, ids: Any, sample_weight: Any, between: Any, both: Any,
         decoupled: Any, reduction: Any, statistics: Any, number: Any, save_tiles: Any,
     ) -> Any:  # fmt: skip
-        return _forward_op(
+        forward = _forward_op if is_watched(z1) else _forward
+        return forward(
             z1, z2, temperature, ids, sample_weight, between, both, decoupled, reduction,
             statistics, number, save_tiles,
         )  # fmt: skip
@@ -242,18 +244,20 @@ class _PairLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
         *saved, temperature, ids, sample_weight, z1, z2 = ctx.saved_tensors
-        grads, d_temperature = _backward_op(
+        backward = _backward_op if is_watched(grad) else _backward
+        grads, d_temperature = backward(
             grad, *saved, temperature, ids, sample_weight, *ctx.settings, *needs
         )
-        gradients = zip((*grads.unbind(0), d_temperature), (z1, z2, temperature), strict=True)
-        of_inputs = (
-            x.to(y.dtype).view_as(y) if needed else None
-            for (x, y), needed in zip(gradients, needs, strict=True)
+        dz1, dz2 = grads.unbind(0)
+        return (
+            dz1.to(z1.dtype) if needs[0] else None,
+            dz2.to(z2.dtype) if needs[1] else None,
+            d_temperature.to(temperature.dtype).view_as(temperature) if needs[2] else None,
+            *[None] * 9,
         )
-        return *of_inputs, *[None] * 9
 
 
-_apply = applier(_PairLoss)
+_apply = applier(_PairLoss, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -77,6 +77,18 @@ def computed_tiles(
             yield tile, logits
 
 
+def is_one_tile(problem: Problem) -> bool:
+    """Whether all logits are one tile, and there are any."""
+    size = tile_size(problem.q)
+    return 0 < problem.q.shape[0] <= size and 0 < problem.keys().shape[0] <= size
+
+
+def one_tile(problem: Problem, saved: Tensor) -> Tensor:
+    """The tile of a problem that is one tile, in the room that is saved, if there is any."""
+    buffer = saved if saved.shape[0] else empty_tiles(1, problem)
+    return buffer[0, :, : problem.keys().shape[0]]
+
+
 def new_tiles(problem: Problem, save_tiles: bool) -> Tensor:
     """Room for the tiles that the forward may leave to the backward; also for symbolic sizes."""
     q, keys = problem.q, problem.keys()
