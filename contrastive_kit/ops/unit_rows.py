@@ -16,7 +16,7 @@ from contrastive_kit.ops.differentiable_once import (
 
 # Numbers in a piece of rows on a CPU. What is computed from it stays in cache, and in memory that
 # the allocator has at hand, instead of new pages of the system.
-_CPU_PIECE = 2**18
+_CPU_PIECE = 2**17
 
 # Between this length and its reciprocal nothing that is made of it leaves the range of float32.
 _SHORTEST = 1e-15
@@ -68,22 +68,46 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
     return rows
 
 
-def unit_rows(z: Tensor, length: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (..., D) of ``z`` on a CPU with that length, not differentiable.
+def to_unit_rows_(z: Tensor, length: float) -> tuple[Tensor, ...]:
+    """Give the rows (..., D) of ``z``, on a CPU, that length in place; not differentiable.
 
-    The same as ``scaled_unit_rows``. May write to ``z``.
+    The rows are those of ``scaled_unit_rows``.
 
     Returns:
-        The rows; the lengths (..., 1) of ``z`` in double precision, inf for a row of zeros; and
-        those of the rows as rounding has left them.
+        The lengths (..., 1) before, in double precision and inf for a row of zeros; and those
+        after, as rounding has left them.
     """
+    return _piece_by_piece(lambda z: _to_unit_rows_(z, length), z)
+
+
+def _to_unit_rows_(z: Tensor, length: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
     shortest, longest = norm.aminmax()
-    if _SHORTEST < float(shortest) and float(longest) < 1 / _SHORTEST:
+    if float(shortest) > _SHORTEST and float(longest) < 1 / _SHORTEST:
         divisor = (norm / length).to(z.dtype)
-        return z.div_(divisor), norm, norm / divisor
+        z.div_(divisor)
+        return norm, norm / divisor
     rows, power, factor, length_of_rows = _scaled(z, length)
-    return rows, power / factor.to(torch.float64) * length, length_of_rows
+    z.copy_(rows)
+    return power / factor.to(torch.float64) * length, length_of_rows
+
+
+def to_gradients_(grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor) -> Tensor:
+    """Turn gradients of unit rows into those of what they were made of, in place, equation (7).
+
+    ``factor`` is ``length`` over that of the embedding. Returns the part along each row, (..., 1).
+    """
+    (along,) = _piece_by_piece(_to_gradients_, grad, rows, length, factor)
+    return along
+
+
+def _to_gradients_(
+    grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor
+) -> tuple[Tensor]:
+    along = (grad * rows).sum(-1, keepdim=True, dtype=length.dtype)
+    projection = (along / length.square()).to(rows.dtype)
+    grad.addcmul_(rows, projection, value=-1).mul_(factor)
+    return (along,)
 
 
 def _power_of_two(z: Tensor) -> Tensor:

@@ -30,8 +30,6 @@ _LARGEST_UNSHIFTED_LOGIT = {torch.float32: 69.0, torch.float64: 600.0}
 _BITS_PER_NAT = math.log2(math.e)
 _LARGEST_LOGIT_IN_BITS = 32.0
 
-_ONLY_TILE = Tile(0, 0, 0, 0, False)
-
 
 def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logsumexp of rows (and columns if ``both``), its low part, and its statistics.
@@ -60,7 +58,7 @@ def exact_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tens
     if is_one_tile(problem):
         exps = one_tile(problem, saved_tiles)
         exps.addmm_(q, problem.keys().T, beta=0, alpha=scale)
-        exponentiate(exps, _ONLY_TILE)
+        exponentiate(exps, _only_tile(problem))
         of_rows = exps.sum(1)
         sums = torch.cat((of_rows, exps.sum(0))) if problem.both else of_rows
         return sums.to(accumulator_dtype(q)).log_(), q.new_empty(0)
@@ -110,58 +108,53 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``q`` and ``k``, equation (5); an empty tensor for the one not needed."""
     q, k = problem.q, problem.k
-    dq = q.new_zeros(q.shape) if needs_grad[0] else q.new_empty(0)
-    dk = k.new_zeros(k.shape) if k is not None and needs_grad[1] else q.new_empty(0)
+    dq = q.new_empty(q.shape if needs_grad[0] else 0)
+    dk = q.new_empty(k.shape if k is not None and needs_grad[1] else 0)
     # Relative to the largest, or a small incoming gradient would leave the range of float32.
     grad_scale = power_of_two(grad.abs().amax())
     exact = accumulator_dtype(q)
-    add_gradients(
+    write_gradients(
         problem, (grad / grad_scale).to(exact), lse.to(exact) + lse_lo, saved_tiles, dq, dk
     )
     return dq.mul_(grad_scale), dk.mul_(grad_scale)
 
 
-def add_gradients(
+def write_gradients(
     problem: Problem, grad: Tensor, lse: Tensor, saved_tiles: Tensor, dq: Tensor, dk: Tensor
 ) -> None:
-    """Add the gradients of equation (5) to ``dq`` and ``dk``, but for one that is empty.
+    """Write the gradients of equation (5) to ``dq`` and ``dk``, but for one that is empty.
 
     ``grad``, of no element above 1, is the gradient of ``lse``, which is as ``exact_logsumexp``
     gives it.
     """
     q, k = problem.q, problem.k
+    if 0 in (q.shape[0], problem.keys().shape[0]):
+        dq.zero_()
+        dk.zero_()
+        return
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     bound = _largest_logit(problem)
-    shifted = _needs_shift(q, bound)
-    if shifted:
+    if _needs_shift(q, bound):
         # exp(logit - lse) · grad, as much of the exponent as float32 holds taken out of the tile
         rounded = lse.to(q.dtype)
         lse_lo = torch.where(rounded.isinf(), 0, lse - rounded)
         factors = (grad * (-lse_lo).exp()).to(q.dtype)
-    else:
-        factors = (grad * (-lse).exp()).to(q.dtype)
-    if is_one_tile(problem) and len(saved_tiles) and not shifted:
-        factor = factors[: q.shape[0]].unsqueeze(1)
-        of_columns = factors if k is None else factors[q.shape[0] :] if problem.both else None
-        factor = factor if of_columns is None else factor + of_columns
-        weights = one_tile(problem, saved_tiles) * factor
-        if dq.numel():
-            dq.addmm_(weights, problem.keys())
-        if k is not None and dk.numel():
-            dk.addmm_(weights.T, q)
-        return
-    if shifted:
         weight_tiles = _shifted_weights(problem, rounded, factors, saved_tiles)
     else:
+        factors = (grad * (-lse).exp()).to(q.dtype)
         weight_tiles = _weights(problem, factors, bound, saved_tiles)
     rows, drows = blocks(q), blocks(dq)
     columns, dcolumns = (rows, drows) if k is None else (blocks(k), blocks(dk))
     for tile, weights in weight_tiles:
+        # The first product of a block is written, and all others added; of beta = 0 what was there
+        # is not read. Tiles of the first row and column come first.
         if dq.numel():
-            drows[tile.row].addmm_(weights, columns[tile.column])
+            beta = min(tile.column, 1)
+            drows[tile.row].addmm_(weights, columns[tile.column], beta=beta)
         if tile.mirrored and (k is None or dk.numel()):
-            dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
+            beta = min(tile.row, 1)
+            dcolumns[tile.column].addmm_(weights.T, rows[tile.row], beta=beta)
 
 
 def _weights(
@@ -169,6 +162,12 @@ def _weights(
 ) -> Iterator[tuple[Tile, Tensor]]:
     """Each tile with the weights of equation (5), both directions summed."""
     row_factors, column_factors = row_and_column_blocks(factors, problem)
+    if saved_tiles.shape[0] and is_one_tile(problem):
+        factor = row_factors[0].unsqueeze(1)
+        if column_factors is not None:
+            factor = factor + column_factors[0]
+        yield _only_tile(problem), one_tile(problem, saved_tiles) * factor
+        return
     buffer = empty_tiles(1, problem)[0]
     scale, exponentiate = _exponentials(problem, bound)
     for tile, exps in computed_tiles(
@@ -215,6 +214,10 @@ def _exponentials(problem: Problem, bound: float) -> tuple[float, Callable[[Tens
 def _leave_out(problem: Problem, value: float) -> Callable[[Tensor, Tile], object]:
     """What writes ``value`` into a tile where a pair is left out."""
     return lambda x, tile: problem.exclusion.fill_(x, value, tile.top, tile.left)
+
+
+def _only_tile(problem: Problem) -> Tile:
+    return Tile(0, 0, 0, 0, problem.k is not None)
 
 
 def _exp_(x: Tensor) -> Tensor:

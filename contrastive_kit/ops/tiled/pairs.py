@@ -22,9 +22,9 @@ from contrastive_kit.ops.pairs import PairLoss, Pairs, PairStatistics
 from contrastive_kit.ops.problem import Exclusion, Problem
 from contrastive_kit.ops.registered import register
 from contrastive_kit.ops.statistics import LogitStatistics
-from contrastive_kit.ops.tiled.logsumexp import add_gradients, exact_logsumexp
+from contrastive_kit.ops.tiled.logsumexp import exact_logsumexp, write_gradients
 from contrastive_kit.ops.tiled.tiles import new_tiles, power_of_two
-from contrastive_kit.ops.unit_rows import unit_rows
+from contrastive_kit.ops.unit_rows import to_gradients_, to_unit_rows_
 
 # By default softplus is linear above 20, which float64 would notice.
 _LINEAR_ABOVE = 50
@@ -94,8 +94,8 @@ def _forward(z1: Tensor, z2: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """
     settings, save_tiles = _Settings(*arguments[:-1]), arguments[-1]
     with torch.autocast("cpu", enabled=False):
-        z = torch.stack((z1, z2)).to(compute_dtype(z1, z2))
-        rows, norm, length = unit_rows(z, settings.root_scale)
+        rows = torch.stack((z1, z2)).to(compute_dtype(z1, z2))
+        norm, length = to_unit_rows_(rows, settings.root_scale)
         y1, y2 = rows.unbind(0)
         positive = (y1 * y2).sum(1)
         problem = settings.problem(rows)
@@ -173,23 +173,26 @@ def _backward(
             scale = largest if scale is None else scale * largest
         elif settings.reduction == "mean":
             scale = scale / slope.numel()
-        grads = rows.new_zeros(rows.shape)
+        # What of both is needed: all for NT-Xent, where each row is in the gradient of others, and
+        # for the temperature.
+        needed = (True, True)
+        if settings.between and not needs_temperature:
+            needed = needs_z1, needs_z2
+        grads = rows.new_empty(rows.shape)
         if settings.between:
-            dq, dk = (x if needed else rows.new_empty(0)
-                      for x, needed in zip(grads.unbind(0), (needs_z1, needs_z2)))
+            dq, dk = (x if need else x[:0] for x, need in zip(grads, needed, strict=True))
         else:
-            dq, dk = grads.view(problem.q.shape), rows.new_empty(0)
-        add_gradients(problem, slope.view(-1), lse.view(-1), tiles, dq, dk)
+            dq, dk = grads.view(problem.q.shape), grads[0, :0]
+        write_gradients(problem, slope.view(-1), lse.view(-1), tiles, dq, dk)
         of_positive = slope.sum(0).to(rows.dtype).unsqueeze(1)
-        grads.addcmul_(rows.flip(0), of_positive, value=-1)
-        # Equation (7); what lies along a row is the gradient of its length, and so of temperature.
-        along = (grads * rows).sum(2, keepdim=True, dtype=length.dtype)
-        grads.addcmul_(rows, (along / length.square()).to(rows.dtype), value=-1)
+        for own, other, need in zip(grads, rows.unbind(0)[::-1], needed, strict=True):
+            _ = own.addcmul_(other, of_positive, value=-1) if need else own.zero_()
         # The reciprocal of a tiny length times a large gradient may leave the range of float32.
         factor = (scale * settings.root_scale / norm).clamp_(max=torch.finfo(rows.dtype).max)
-        grads.mul_(factor.to(rows.dtype))
+        along = to_gradients_(grads, rows, length, factor.to(rows.dtype))
         d_temperature = norm.new_empty(())
         if needs_temperature:
+            # What lies along a row is the gradient of its length, and so of the temperature.
             d_temperature = along.sum() * scale / (-2 * settings.temperature)
     return grads, d_temperature
 
