@@ -24,11 +24,12 @@ def applier(function: Any, n_outputs: int) -> Callable[..., Any]:
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = function.forward(*arguments)
             function.setup_context(ctx, arguments, outputs)
-            return outputs[:n_outputs]
+            results: tuple[Tensor, ...] = outputs[:n_outputs]
+            return results
 
         backward = staticmethod(function.backward)
 
-    def apply(*arguments: Any) -> tuple[Tensor, ...]:
+    def apply(*arguments: Any) -> Any:
         if is_watched(arguments[0]):
             return function.apply(*arguments)[:n_outputs]
         return Plain.apply(*arguments)

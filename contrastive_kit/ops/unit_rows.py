@@ -18,6 +18,9 @@ from contrastive_kit.ops.differentiable_once import (
 # the allocator has at hand, instead of new pages of the system.
 _CPU_PIECE = 2**17
 
+# Numbers of a row that are added in its own precision, where there are four times as many.
+_PART = 64
+
 # Between this length and its reciprocal nothing that is made of it leaves the range of float32.
 _SHORTEST = 1e-15
 
@@ -81,7 +84,10 @@ def to_unit_rows_(z: Tensor, length: float) -> tuple[Tensor, ...]:
 
 
 def _to_unit_rows_(z: Tensor, length: float) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(
+        _in_parts(z, lambda parts: torch.linalg.vector_norm(parts, dim=-1)),
+        dim=-1, keepdim=True, dtype=torch.float64,
+    )  # fmt: skip
     shortest, longest = norm.aminmax()
     if float(shortest) > _SHORTEST and float(longest) < 1 / _SHORTEST:
         divisor = (norm / length).to(z.dtype)
@@ -90,6 +96,17 @@ def _to_unit_rows_(z: Tensor, length: float) -> tuple[Tensor, Tensor]:
     rows, power, factor, length_of_rows = _scaled(z, length)
     z.copy_(rows)
     return power / factor.to(torch.float64) * length, length_of_rows
+
+
+def _in_parts(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Long rows (..., D) of float32 reduced by parts, (..., D / 64), whose roundings average out.
+
+    A copy in double precision would take longer than all else that is done with them.
+    """
+    width = x.shape[-1]
+    if x.dtype != torch.float32 or width % _PART or width < 4 * _PART:
+        return x
+    return reduce(x.view(*x.shape[:-1], -1, _PART))
 
 
 def to_gradients_(grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor) -> Tensor:
@@ -101,10 +118,9 @@ def to_gradients_(grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor) ->
     return along
 
 
-def _to_gradients_(
-    grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor
-) -> tuple[Tensor]:
-    along = (grad * rows).sum(-1, keepdim=True, dtype=length.dtype)
+def _to_gradients_(grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor) -> tuple[Tensor]:
+    products = _in_parts(grad * rows, lambda parts: parts.sum(-1))
+    along = products.sum(-1, keepdim=True, dtype=length.dtype)
     projection = (along / length.square()).to(rows.dtype)
     grad.addcmul_(rows, projection, value=-1).mul_(factor)
     return (along,)

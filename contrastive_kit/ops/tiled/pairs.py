@@ -165,12 +165,13 @@ def _backward(
         weights = settings.weights(slope)
         scale = grad.to(slope.dtype)  # of all gradients
         if settings.reduction == "none":
-            weights, scale = scale if weights is None else scale * weights, None
+            weights = scale if weights is None else scale * weights
+            scale = slope.new_ones(())
         if weights is not None:
             # Relative to the largest, or small weights would leave the range of float32.
             largest = power_of_two(weights.abs().amax())
             slope = slope * (weights / largest)
-            scale = largest if scale is None else scale * largest
+            scale = scale * largest
         elif settings.reduction == "mean":
             scale = scale / slope.numel()
         # What of both is needed: all for NT-Xent, where each row is in the gradient of others, and
