@@ -191,7 +191,7 @@ def _backward(
         # The reciprocal of a tiny length times a large gradient may leave the range of float32.
         factor = (scale * settings.root_scale / norm).clamp_(max=torch.finfo(rows.dtype).max)
         along = to_gradients_(grads, rows, length, factor.to(rows.dtype))
-        d_temperature = norm.new_empty(())
+        d_temperature = norm.new_zeros(())
         if needs_temperature:
             # What lies along a row is the gradient of its length, and so of the temperature.
             d_temperature = along.sum() * scale / (-2 * settings.temperature)
