@@ -13,9 +13,17 @@ from contrastive_kit._checks import (
 )
 from contrastive_kit.losses._negatives import Found, Negatives
 from contrastive_kit.losses._options import Options, Scalar
-from contrastive_kit.losses._stats import ContrastiveStats
+from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
+from contrastive_kit.ops import PairStatistics
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
+
+
+def with_statistics(
+    loss: Tensor, found: PairStatistics | None, temperature: float | Tensor
+) -> LossOutput:
+    """The loss, and what its op has found beside it as ``ContrastiveStats``."""
+    return loss if found is None else (loss, contrastive_stats(*found, temperature))
 
 
 def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: Tensor) -> None:

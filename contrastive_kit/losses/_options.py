@@ -80,6 +80,12 @@ class Options(NamedTuple):
         """What decides the value for given candidates, with the others at their defaults."""
         return self.changed_to(gather_distributed=False, process_group=None, backend="auto")
 
+    def asks_only(self, *names: str) -> bool:
+        """Whether all options that decide the value have their defaults, but for those named."""
+        names = (*names, "gather_distributed", "process_group", "backend")
+        pairs = zip(self._fields, self, Options(), strict=True)
+        return all(value == default or name in names for name, value, default in pairs)
+
     def changed_to(self, **changes: Any) -> "Options":
         """``_replace``, whose result torch 2.9 cannot keep where the graph of a compile breaks."""
         return Options(**{**dict(zip(self._fields, self, strict=True)), **changes})
@@ -136,7 +142,9 @@ def check_options(
         name: _check_number(name, getattr(options, name), largest)
         for name, largest in LARGEST.items()
     }
-    options = options.changed_to(teacher_temperature=teacher_tau, **numbers)
+    numbers["teacher_temperature"] = teacher_tau
+    if any(number is not getattr(options, name) for name, number in numbers.items()):
+        options = options.changed_to(**numbers)
     smoothing, beta = options.label_smoothing, options.hardness
     prior, margin = options.positive_prior, options.margin
     if prior == 1:

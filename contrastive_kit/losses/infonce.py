@@ -22,6 +22,7 @@ from contrastive_kit.losses._common import (
     check_sample_weight,
     logit_bound,
     reduce,
+    with_statistics,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
@@ -44,8 +45,10 @@ from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     BackendName,
     Exclusion,
+    Pairs,
     Problem,
     mma_dtype,
+    pair_loss_for,
     scaled_unit_rows,
 )
 
@@ -241,6 +244,24 @@ def info_nce(
     temperature, options = checked(check, process_group) if gather else check()
     n = query.shape[0]
 
+    # One op answers the options named here, and nothing else. Without other negatives, those of the
+    # batch are there in any case.
+    answered = ("symmetric", "in_batch_negatives", "reduction")
+    if negatives is None and not gather and options.asks_only(*answered):
+        asked_pairs = Pairs(
+            query,
+            key,
+            temperature,
+            ids,
+            sample_weight,
+            between=True,
+            both=symmetric,
+            reduction=reduction,
+            statistics=return_stats,
+        )
+        whole = pair_loss_for(asked_pairs, backend)
+        if whole is not None:
+            return with_statistics(*whole, temperature)
     # Normalised apart, so that a key or a queue without gradient costs none.
     queries = scaled_unit_rows((query,), temperature)[0]
     keys = scaled_unit_rows((key,), temperature)[0]

@@ -1,6 +1,6 @@
 """NT-Xent, the loss of SimCLR: each view of an image against all views of all others."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from contrastive_kit.losses._common import (
     logit_bound,
     positive_pair_logits,
     reduce,
+    with_statistics,
 )
 from contrastive_kit.losses._gathered import (
     gather_batch,
@@ -32,6 +33,7 @@ from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
     BackendName,
     Exclusion,
+    Pairs,
     Problem,
     mma_dtype,
     pair_loss_for,
@@ -204,20 +206,21 @@ def nt_xent(
     temperature, options = checked(check, process_group) if gather else check()
     n = z1.shape[0]
 
-    # A backend's own pair loss answers two views and a temperature, and nothing else.
-    asked = _Asked(
-        len(more_views),
-        ids is not None,
-        sample_weight is not None,
-        return_stats,
-        gather,
-        options.of_the_loss(),
-    )
-    if asked == _Asked() and not isinstance(temperature, Tensor):
-        pair_loss = pair_loss_for(z1, z2, backend)
-        loss = None if pair_loss is None else pair_loss(z1, z2, temperature)
-        if loss is not None:
-            return loss
+    # One op answers two views and the options named here, and nothing else.
+    if not (more_views or gather) and options.asks_only("decoupled", "reduction"):
+        pairs = Pairs(
+            z1,
+            z2,
+            temperature,
+            ids,
+            sample_weight,
+            decoupled=decoupled,
+            reduction=reduction,
+            statistics=return_stats,
+        )
+        whole = pair_loss_for(pairs, backend)
+        if whole is not None:
+            return with_statistics(*whole, temperature)
     views_of_rows = scaled_unit_rows(views, temperature)
     positive_logits = positive_pair_logits(views_of_rows)
     rows = views_of_rows.flatten(0, 1)
@@ -252,17 +255,6 @@ def nt_xent(
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, statistics, temperature)
-
-
-class _Asked(NamedTuple):
-    """What is asked beside two views and a temperature; its defaults are nothing."""
-
-    more_views: int = 0
-    ids: bool = False
-    sample_weight: bool = False
-    return_stats: bool = False
-    gather: bool = False
-    options: Options = Options()
 
 
 class NTXent(LossModule):

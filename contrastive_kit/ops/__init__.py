@@ -11,6 +11,7 @@ from contrastive_kit.ops.backends import (
     softplus_sum_for,
     which_backend,
 )
+from contrastive_kit.ops.pairs import Pairs, PairStatistics
 from contrastive_kit.ops.primitives import kept_logsumexp, kept_softplus_sum
 from contrastive_kit.ops.problem import Exclusion, Problem, mma_dtype
 from contrastive_kit.ops.registered import LogSumExp
@@ -25,6 +26,8 @@ __all__ = [
     "Exclusion",
     "LogSumExp",
     "LogitStatistics",
+    "PairStatistics",
+    "Pairs",
     "Problem",
     "check_backend",
     "kept_logsumexp",

@@ -9,6 +9,7 @@ from torch import Tensor
 from contrastive_kit import reference
 from contrastive_kit._checks import check_choice
 from contrastive_kit.ops import tiled, triton
+from contrastive_kit.ops.pairs import PairLoss, Pairs
 from contrastive_kit.ops.problem import Problem
 from contrastive_kit.ops.registered import LogSumExp, SoftplusSum
 from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
@@ -16,8 +17,8 @@ from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
 # What a caller may name: "auto" and the keys of BACKENDS.
 BackendName = Literal["auto", "triton", "tiled", "reference"]
 
-# Mean NT-Xent of two views (N, D) at a temperature, or None where it takes no such views.
-PairLoss = Callable[[Tensor, Tensor, float], Tensor | None]
+# The loss of a batch of pairs, or None where it does not take them.
+PairLossOf = Callable[[Pairs], PairLoss | None]
 
 
 class Backend(NamedTuple):
@@ -30,7 +31,7 @@ class Backend(NamedTuple):
         softplus_sum: equation (18), differentiable in both matrices and the bias.
         same_class_softplus_sum: the same where the rule leaves out pairs of different classes; the
             bias may be one of each row, (R,).
-        pair_loss: the whole mean NT-Xent of two views, where one op is faster than many.
+        pair_loss: a whole loss of pairs, where one op is faster than many.
     """
 
     refuse: Callable[[Problem], str | None]
@@ -38,7 +39,7 @@ class Backend(NamedTuple):
     same_class_logsumexp: LogSumExp | None = None
     softplus_sum: SoftplusSum | None = None
     same_class_softplus_sum: SoftplusSum | None = None
-    pair_loss: PairLoss | None = None
+    pair_loss: PairLossOf | None = None
 
 
 class BackendChoice(NamedTuple):
@@ -98,9 +99,10 @@ def softplus_sum_for(problem: Problem, backend: str) -> SoftplusSum:
     return _present(chosen.same_class_softplus_sum)
 
 
-def pair_loss_for(z1: Tensor, z2: Tensor, backend: str) -> PairLoss | None:
-    """The whole pair loss of the backend whose logsumexp runs on two views, if it has one."""
-    return BACKENDS[_choose(Problem(z1, z2), "logsumexp", backend).name].pair_loss
+def pair_loss_for(pairs: Pairs, backend: str) -> PairLoss | None:
+    """The loss of the backend whose logsumexp runs on the pairs, if it has them as one op."""
+    chosen = BACKENDS[_choose(Problem(pairs.z1, pairs.z2), "logsumexp", backend).name]
+    return None if chosen.pair_loss is None else chosen.pair_loss(pairs)
 
 
 def check_backend(backend: str, primitive: str = "logsumexp") -> None:
@@ -176,6 +178,7 @@ BACKENDS = {
         tiled.logsumexp,
         tiled.softplus_sum,
         tiled.softplus_sum,
+        tiled.pair_loss,
     ),
     "reference": Backend(
         _never_refuses,

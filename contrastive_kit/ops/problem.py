@@ -56,6 +56,10 @@ class Exclusion(NamedTuple):
             rows = self.row_ids[top : top + height, None]
             columns = _or(self.column_ids, self.row_ids)[left : left + width]
             tile.masked_fill_(rows == columns, value)
+        elif self.period and height == width == 2 * self.period and top == left == 0:
+            # The tile is all of two views, and its three diagonals one view of it.
+            n = self.period
+            tile.view(2, n, 2, n).diagonal(dim1=1, dim2=3).fill_(value)
         elif self.period:
             offset = (top - left) % self.period
             lowest = offset - self.period * ((offset + height - 1) // self.period)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kit.ops.differentiable_once import (
+    applier,
     differentiable_once,
     first_is_differentiable,
     with_signature,
@@ -124,7 +125,7 @@ def _logsumexp(backend: str, problem: Problem) -> tuple[Tensor, LogitStatistics 
     # number of tiles, the smaller of two, would bound the size of the batch.
     save_tiles = _wants_gradient(problem) and not problem.statistics
     save_tiles = save_tiles and not torch.compiler.is_exporting()
-    lse, _, stats, _ = _LogSumExp.apply(*problem.flat(), save_tiles, backend)
+    lse, _, stats = _apply_logsumexp(*problem.flat(), save_tiles, backend)
     return lse, LogitStatistics(lse.detach(), *stats.unbind(0)) if problem.statistics else None
 
 
@@ -167,6 +168,9 @@ class _LogSumExp(torch.autograd.Function):
         op = registered(f"{ctx.backend}_logsumexp_backward")
         gradients = op(grad, *ctx.saved_tensors, *ctx.settings, *needs)
         return *_wanted(gradients, needs), *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+_apply_logsumexp = applier(_LogSumExp, 3)
 
 
 def _wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:

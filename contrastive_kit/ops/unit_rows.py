@@ -9,6 +9,7 @@ from torch import Tensor
 from contrastive_kit._checks import check_alike, check_temperature
 from contrastive_kit._dtypes import compute_dtype
 from contrastive_kit.ops.differentiable_once import (
+    applier,
     differentiable_once,
     first_is_differentiable,
     with_signature,
@@ -16,7 +17,13 @@ from contrastive_kit.ops.differentiable_once import (
 
 # Numbers in a piece of rows on a CPU. What is computed from it stays in cache, and in memory that
 # the allocator has at hand, instead of new pages of the system.
-_CPU_PIECE = 2**18
+_CPU_PIECE = 2**17
+
+# Numbers of a row that are added in its own precision, where there are four times as many.
+_PART = 64
+
+# Between this length and its reciprocal nothing that is made of it leaves the range of float32.
+_SHORTEST = 1e-15
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -61,8 +68,71 @@ def scaled_unit_rows(views: tuple[Tensor, ...], temperature: float | Tensor) -> 
         root_scale = temperature**-0.5
     of_dtype = [view.to(dtype) for view in views]
     stacked = torch.stack(of_dtype) if len(views) > 1 else of_dtype[0].unsqueeze(0)  # no copy
-    rows: Tensor = _ScaledUnitRows.apply(stacked, root_scale)[0]
+    rows: Tensor = _apply_scaled_unit_rows(stacked, root_scale)[0]
     return rows
+
+
+def to_unit_rows_(z: Tensor, length: float) -> tuple[Tensor, ...]:
+    """Give the rows (..., D) of ``z``, on a CPU, that length in place; not differentiable.
+
+    The rows are those of ``scaled_unit_rows``.
+
+    Returns:
+        The lengths (..., 1) before, in double precision and inf for a row of zeros; and those
+        after, as rounding has left them.
+    """
+    return _piece_by_piece(lambda z: _to_unit_rows_(z, length), z)
+
+
+def _to_unit_rows_(z: Tensor, length: float) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(
+        _in_parts(z, lambda parts: torch.linalg.vector_norm(parts, dim=-1)),
+        dim=-1, keepdim=True, dtype=torch.float64,
+    )  # fmt: skip
+    shortest, longest = norm.aminmax()
+    if float(shortest) > _SHORTEST and float(longest) < 1 / _SHORTEST:
+        divisor = (norm / length).to(z.dtype)
+        z.div_(divisor)
+        return norm, norm / divisor
+    rows, power, factor, length_of_rows = _scaled(z, length)
+    z.copy_(rows)
+    return power / factor.to(torch.float64) * length, length_of_rows
+
+
+def _in_parts(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Long rows (..., D) of float32 reduced by parts, (..., D / 64), whose roundings average out.
+
+    A copy in double precision would take longer than all else that is done with them.
+    """
+    width = x.shape[-1]
+    if x.dtype != torch.float32 or width % _PART or width < 4 * _PART:
+        return x
+    return reduce(x.view(*x.shape[:-1], -1, _PART))
+
+
+def to_gradients_(grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor) -> Tensor:
+    """Turn gradients of unit rows into those of what they were made of, in place, equation (7).
+
+    ``factor`` is ``length`` over that of the embedding. Returns the part along each row, (..., 1).
+    """
+    (along,) = _piece_by_piece(_to_gradients_, grad, rows, length, factor)
+    return along
+
+
+def _to_gradients_(grad: Tensor, rows: Tensor, length: Tensor, factor: Tensor) -> tuple[Tensor]:
+    products = _in_parts(grad * rows, lambda parts: parts.sum(-1))
+    along = products.sum(-1, keepdim=True, dtype=length.dtype)
+    projection = (along / length.square()).to(rows.dtype)
+    grad.addcmul_(rows, projection, value=-1).mul_(factor)
+    return (along,)
+
+
+def _power_of_two(z: Tensor) -> Tensor:
+    """A power of two near the largest entry of each row, inf for a row of zeros."""
+    # Dividing by it is exact, and keeps squares in range.
+    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    return torch.where(largest < torch.finfo(z.dtype).tiny, torch.inf, power)
 
 
 def _check_views(views: tuple[Tensor, ...]) -> None:
@@ -109,12 +179,12 @@ class _ScaledUnitRows(torch.autograd.Function):
         return dz, d_root_scale
 
 
+_apply_scaled_unit_rows = applier(_ScaledUnitRows, 1)
+
+
 def _scaled(z: Tensor, root_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of length ``root_scale``, and the three figures a row that the backward needs."""
-    # Dividing by a power of two near the largest entry is exact, and keeps squares in range.
-    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True))
-    power = largest / (2 * torch.frexp(largest).mantissa)
-    power = torch.where(largest < torch.finfo(z.dtype).tiny, torch.inf, power)
+    power = _power_of_two(z)
     z = z / power
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulator_dtype(z))
     norm = torch.where(norm > 0, norm, 1)

@@ -25,6 +25,7 @@ from contrastive_kit.functional import info_nce, nt_xent
 from contrastive_kit.ops import (
     BACKENDS,
     Exclusion,
+    Pairs,
     Problem,
     kept_logsumexp,
     pair_loss_for,
@@ -504,9 +505,21 @@ def test_not_finite_reaches_the_loss_of_one_op_triton(bad):
 def test_what_one_op_does_not_take_triton():
     a = to_device(torch.randn(4, 60))
     b = a + 1
-    assert pair_loss_for(a, b, "tiled") is None
-    assert pair_loss_for(a, b, "auto") is pair.pair_loss
-    assert pair.pair_loss(a, b, 0.1) is not None
+    asked = Pairs(a, b, 0.1)
+    loss, statistics = pair_loss_for(asked, "auto")
+    assert torch.equal(loss, pair.pair_loss(a, b, 0.1))
+    assert statistics is None
+    for more in (
+        {"temperature": to_device(torch.tensor(0.1))},
+        {"ids": to_device(torch.arange(4))},
+        {"sample_weight": to_device(torch.ones(4))},
+        {"between": True},
+        {"between": True, "both": True},
+        {"decoupled": True},
+        {"reduction": "sum"},
+        {"statistics": True},
+    ):
+        assert pair_loss_for(asked._replace(**more), "auto") is None, more
     assert pair.pair_loss(a, a, 0.1) is None
     assert pair.pair_loss(a, b.half(), 0.1) is None
     assert pair.pair_loss(*to_device(torch.randn(2, 4, 300)), 0.1) is None

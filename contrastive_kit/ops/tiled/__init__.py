@@ -8,6 +8,7 @@ from contrastive_kit.ops.registered import (
 )
 from contrastive_kit.ops.tiled import logsumexp as _logsumexp
 from contrastive_kit.ops.tiled import softplus as _softplus
+from contrastive_kit.ops.tiled.pairs import pair_loss as pair_loss
 from contrastive_kit.ops.tiled.tiles import new_tiles
 
 logsumexp: LogSumExp = register_logsumexp(

@@ -13,6 +13,8 @@ from contrastive_kit.ops.tiled.tiles import (
     blocks,
     computed_tiles,
     empty_tiles,
+    is_one_tile,
+    one_tile,
     power_of_two,
     row_and_column_blocks,
 )
@@ -32,29 +34,41 @@ _LARGEST_LOGIT_IN_BITS = 32.0
 def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logsumexp of rows (and columns if ``both``), its low part, and its statistics.
 
+    A logsumexp of 100 in float32 is uncertain by 4e-6, and so would be the scale of the whole row
+    in the backward. The part that float32 cannot hold therefore comes back as the second result.
+    Statistics are empty if not wanted.
+    """
+    lse, stats = exact_logsumexp(problem, saved_tiles)
+    rounded = lse.to(problem.q.dtype)
+    lse_lo = torch.where(rounded.isinf(), 0, lse - rounded).to(rounded.dtype)
+    return rounded, lse_lo, stats
+
+
+def exact_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The logsumexp in the dtype of accumulators, and its statistics, empty if not wanted.
+
     The first tiles are left in ``saved_tiles``: their exp where no logit is large, else their
     logits.
-
-    A logsumexp of 100 in float32 is uncertain by 4e-6, and so would be the scale of the whole row
-    in the backward. Sums are therefore kept in double precision, and the part of the logsumexp
-    that float32 cannot hold comes back as the second result. Statistics are empty if not wanted.
     """
     q = problem.q
     bound = torch.inf if problem.statistics else _largest_logit(problem)
     if _needs_shift(q, bound):
-        lse, stats = _running_logsumexp(problem, saved_tiles)
-    else:
-        sums = q.new_zeros(problem.n_results(), dtype=accumulator_dtype(q))
-        row_sums, column_sums = row_and_column_blocks(sums, problem)
-        scale, exponentiate = _exponentials(problem, bound)
-        for tile, exps in computed_tiles(problem, exponentiate, scale=scale, saved=saved_tiles):
-            row_sums[tile.row].add_(exps.sum(1))
-            if column_sums is not None and tile.mirrored:
-                column_sums[tile.column].add_(exps.sum(0))
-        lse, stats = sums.log_(), q.new_empty(0)
-    rounded = lse.to(q.dtype)
-    lse_lo = torch.where(rounded.isinf(), 0, lse - rounded).to(q.dtype)
-    return rounded, lse_lo, stats
+        return _running_logsumexp(problem, saved_tiles)
+    scale, exponentiate = _exponentials(problem, bound)
+    if is_one_tile(problem):
+        exps = one_tile(problem, saved_tiles)
+        exps.addmm_(q, problem.keys().T, beta=0, alpha=scale)
+        exponentiate(exps, _only_tile(problem))
+        of_rows = exps.sum(1)
+        sums = torch.cat((of_rows, exps.sum(0))) if problem.both else of_rows
+        return sums.to(accumulator_dtype(q)).log_(), q.new_empty(0)
+    sums = q.new_zeros(problem.n_results(), dtype=accumulator_dtype(q))
+    row_sums, column_sums = row_and_column_blocks(sums, problem)
+    for tile, exps in computed_tiles(problem, exponentiate, scale=scale, saved=saved_tiles):
+        row_sums[tile.row].add_(exps.sum(1))
+        if column_sums is not None and tile.mirrored:
+            column_sums[tile.column].add_(exps.sum(0))
+    return sums.log_(), q.new_empty(0)
 
 
 def _running_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,29 +108,53 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``q`` and ``k``, equation (5); an empty tensor for the one not needed."""
     q, k = problem.q, problem.k
-    dq = q.new_zeros(q.shape) if needs_grad[0] else q.new_empty(0)
-    dk = k.new_zeros(k.shape) if k is not None and needs_grad[1] else q.new_empty(0)
+    dq = q.new_empty(q.shape if needs_grad[0] else 0)
+    dk = q.new_empty(k.shape if k is not None and needs_grad[1] else 0)
+    # Relative to the largest, or a small incoming gradient would leave the range of float32.
+    grad_scale = power_of_two(grad.abs().amax())
+    exact = accumulator_dtype(q)
+    write_gradients(
+        problem, (grad / grad_scale).to(exact), lse.to(exact) + lse_lo, saved_tiles, dq, dk
+    )
+    return dq.mul_(grad_scale), dk.mul_(grad_scale)
+
+
+def write_gradients(
+    problem: Problem, grad: Tensor, lse: Tensor, saved_tiles: Tensor, dq: Tensor, dk: Tensor
+) -> None:
+    """Write the gradients of equation (5) to ``dq`` and ``dk``, but for one that is empty.
+
+    ``grad``, of no element above 1, is the gradient of ``lse``, which is as ``exact_logsumexp``
+    gives it.
+    """
+    q, k = problem.q, problem.k
+    if 0 in (q.shape[0], problem.keys().shape[0]):
+        dq.zero_()
+        dk.zero_()
+        return
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     bound = _largest_logit(problem)
-    shifted = _needs_shift(q, bound)
-    # exp(logit - lse - lse_lo) · grad, as much of the exponent as is safe taken out of the tile
-    exponent = -lse_lo.to(accumulator_dtype(q))
-    # Relative to the largest, or a small incoming gradient would leave the range of float32.
-    grad_scale = power_of_two(grad.abs().amax())
-    row_factors = (grad / grad_scale * (exponent if shifted else exponent - lse).exp()).to(q.dtype)
-    if shifted:
-        weight_tiles = _shifted_weights(problem, lse, row_factors, saved_tiles)
+    if _needs_shift(q, bound):
+        # exp(logit - lse) · grad, as much of the exponent as float32 holds taken out of the tile
+        rounded = lse.to(q.dtype)
+        lse_lo = torch.where(rounded.isinf(), 0, lse - rounded)
+        factors = (grad * (-lse_lo).exp()).to(q.dtype)
+        weight_tiles = _shifted_weights(problem, rounded, factors, saved_tiles)
     else:
-        weight_tiles = _weights(problem, row_factors, bound, saved_tiles)
+        factors = (grad * (-lse).exp()).to(q.dtype)
+        weight_tiles = _weights(problem, factors, bound, saved_tiles)
     rows, drows = blocks(q), blocks(dq)
     columns, dcolumns = (rows, drows) if k is None else (blocks(k), blocks(dk))
     for tile, weights in weight_tiles:
-        if needs_grad[0]:
-            drows[tile.row].addmm_(weights, columns[tile.column])
-        if tile.mirrored and (k is None or needs_grad[1]):
-            dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
-    return dq.mul_(grad_scale), dk.mul_(grad_scale)
+        # The first product of a block is written, and all others added; of beta = 0 what was there
+        # is not read. Tiles of the first row and column come first.
+        if dq.numel():
+            beta = min(tile.column, 1)
+            drows[tile.row].addmm_(weights, columns[tile.column], beta=beta)
+        if tile.mirrored and (k is None or dk.numel()):
+            beta = min(tile.row, 1)
+            dcolumns[tile.column].addmm_(weights.T, rows[tile.row], beta=beta)
 
 
 def _weights(
@@ -124,7 +162,13 @@ def _weights(
 ) -> Iterator[tuple[Tile, Tensor]]:
     """Each tile with the weights of equation (5), both directions summed."""
     row_factors, column_factors = row_and_column_blocks(factors, problem)
-    (buffer,) = empty_tiles(1, problem)
+    if saved_tiles.shape[0] and is_one_tile(problem):
+        factor = row_factors[0].unsqueeze(1)
+        if column_factors is not None:
+            factor = factor + column_factors[0]
+        yield _only_tile(problem), one_tile(problem, saved_tiles) * factor
+        return
+    buffer = empty_tiles(1, problem)[0]
     scale, exponentiate = _exponentials(problem, bound)
     for tile, exps in computed_tiles(
         problem, exponentiate, scale=scale, saved=saved_tiles, known=True
@@ -172,6 +216,10 @@ def _leave_out(problem: Problem, value: float) -> Callable[[Tensor, Tile], objec
     return lambda x, tile: problem.exclusion.fill_(x, value, tile.top, tile.left)
 
 
+def _only_tile(problem: Problem) -> Tile:
+    return Tile(0, 0, 0, 0, problem.k is not None)
+
+
 def _exp_(x: Tensor) -> Tensor:
     return x.mul_(_BITS_PER_NAT).exp2_()
 
@@ -181,7 +229,7 @@ def _largest_logit(problem: Problem) -> float:
     q, k = problem.q, problem.k
     if problem.bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]:
         return problem.bound
-    if 0 in (len(q), len(problem.keys())):
+    if 0 in (q.shape[0], problem.keys().shape[0]):
         return 0.0
     if q.device.type != "cpu":
         return torch.inf  # reading the norms would wait for the device

@@ -6,7 +6,6 @@ row block also serves as (j, i).
 """
 
 from collections.abc import Callable, Iterator
-from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
@@ -56,24 +55,38 @@ def computed_tiles(
     share one buffer.
     """
     q, k, keys = problem.q, problem.k, problem.keys()
-    if 0 in (len(q), len(keys)):
+    if 0 in (q.shape[0], keys.shape[0]):
         return
     size = tile_size(q)
     rows = blocks(q)
-    columns = [block.T for block in blocks(keys)]
-    spare = empty_tiles(1, problem)[0]
-    buffers = chain(zip(() if saved is None else saved, repeat(known)), repeat((spare, False)))
+    columns = rows if k is None else blocks(keys)
+    n_saved, n_computed, spare = 0 if saved is None else len(saved), 0, None
     for i, row in enumerate(rows):
-        # Scaling the rows costs nothing next to scaling the product.
-        scaled = row if scale == 1.0 else row * scale
         for j in range(i if k is None else 0, len(columns)):
-            buffer, is_known = next(buffers)
-            logits = buffer[: len(row), : columns[j].shape[1]]
+            if saved is not None and n_computed < n_saved:
+                buffer = saved[n_computed]
+            else:
+                buffer = spare = empty_tiles(1, problem)[0] if spare is None else spare
+            logits = buffer[: row.shape[0], : columns[j].shape[0]]
             tile = Tile(i, j, i * size, j * size, k is not None or i < j)
-            if not is_known:
-                torch.mm(scaled, columns[j], out=logits)
+            if not (known and n_computed < n_saved):
+                # What the buffer holds is not read: of beta = 0, not even NaN.
+                logits.addmm_(row, columns[j].T, beta=0, alpha=scale)
                 finish(logits, tile)
+            n_computed += 1
             yield tile, logits
+
+
+def is_one_tile(problem: Problem) -> bool:
+    """Whether all logits are one tile, and there are any."""
+    size = tile_size(problem.q)
+    return 0 < problem.q.shape[0] <= size and 0 < problem.keys().shape[0] <= size
+
+
+def one_tile(problem: Problem, saved: Tensor) -> Tensor:
+    """The tile of a problem that is one tile, in the room that is saved, if there is any."""
+    buffer = saved if saved.shape[0] else empty_tiles(1, problem)
+    return buffer[0, :, : problem.keys().shape[0]]
 
 
 def new_tiles(problem: Problem, save_tiles: bool) -> Tensor:
@@ -89,20 +102,24 @@ def new_tiles(problem: Problem, save_tiles: bool) -> Tensor:
         n_tiles = n_blocks * ((keys.shape[0] + size - 1) // size)
     tile_bytes = size * (size + PADDING) * q.element_size()
     n_saved = CPU_SAVED_BYTES // tile_bytes if q.device.type == "cpu" else 0
-    return empty_tiles(torch.sym_min(n_tiles, n_saved), problem)
+    return empty_tiles(_least(n_tiles, n_saved), problem)
 
 
 def empty_tiles(n_tiles: int | torch.SymInt, problem: Problem) -> Tensor:
     """Room for ``n_tiles``, (n, rows, columns), no larger than the problem needs."""
     size, n_rows, n_columns = tile_size(problem.q), problem.q.shape[0], problem.keys().shape[0]
-    return problem.q.new_empty(
-        n_tiles, torch.sym_min(size, n_rows), torch.sym_min(size, n_columns) + PADDING
-    )
+    return problem.q.new_empty(n_tiles, _least(size, n_rows), _least(size, n_columns) + PADDING)
+
+
+def _least(a: int | torch.SymInt, b: int | torch.SymInt) -> int | torch.SymInt:
+    """``torch.sym_min``, which for plain numbers takes as long as a small product."""
+    return min(a, b) if type(a) is int and type(b) is int else torch.sym_min(a, b)
 
 
 def blocks(x: Tensor, dim: int = 0) -> Blocks:
     """``x`` cut along ``dim`` as the tiles cut its rows or columns."""
-    pieces: Blocks = torch.split(x, tile_size(x), dim)
+    size = tile_size(x)
+    pieces: Blocks = (x,) if x.shape[dim] <= size else torch.split(x, size, dim)
     return pieces
 
 
@@ -113,10 +130,11 @@ def tile_size(x: Tensor) -> int:
 
 def row_and_column_blocks(x: Tensor, problem: Problem) -> tuple[Blocks, Blocks | None]:
     """The blocks of ``x`` (..., R or R + C) for rows and for columns, None if not asked for."""
-    n_rows = len(problem.q)
-    rows = blocks(x[..., :n_rows], -1)
     if problem.k is None:
+        rows = blocks(x, -1)
         return rows, rows
+    n_rows = problem.q.shape[0]
+    rows = blocks(x[..., :n_rows], -1)
     return rows, blocks(x[..., n_rows:], -1) if problem.both else None
 
 
