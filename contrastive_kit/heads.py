@@ -40,14 +40,14 @@ class ProjectionHead(nn.Module):
         batch_norm: Whether batch normalisation follows each linear layer. Without a linear layer
             there is nothing to normalise.
 
-    Shape:
-        Input (N, ``in_dim``), output (N, ``out_dim``), not L2-normalised: the losses do that.
-
     Raises:
         TypeError: A size or ``layers`` is not an integer, ``batch_norm`` not True or False.
         ValueError: A size below 1, ``layers`` outside 0 … 3, ``hidden_dim`` given where there is no
             hidden layer, ``layers=0`` with ``out_dim != in_dim``; in the forward pass an input
             that is not (N, ``in_dim``).
+
+    Shape:
+        Input (N, ``in_dim``), output (N, ``out_dim``), not L2-normalised: the losses do that.
 
     References:
         SimCLR, https://arxiv.org/abs/2002.05709, sections 2.1 and 4.2;

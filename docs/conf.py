@@ -1,13 +1,34 @@
 """Sphinx configuration."""
 
+import os
+
 from contrastive_kit import __version__
 
-project = "contrastive-kit"
+project = html_title = "contrastive-kit"
+project_copyright = author = "The contrastive-kit developers"
 release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx-mathjax-offline",
+]
+if os.environ.get("READTHEDOCS"):  # needs a network
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "kornia": ("https://kornia.readthedocs.io/en/stable", None),
+    }
 myst_enable_extensions = ["dollarmath", "amsmath"]
-source_suffix = {".md": "markdown"}
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}  # what autosummary writes
 exclude_patterns = ["_build", "_*.md"]
+templates_path = ["_templates"]
 html_theme = "furo"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+copybutton_exclude = ".linenos, .gp, .go"

@@ -82,7 +82,7 @@ class LossModule(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature: a number, or a tensor that carries the gradient of ``logit_scale``.
+        """τ, a number, or a tensor that carries the gradient of ``logit_scale``.
 
         It is never in half precision.
         """

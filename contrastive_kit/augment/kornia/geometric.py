@@ -75,13 +75,13 @@ class RandomResizedCrop(Cropping):
         keepdim: A single ``(C, H, W)`` image stays one.
         generator: Where the random numbers come from; the default CPU generator if None.
 
-    Shape:
-        ``(B, C, H, W)`` or ``(C, H, W)``, floating or uint8, to ``(B, C, *size)``. uint8 becomes
-        float32 in [0, 1]; floats keep their dtype.
-
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If something is no number where one must be, or a flag not True or False.
+
+    Shape:
+        ``(B, C, H, W)`` or ``(C, H, W)``, floating or uint8, to ``(B, C, *size)``. uint8 becomes
+        float32 in [0, 1]; floats keep their dtype.
 
     Example:
         >>> import torch
@@ -148,13 +148,13 @@ class RandomHorizontalFlip(Geometric):
         keepdim: A single ``(C, H, W)`` image stays one.
         generator: Where the random numbers come from; the default CPU generator if None.
 
-    Shape:
-        ``(B, C, H, W)`` or ``(C, H, W)``, floating or uint8, to ``(B, C, H, W)``. uint8 becomes
-        float32 in [0, 1]; floats keep their dtype.
-
     Raises:
         ValueError: If p is not between 0 and 1.
         TypeError: If p is no number, or a flag not True or False.
+
+    Shape:
+        ``(B, C, H, W)`` or ``(C, H, W)``, floating or uint8, to ``(B, C, H, W)``. uint8 becomes
+        float32 in [0, 1]; floats keep their dtype.
 
     Example:
         >>> import torch

@@ -28,13 +28,13 @@ class ColorJitter(Intensity):
         keepdim: A single ``(3, H, W)`` image stays one.
         generator: Where the random numbers come from; the default CPU generator if None.
 
-    Shape:
-        ``(B, 3, H, W)`` or ``(3, H, W)``, floating in [0, 1] or uint8, to ``(B, 3, H, W)``. uint8
-        becomes float32 in [0, 1]; floats keep their dtype.
-
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If something is no number where one must be, or a flag not True or False.
+
+    Shape:
+        ``(B, 3, H, W)`` or ``(3, H, W)``, floating in [0, 1] or uint8, to ``(B, 3, H, W)``. uint8
+        becomes float32 in [0, 1]; floats keep their dtype.
 
     Example:
         >>> import torch
@@ -116,13 +116,13 @@ class RandomGrayscale(Intensity):
         keepdim: A single ``(3, H, W)`` image stays one.
         generator: Where the random numbers come from; the default CPU generator if None.
 
-    Shape:
-        ``(B, 3, H, W)`` or ``(3, H, W)``, floating in [0, 1] or uint8, to ``(B, 3, H, W)``. uint8
-        becomes float32 in [0, 1]; floats keep their dtype.
-
     Raises:
         ValueError: If p is not between 0 and 1.
         TypeError: If p is no number, or a flag not True or False.
+
+    Shape:
+        ``(B, 3, H, W)`` or ``(3, H, W)``, floating in [0, 1] or uint8, to ``(B, 3, H, W)``. uint8
+        becomes float32 in [0, 1]; floats keep their dtype.
 
     Example:
         >>> import torch
@@ -165,13 +165,13 @@ class GaussianBlur(Intensity):
         keepdim: A single ``(C, H, W)`` image stays one.
         generator: Where the random numbers come from; the default CPU generator if None.
 
-    Shape:
-        ``(B, C, H, W)`` or ``(C, H, W)``, floating in [0, 1] or uint8, to ``(B, C, H, W)``. uint8
-        becomes float32 in [0, 1]; floats keep their dtype.
-
     Raises:
         ValueError: If an argument is out of its range, or the images are too small to be reflected.
         TypeError: If something is no number where one must be, or a flag not True or False.
+
+    Shape:
+        ``(B, C, H, W)`` or ``(C, H, W)``, floating in [0, 1] or uint8, to ``(B, C, H, W)``. uint8
+        becomes float32 in [0, 1]; floats keep their dtype.
 
     Example:
         >>> import torch
@@ -226,13 +226,13 @@ class RandomSolarize(Intensity):
         keepdim: A single ``(C, H, W)`` image stays one.
         generator: Where the random numbers come from; the default CPU generator if None.
 
-    Shape:
-        ``(B, C, H, W)`` or ``(C, H, W)``, floating in [0, 1] or uint8, to ``(B, C, H, W)``. uint8
-        becomes float32 in [0, 1]; floats keep their dtype.
-
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If something is no number where one must be, or a flag not True or False.
+
+    Shape:
+        ``(B, C, H, W)`` or ``(C, H, W)``, floating in [0, 1] or uint8, to ``(B, C, H, W)``. uint8
+        becomes float32 in [0, 1]; floats keep their dtype.
 
     Example:
         >>> import torch

@@ -30,12 +30,12 @@ class SimCLRView(Cropping):
         same_on_batch: One set of parameters for all samples.
         keepdim: A single ``(3, H, W)`` image stays one.
 
+    Raises:
+        ValueError: If `augment` makes more than one view.
+
     Shape:
         ``(B, 3, H, W)`` or ``(3, H, W)``, floating in [0, 1] or uint8, to ``(B, 3, *size)`` in the
         dtype of `augment`.
-
-    Raises:
-        ValueError: If `augment` makes more than one view.
 
     Example:
         >>> import torch
