@@ -3,6 +3,7 @@
     python -m benchmarks losses                 # time, memory and errors of the losses on a CPU
     python -m benchmarks views --device cuda    # SimCLR's views on a GPU
     python -m benchmarks steps                  # large batches: GradCache, gathering, memory
+    python -m benchmarks training --root FOLDER # SimCLR for equal time, ours and that of peers
     python -m benchmarks ddp                    # gradients under DDP, beside one process
     python -m benchmarks host                   # what a step costs the host of a GPU, without one
     python -m benchmarks correctness --device cuda  # pytest -m gpu, and what it said is kept
@@ -18,6 +19,7 @@ The exit status is 0 if all is complete and right, 3 if time ran out, 1 if somet
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 from importlib import import_module
@@ -30,6 +32,7 @@ FILES = {
     "losses": {"cpu": "loss_cpu", "cuda": "loss_gpu"},
     "views": {"cpu": "augment_cpu", "cuda": "augment_gpu"},
     "steps": {"cpu": "large_batches_cpu"},
+    "training": {"cpu": "training_cpu", "cuda": "training_gpu"},
     "ddp": {"cpu": "ddp_truth"},
     "host": {"cpu": "host_cpu"},
     "correctness": {"cuda": "correctness_gpu"},
@@ -73,6 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the results [benchmarks/results]")
     add("--limit", type=float, default=math.inf, help="seconds; what is measured is kept")
     add("--force", action="store_true", help="measure again what is measured")
+    add("--root", type=Path, help="CIFAR-10 as image files, train/CLASS and test/CLASS (training)")
     given = parser.parse_args(argv)
     given.quick = given.quick or given.dry
     kinds = FILES.get(given.subject, ["cpu"])
@@ -82,6 +86,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--dry needs --device cuda: on a CPU, --quick is enough")
     if given.quick and given.out and given.out.resolve().is_relative_to(RESULTS):
         parser.error(f"--quick and --dry have no figures, and do not write into {RESULTS}")
+    if given.root and given.subject != "training":
+        parser.error("--root belongs to training")
+    if given.subject == "training" and not given.quick:
+        if not (given.root and (given.root / "train").is_dir()):
+            parser.error(f"training needs --root with train/CLASS and test/CLASS, got {given.root}")
+        from benchmarks.training import ROOT
+
+        os.environ[ROOT] = str(given.root.resolve())  # read by the processes that measure
     return given
 
 
