@@ -1,0 +1,78 @@
+"""Each of examples/clients runs for a few steps, and does what it is there to show."""
+
+import pytest
+import torch
+
+import photographs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_patches():
+    """One patch in eight of each photograph: enough for a few steps."""
+    patches = photographs.load_patches
+
+    def few(size=32):
+        images, labels, test_images, test_labels, names = patches(size)
+        return images[::8], labels[::8], test_images[::16], test_labels[::16], names
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photographs, "load_patches", few)
+        yield
+
+
+def client(name):
+    """A module that a client needs, or a skip that says which is missing."""
+    return pytest.importorskip(name, reason=f"the client {name} is not installed")
+
+
+class TestLightning:
+    """Resuming, and several processes."""
+
+    @pytest.fixture
+    def fit(self, tmp_path):
+        client("pytorch_lightning")
+        from clients.lightning_simclr import main
+
+        def run(epochs, batch_size=64, callbacks=(), **options):
+            quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+            options = {"limit_train_batches": 3, "accelerator": "cpu", **quiet, **options}
+            return main(epochs, batch_size, callbacks, default_root_dir=tmp_path, **options)
+
+        return run
+
+    def test_a_resumed_run_is_the_same_bit_for_bit(self, fit):
+        whole = fit(2)
+        first = fit(1)
+        torch.rand(3)
+        resumed = fit(2, resume=first.checkpoint_callback.best_model_path)
+        states = [trainer.lightning_module.state_dict() for trainer in (first, resumed, whole)]
+        temperatures = [float(state["loss_fn.logit_scale"]) for state in states]
+        assert temperatures[0] != temperatures[1]
+        assert [len(t.lightning_module.queue) for t in (first, resumed)] == [192, 384]
+        torch.testing.assert_close(states[1], states[2], rtol=0, atol=0)
+
+    def test_features_are_evaluated_after_an_epoch(self, fit):
+        metrics = fit(1).callback_metrics
+        assert 1 / 16 < metrics["knn"] <= 1
+        assert 1 / 16 < metrics["probe"] <= 1
+        assert metrics["temperature"] == pytest.approx(0.2, rel=0.1)
+        assert metrics["loss"].isfinite()
+
+    @pytest.mark.distributed
+    def test_two_processes_have_one_model_and_one_queue(self, fit, tmp_path):
+        pl = client("pytorch_lightning")
+
+        class Agreement(pl.Callback):
+            def on_train_end(self, trainer, module):
+                queue = module.queue.negatives()
+                weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+                for own in (queue, weights):
+                    both = module.all_gather(own)
+                    assert torch.equal(both[0], both[1])
+                assert len(queue) == 3 * 2 * 32
+                assert len(queue.unique(dim=0)) == len(queue)
+                if trainer.is_global_zero:
+                    (tmp_path / "agreed").touch()
+
+        fit(1, 32, [Agreement()], devices=2, strategy="ddp_fork")
+        assert (tmp_path / "agreed").exists()
