@@ -1,19 +1,22 @@
 """Each of examples/clients runs for a few steps, and does what it is there to show."""
 
+import json
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import photographs
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_patches():
-    """One patch in eight of each photograph: enough for a few steps."""
+    """One patch in sixteen of each photograph: enough for a few steps."""
     patches = photographs.load_patches
 
     def few(size=32):
         images, labels, test_images, test_labels, names = patches(size)
-        return images[::8], labels[::8], test_images[::16], test_labels[::16], names
+        return images[::16], labels[::16], test_images[::16], test_labels[::16], names
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(photographs, "load_patches", few)
@@ -76,3 +79,45 @@ class TestLightning:
 
         fit(1, 32, [Agreement()], devices=2, strategy="ddp_fork")
         assert (tmp_path / "agreed").exists()
+
+
+def accelerated(path, batch_size):
+    """What the example is worth on this rank, and whether all ranks have the same weights."""
+    from clients.accelerate_grad_cache import main
+
+    encoder, quality = main(epochs=1, batch_size=batch_size, chunk_size=24)
+    weights = torch.cat([p.detach().flatten() for p in encoder.parameters()])
+    all_weights = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_weights, weights)
+    agreed = all(torch.equal(weights, other) for other in all_weights)
+    rank = dist.get_rank()
+    (path / f"{rank}.json").write_text(json.dumps({"agreed": agreed, **quality}))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_trains_through_grad_cache(processes, tmp_path):
+    """In processes of their own, as accelerate has one state for the whole of a process."""
+    client("accelerate")
+    from accelerate import debug_launcher
+
+    debug_launcher(accelerated, (tmp_path, 64 // processes), num_processes=processes)
+    results = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(results) == processes
+    for result in results:
+        assert result["agreed"]
+        assert 1 / 16 < result["knn"] <= 1
+        assert 1 / 16 < result["probe"] <= 1
+
+
+@pytest.mark.parametrize(("name", "width"), [("vit_tiny_patch16_224", 192), ("convnext_atto", 320)])
+def test_an_encoder_of_timm_learns(name, width):
+    client("timm")
+    from clients.timm_encoders import main, timm_encoder
+
+    quality = main(name, epochs=1, batch_size=64)
+    assert 1 / 16 < quality["knn"] <= 1
+    size = {"img_size": 32} if name.startswith("vit") else {}
+    encoder = timm_encoder(name, **size)
+    assert encoder.out_dim == width
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, width)
