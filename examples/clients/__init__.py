@@ -1,0 +1,1 @@
+"""The library inside other frameworks, one short file for each."""
