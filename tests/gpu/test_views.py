@@ -64,7 +64,8 @@ def test_views_against_float64(kernels, shape, size, batch, dtype, device, scale
         assert difference(crops_only(drawn)).max() <= LEVELS
         assert difference(drawn).mean() <= UINT8_MEAN
     else:
-        assert difference(drawn).max() <= FLOAT_BUDGET
+        # Positions of pixels are float32 numbers up to the side.
+        assert difference(drawn).max() <= max(FLOAT_BUDGET, 2**-23 * max(shape))
 
 
 def test_waits_for_nothing(kernels, cuda):

@@ -6,6 +6,7 @@ process also runs what every backend must pass, test_lse.py.
 """
 
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -447,6 +448,27 @@ def test_one_op_equals_many_triton(n, d, temperature, monkeypatch):
 
 
 @on_device
+@pytest.mark.parametrize("exponent", [-120, -124, -126, -128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.usefixtures("tf32", "poisoned_empty")
+def test_the_gradient_of_a_loss_near_the_least_float32_triton(dtype, exponent):
+    """What it is divided by to be in range has a reciprocal in range, and keeps it right."""
+    a = torch.ones(2, 64, dtype=torch.float64)
+    a[1] = -1
+    a += 0.2 * torch.randn(2, 64, dtype=torch.float64)
+    b = (a + 0.1 * torch.randn(2, 64, dtype=torch.float64)).to(dtype)
+    a = a.to(dtype)
+    cosines = F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
+    temperature = float((cosines[0, 0] - cosines[0, 1]) / (-exponent * math.log(2)))
+    exact = [x.double().requires_grad_() for x in (a, b)]
+    expected = torch.autograd.grad(1e36 * exact_nt_xent(exact, temperature), exact)
+    leaves = [to_device(x).requires_grad_() for x in (a, b)]
+    loss = pair.pair_loss(*leaves, temperature)
+    for actual, wanted in zip(torch.autograd.grad(1e36 * loss, leaves), expected, strict=True):
+        assert_within(actual.cpu(), wanted, 0.1)
+
+
+@on_device
 @pytest.mark.usefixtures("tf32")
 def test_tf32_is_rounded_and_not_truncated_triton():
     """Tensor cores cut operands off, which makes every logit too small by half a thousandth."""
@@ -482,9 +504,9 @@ def test_every_nan_reaches_a_loss_in_tf32_triton():
 
 @on_device
 def test_the_largest_rows_in_float16_triton():
-    """Their logits are finite in float32, and no scale may take them out of float16 before."""
-    q = 56000 * torch.eye(20, dtype=torch.float64)[:, :16]
-    q += torch.randn(20, 16).sign() * 1024  # all exact in float16
+    """No scale may take them out of float16. Large entries do not meet: all logits are exact."""
+    q = torch.randn(20, 16, dtype=torch.float64).sign() / 32
+    q[:16].fill_diagonal_(56000)
     grad = torch.rand(20, dtype=torch.float64)
     expected, (wanted,) = oracle(q, None, Exclusion(10), False, grad)
     lse, (dq,) = run(q, None, Exclusion(10), False, torch.inf, grad, "float16")

@@ -39,7 +39,9 @@ PROGRAMS = {
     ("backward_kernel", 128): {
         "sm_80": 3, "sm_86": 2, "sm_89": 2, "sm_90": 2, "sm_100": 2, "sm_120": 2
     },
+    ("forward_kernel", 256): {"sm_90": 2},
     ("forward_kernel", 512): {"sm_90": 2},
+    ("backward_kernel", 256): {"sm_90": 2},
 }  # fmt: skip
 # The instructions of PTX for tensor cores.
 TENSOR_CORES = {

@@ -9,7 +9,7 @@ import triton.language as tl
 from contrastive_kit.ops.triton.kernels import (
     LOG2E,
     as_multiplied,
-    exponent_power,
+    gradient_power,
     has_left_out,
     ids_of,
     is_left_out,
@@ -29,8 +29,7 @@ def factor_kernel(p_grad, grad_stride, p_lse, p_lse_lo, p_largest, p_factor, p_l
     ``p_lse2`` gets what ``SHIFTED`` weights subtract from logits: the logsumexp in base 2. In both,
     what is not of the ``n_rows`` rows begins at ``i_columns``.
     """
-    b_power = exponent_power(tl.load(p_largest))
-    b_power = tl.where((b_power > 0) & (b_power < float("inf")), b_power, 1.0)
+    b_power = gradient_power(tl.load(p_largest))
     o_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_index = o_index < n
     b_grad = tl.load(p_grad + o_index.to(tl.int64) * grad_stride, mask=m_index, other=0.0)

@@ -1,10 +1,11 @@
 """How the Triton kernels run, by architecture, dtype and width: a table, no search at run time.
 
-Chosen ahead of time from what the compiler makes of the kernels (registers, shared memory, spills;
+Chosen from what the compiler makes of the kernels (registers, shared memory, spills;
 ``tests/ops/test_triton_aot.py`` compiles every row of the table): no row spills inside its loop,
-and each leaves room for as many programs on a multiprocessor as its comment says. Not yet from
-timings on a device. Figures are ranges over Triton 3.5, 3.6 and 3.8, of rows of 128, 256 and 512
-where a table has these widths.
+and each leaves room for as many programs on a multiprocessor as its comment says. In half precision
+those of sm_90 were the fastest of several that do so, timed on an H100 with Triton 3.6; no other
+device has been timed. Figures are ranges over Triton 3.5, 3.6 and 3.8, of rows of 128, 256 and 512
+where a table has these widths; of sm_90 in half precision they are of Triton 3.8.
 """
 
 from typing import Any, NamedTuple
@@ -59,12 +60,12 @@ _FORWARD_HALF: dict[str, _Rows] = {
     "sm_80": ((128, Config(128, 64, 4, 2)), (_ANY, Config(128, 128, 8, 3, 64))),
     # 141 to 168 and 49 KiB: 2; 170 to 176 and 64 KiB: 1.
     "sm_86": ((128, Config(128, 64, 4, 2)), (_ANY, Config(128, 128, 8, 3, 64))),
-    # 131 to 148 registers and 81 KiB: 2; 99 to 111 and 162 KiB: 1; 226 to 246 and 96 KiB: 2, so
-    # that the exponentials of one program overlap the products of the other. Tensor descriptors
-    # instead of pointers make room for no program more, for a dearer launch.
+    # 202 to 239 registers and 96 KiB: 2 at every width, so that the exponentials of one program
+    # overlap the products of the other. Tensor descriptors instead of pointers make room for no
+    # program more, for a dearer launch.
     "sm_90": (
-        (128, Config(128, 64, 4, 3)),
-        (256, Config(128, 64, 8, 3)),
+        (64, Config(128, 64, 4, 4)),
+        (128, Config(128, 128, 4, 2)),
         (_ANY, Config(128, 128, 4, 3, 64)),
     ),
     # 139 to 168 registers and 81 KiB: 2; 128 to 236 and 161 KiB: 1; 184 to 255 and 96 KiB: 1, where
@@ -88,7 +89,11 @@ _FORWARD_FLOAT = {
 }
 # Where a maximum is subtracted there is more to hold, and the tiles above spill in their loop.
 _FORWARD_SHIFTED: dict[str, _Rows] = {
-    "sm_90": ((256, None), (_ANY, Config(128, 128, 8, 3, 64))),
+    "sm_90": (
+        (128, Config(128, 64, 4, 3)),
+        (256, Config(128, 64, 8, 3)),
+        (_ANY, Config(128, 128, 8, 3, 64)),
+    ),
     "sm_100": (
         (128, Config(128, 64, 8, 3)),
         (256, None),
@@ -104,8 +109,9 @@ _BACKWARD_HALF: dict[str, _Rows] = {
     "sm_80": ((128, Config(64, 64, 4, 2)), (256, Config(64, 64, 8, 2)), (_ANY, None)),
     # 174 to 180 and 40 KiB: 2; 178 to 182 and 72 KiB: 1.
     "sm_86": ((128, Config(64, 64, 4, 2)), (256, Config(64, 64, 8, 2)), (_ANY, None)),
-    # 167 to 200 registers and 65 KiB: 2, with the newest 3; 227 to 255 and 128 KiB: 1.
-    "sm_90": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
+    # 254 registers and 48 KiB: 2; 234 and 96 KiB: 2. With two stages the first is faster where the
+    # compiler lets products overlap; the newest does them one after the other for want of registers.
+    "sm_90": ((128, Config(64, 128, 4, 1)), (256, Config(64, 64, 4, 2)), (_ANY, None)),
     # 126 to 233 registers and 81 KiB: 2; 234 to 255 and 160 KiB: 1.
     "sm_100": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
     # 218 and 236 registers, 16 and 32 KiB.
@@ -124,14 +130,14 @@ _BACKWARD_TF32: dict[str, _Rows] = {
 _WEIGHTS_HALF = {
     "sm_80": Config(128, 128, 8, 3, 64),
     "sm_86": Config(128, 128, 8, 3, 64),
-    # 194 to 255 registers, 144 KiB: the fewest bytes read for each product.
-    "sm_90": Config(128, 256, 8, 3, 64),
+    # 182 registers, 96 KiB; with 4 warps it spills where factors are deferred.
+    "sm_90": Config(128, 128, 8, 3, 64),
     # 212 registers; 128 x 256 spills in its loop.
     "sm_100": Config(128, 128, 8, 3, 64),
     "hip": Config(128, 128, 8, 2, 64),
 }
 # As for the forward.
-_WEIGHTS_SHIFTED = {"sm_90": Config(128, 128, 8, 3, 64), "sm_100": Config(128, 64, 8, 3, 64)}
+_WEIGHTS_SHIFTED = {"sm_100": Config(128, 64, 8, 3, 64)}
 _WEIGHTS_FLOAT = {
     "sm_80": Config(128, 64, 8, 3, 32),
     "sm_86": Config(128, 64, 8, 3, 32),

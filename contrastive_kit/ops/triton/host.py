@@ -34,8 +34,9 @@ _PACK_ELEMENTS, FINISH_ELEMENTS = 2048, 2048
 PARTS, WIDTH, BLOCK = 32, 64, 1024
 SMALL: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
-# Programs for each multiprocessor that even out unequal work; and tiles of one forward program.
-_WAVES = 8
+# Programs for each multiprocessor that even out unequal work, by timing on an H100: those of the
+# backward each leave a whole gradient to be added up. And tiles of one forward program.
+_FORWARD_WAVES, _BACKWARD_WAVES = 8, 2
 _MOST_TILES = 64
 
 
@@ -260,7 +261,7 @@ def tiles_of_program(
     """How many tiles of a block of rows a program of the forward takes, and how many programs."""
     blocks, across = ceil_div(n_rows, config.rows), ceil_div(n_columns, config.columns)
     n_tiles = ceil_div(blocks * across, 2 if itself else 1)
-    chunk = min(ceil_div(n_tiles, _WAVES * device.processors(where)), _MOST_TILES, across)
+    chunk = min(ceil_div(n_tiles, _FORWARD_WAVES * device.processors(where)), _MOST_TILES, across)
     return chunk, ceil_div(across, chunk)
 
 
@@ -366,7 +367,7 @@ def partial_gradients(weights: Weights, config: configs.Config, *, deferred: boo
     n_rows, depth = packed.rows.n, packed.depth
     blocks, across = ceil_div(n_rows, config.rows), ceil_div(packed.columns.n, config.columns)
     parts = min(
-        ceil_div(_WAVES * device.processors(grad_scale.device), blocks),
+        ceil_div(_BACKWARD_WAVES * device.processors(grad_scale.device), blocks),
         max(1, GRADIENT_BYTES // (n_rows * depth * 4)),
         across,
     )

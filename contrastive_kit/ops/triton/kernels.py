@@ -88,10 +88,21 @@ def has_left_out(i_top, i_left, n_rows, n_columns, period, beyond_rows, BM: tl.c
     return has_some
 
 
+# Its quotient by the scale of weights, and what divides by that, are in the range of float32.
+LEAST_POWER = tl.constexpr(2.0**-112)
+
+
 @triton.jit
 def exponent_power(x):
     """The power of two at or below float32 numbers > 0."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gradient_power(largest):
+    """The power of two that weights are relative to, from the largest gradient of a logsumexp."""
+    b_power = tl.maximum(exponent_power(largest), LEAST_POWER)
+    return tl.where(b_power < float("inf"), b_power, 1.0)
 
 
 @triton.jit

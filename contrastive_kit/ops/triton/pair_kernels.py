@@ -10,7 +10,13 @@ the third through ``backward_kernel``.
 import triton
 import triton.language as tl
 
-from contrastive_kit.ops.triton.kernels import LN2, as_multiplied, exponent_power, merge_parts
+from contrastive_kit.ops.triton.kernels import (
+    LN2,
+    as_multiplied,
+    exponent_power,
+    gradient_power,
+    merge_parts,
+)
 
 
 @triton.jit
@@ -121,9 +127,7 @@ def pair_loss_kernel(
         b_sums = tl.load(p_sums + o_program, mask=m_program, other=0.0)
         tl.store(p_loss, (tl.sum(b_sums, 0) / n).to(tl.float32))
         b_largest = tl.max(tl.load(p_maxima + o_program, mask=m_program, other=0.0), 0)
-        b_power = exponent_power(b_largest)
-        b_power = tl.where((b_power > 0) & (b_power < float("inf")), b_power, 1.0)
-        tl.store(p_grad_scale, b_power / weight_scale)
+        tl.store(p_grad_scale, gradient_power(b_largest) / weight_scale)
 
 
 @triton.jit
