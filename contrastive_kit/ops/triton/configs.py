@@ -110,7 +110,7 @@ _BACKWARD_HALF: dict[str, _Rows] = {
     # 174 to 180 and 40 KiB: 2; 178 to 182 and 72 KiB: 1.
     "sm_86": ((128, Config(64, 64, 4, 2)), (256, Config(64, 64, 8, 2)), (_ANY, None)),
     # 254 registers and 48 KiB: 2; 234 and 96 KiB: 2. With two stages the first is faster where the
-    # compiler lets products overlap; the newest does them one after the other for want of registers.
+    # compiler overlaps products; the newest makes them one by one for want of registers.
     "sm_90": ((128, Config(64, 128, 4, 1)), (256, Config(64, 64, 4, 2)), (_ANY, None)),
     # 126 to 233 registers and 81 KiB: 2; 234 to 255 and 160 KiB: 1.
     "sm_100": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
