@@ -97,13 +97,16 @@ def variants(target, everything):
     general = {"RULE": 2, "SHIFTED": True}
     bf16 = ("bf16", torch.bfloat16, "ieee")
     cases = [(half, 128, plain), (half, 256, plain), (half, 512, plain), (single, 128, plain)]
+    # Two views at a low temperature, as one op.
+    colder = {"RULE": 1, "SHIFTED": True}
     if target == "sm_90":
-        cases += [(half, 128, general), (rounded, 128, plain)]
+        cases += [(half, 128, general), (half, 128, colder), (rounded, 128, plain)]
     if everything:
         cases = [
             (half, 128, plain), (bf16, 128, plain), (half, 256, plain), (half, 512, plain),
             (half, 4096, plain), (half, 16, plain), (half, 128, general), (half, 256, general),
-            (half, 512, general), (single, 16, plain), (single, 16, general), (single, 128, plain),
+            (half, 128, colder), (half, 256, colder), (half, 512, general),
+            (single, 16, plain), (single, 16, general), (single, 128, plain),
             (single, 512, general),
             (rounded, 128, plain), (rounded, 128, general),
         ]  # fmt: skip
@@ -113,11 +116,11 @@ def variants(target, everything):
         way = {"SELF": True, "BY_COLUMN": True}
         constants = {**common(tile, depth, dtype, precision, True, shifted), **rule, **way}
         yield "forward_kernel", dtype, constants, tile.warps, tile.stages
-        tile = configs.backward(*key)
+        tile = configs.backward(*key, shifted)
         way = {"FROM_ROWS": True, "FROM_COLUMNS": True}
         stored = tile is None
         if not stored:
-            way["DEFERRED"] = dtype == "fp16" and not shifted
+            way["DEFERRED"] = dtype == "fp16" and (not shifted or rule["RULE"] == 1)
         tile = configs.weights(*key, shifted) if stored else tile
         constants = {**common(tile, depth, dtype, precision, stored, shifted), **rule, **way}
         name = "weights_kernel" if stored else "backward_kernel"

@@ -117,6 +117,10 @@ _BACKWARD_HALF: dict[str, _Rows] = {
     # 218 and 236 registers, 16 and 32 KiB.
     "hip": ((128, Config(64, 32, 4, 2)), (256, Config(64, 32, 8, 1)), (_ANY, None)),
 }
+# As for the forward.
+_BACKWARD_SHIFTED: dict[str, _Rows] = {
+    "sm_90": ((128, Config(64, 64, 4, 3)), (256, Config(128, 64, 8, 2)), (_ANY, None)),
+}
 # TensorFloat-32 only, 119 to 172 registers. What float32 proper needs beyond it, three products and
 # their parts, does not fit beside a row block of gradients.
 _BACKWARD_TF32: dict[str, _Rows] = {
@@ -184,11 +188,14 @@ def statistics(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Con
     return _STATISTICS_FLOAT if dtype == torch.float32 else _STATISTICS_HALF
 
 
-def backward(arch: str, dtype: torch.dtype, precision: str, depth: int) -> Config | None:
+def backward(
+    arch: str, dtype: torch.dtype, precision: str, depth: int, shifted: bool = False
+) -> Config | None:
     """The tile of the backward kernel, or None where it does not fit."""
     if dtype == torch.float32:
         return _first(_BACKWARD_TF32[arch], depth) if precision == "tf32" else None
-    return _first(_BACKWARD_HALF[arch], depth)
+    rows = _BACKWARD_HALF[arch]
+    return _first(_BACKWARD_SHIFTED.get(arch, rows) if shifted else rows, depth)
 
 
 def weights(

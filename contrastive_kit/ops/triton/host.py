@@ -77,7 +77,7 @@ def backward(
         with device.on_device(q.device):
             packed = pack(problem)
             weights = _weights_of(packed, problem, grad, lse, lse_lo)
-            config = configs.backward(*packed.key())
+            config = configs.backward(*packed.key(), weights.shifted)
             if config is None:
                 _strips(weights, dq, dk, k is None)
             else:

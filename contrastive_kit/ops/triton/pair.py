@@ -85,7 +85,7 @@ def _forward(
             PRECISION=mma.precision, **SMALL,
         )  # fmt: skip
         packed = _packed(unit_rows, n, mma)
-        config = configs.forward(*packed.key())
+        config = configs.forward(*packed.key(), shifted)
         blocks = ceil_div(m, config.rows)
         n_tiles, row_parts = tiles_of_program(config, m, m, True, z1.device)
         fields = 2 if shifted else 1
@@ -139,9 +139,9 @@ def _backward(
     slope, factor, lse2 = anchors
     with device.on_device(z1.device):
         packed = _packed(unit_rows, n, mma)
-        config = configs.backward(*packed.key())
-        assert config is not None
         shifted = needs_shift(_bound(temperature))
+        config = configs.backward(*packed.key(), shifted)
+        assert config is not None
         sides = (factor, lse2, factor, lse2)
         weights = Weights(packed, shifted, *sides, True, True, grad_scale)
         part = partial_gradients(weights, config, deferred=True)
