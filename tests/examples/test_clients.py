@@ -3,6 +3,9 @@
 import importlib
 import json
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -36,14 +39,7 @@ class TestLightning:
     @pytest.fixture
     def fit(self, tmp_path):
         client("pytorch_lightning")
-        from clients.lightning_simclr import main
-
-        def run(epochs, batch_size=64, callbacks=(), **options):
-            quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-            options = {"limit_train_batches": 3, "accelerator": "cpu", **quiet, **options}
-            return main(epochs, batch_size, callbacks, default_root_dir=tmp_path, **options)
-
-        return run
+        return partial(fit_a_little, tmp_path)
 
     def test_a_resumed_run_is_the_same_bit_for_bit(self, fit):
         whole = fit(2)
@@ -64,23 +60,38 @@ class TestLightning:
         assert metrics["loss"].isfinite()
 
     @pytest.mark.distributed
-    def test_two_processes_have_one_model_and_one_queue(self, fit, tmp_path):
-        pl = client("pytorch_lightning")
-
-        class Agreement(pl.Callback):
-            def on_train_end(self, trainer, module):
-                queue = module.queue.negatives()
-                weights = torch.cat([p.detach().flatten() for p in module.parameters()])
-                for own in (queue, weights):
-                    both = module.all_gather(own)
-                    assert torch.equal(both[0], both[1])
-                assert len(queue) == 3 * 2 * 32
-                assert len(queue.unique(dim=0)) == len(queue)
-                if trainer.is_global_zero:
-                    (tmp_path / "agreed").touch()
-
-        fit(1, 32, [Agreement()], devices=2, strategy="ddp_fork")
+    def test_two_processes_have_one_model_and_one_queue(self, tmp_path):
+        client("pytorch_lightning")
+        # Lightning forks, which only a process without threads survives.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(train_in_two_processes, tmp_path).result()
         assert (tmp_path / "agreed").exists()
+
+
+def fit_a_little(folder, epochs, batch_size=64, callbacks=(), **options):
+    from clients.lightning_simclr import main
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    options = {"limit_train_batches": 3, "accelerator": "cpu", **quiet, **options}
+    return main(epochs, batch_size, callbacks, default_root_dir=folder, **options)
+
+
+def train_in_two_processes(folder):
+    import pytorch_lightning as pl
+
+    class Agreement(pl.Callback):
+        def on_train_end(self, trainer, module):
+            queue = module.queue.negatives()
+            weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+            for own in (queue, weights):
+                both = module.all_gather(own)
+                assert torch.equal(both[0], both[1])
+            assert len(queue) == 3 * 2 * 32
+            assert len(queue.unique(dim=0)) == len(queue)
+            if trainer.is_global_zero:
+                (folder / "agreed").touch()
+
+    fit_a_little(folder, 1, 32, [Agreement()], devices=2, strategy="ddp_fork")
 
 
 def accelerated(path, batch_size):
