@@ -40,6 +40,7 @@ def call(archive, tmp_path, minutes):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stages(archive, tmp_path):
     before = sorted((ROOT / "benchmarks" / "results").iterdir())
     first = call(archive, tmp_path, 0)

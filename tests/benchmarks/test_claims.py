@@ -295,6 +295,7 @@ def make_images(root):
     return root
 
 
+@pytest.mark.slow
 def test_a_tiny_run_from_end_to_end(tmp_path, monkeypatch):
     scale = plan.SCALES["cifar-subset"]
     base = {

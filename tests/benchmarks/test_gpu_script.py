@@ -15,7 +15,10 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux"),
+]
 
 
 def run(*arguments, **environment):

@@ -136,6 +136,7 @@ def test_an_encoder_of_timm_learns(name, width):
     assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, width)
 
 
+@pytest.mark.slow
 def test_two_towers_learn_captions():
     from clients.clip_towers import main
 
