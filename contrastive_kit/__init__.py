@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from contrastive_kit.heads import ProjectionHead
     from contrastive_kit.losses.distillation import SimilarityDistillation
     from contrastive_kit.losses.infonce import InfoNCE
+    from contrastive_kit.losses.matryoshka import Matryoshka
     from contrastive_kit.losses.ntxent import NTXent
     from contrastive_kit.losses.siglip import SigLIP
     from contrastive_kit.losses.supcon import SupCon
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GradCache",
     "InfoNCE",
+    "Matryoshka",
     "NTXent",
     "NegativeQueue",
     "ProjectionHead",
@@ -48,6 +50,7 @@ __all__ = [
 _HOME = {
     "GradCache": "grad_cache",
     "InfoNCE": "losses.infonce",
+    "Matryoshka": "losses.matryoshka",
     "NTXent": "losses.ntxent",
     "NegativeQueue": "queue",
     "ProjectionHead": "heads",

@@ -6,6 +6,7 @@ from contrastive_kit.losses.distillation import (
     similarity_distillation,
 )
 from contrastive_kit.losses.infonce import InfoNCE, info_nce
+from contrastive_kit.losses.matryoshka import Matryoshka
 from contrastive_kit.losses.ntxent import NTXent, nt_xent
 from contrastive_kit.losses.siglip import SigLIP, siglip
 from contrastive_kit.losses.supcon import SupCon, sup_con
@@ -13,6 +14,7 @@ from contrastive_kit.losses.supcon import SupCon, sup_con
 __all__ = [
     "ContrastiveStats",
     "InfoNCE",
+    "Matryoshka",
     "NTXent",
     "SigLIP",
     "SimilarityDistillation",

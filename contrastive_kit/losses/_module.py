@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contrastive_kit._checks import check_flag
+from contrastive_kit._checks import check_flag, check_temperature
 from contrastive_kit.losses._gathered import own_parameters
 from contrastive_kit.losses._options import Options, Reduction, Variant, check_options
 from contrastive_kit.ops import BackendName
@@ -62,15 +62,14 @@ class LossModule(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if isinstance(temperature, Tensor):
-            raise TypeError("temperature must be a number; see learnable_temperature")
-        tau, checked = check_options(temperature, Options(**options), primitive=primitive)
+        tau = _number(temperature)
+        _, checked = check_options(tau, Options(**options), primitive=primitive)
         check_flag("learnable_temperature", learnable_temperature)
         self._option_names = tuple(options)
         for name in options:
             setattr(self, name, getattr(checked, name))
         self.logit_scale: nn.Parameter | None = None
-        self._fixed_temperature = float(tau)
+        self._fixed_temperature = tau
         self._largest_logit_scale = -math.log(smallest)
         if learnable_temperature:
             if not smallest <= tau <= LARGEST_LEARNABLE_TEMPERATURE:
@@ -84,11 +83,21 @@ class LossModule(nn.Module):
     def temperature(self) -> float | Tensor:
         """τ, a number, or a tensor that carries the gradient of ``logit_scale``.
 
-        It is never in half precision.
+        It is never in half precision. Where it is not learned it can be set, by a schedule for
+        one; it is no part of the ``state_dict`` then.
         """
         if self.logit_scale is None:
             return self._fixed_temperature
         return (-self._averaged(self._limited_logit_scale(self.logit_scale))).exp()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if self.logit_scale is not None:
+            raise AttributeError(
+                "temperature is learned, and cannot be set; write to logit_scale, which is "
+                "log(1 / temperature)"
+            )
+        self._fixed_temperature = _number(value)
 
     def _options(self) -> dict[str, Any]:
         """The options, as the function of the loss takes them."""
@@ -132,6 +141,12 @@ class LossModule(nn.Module):
     def _shown(self) -> dict[str, float | Tensor | bool]:
         """What is shown beside temperature and options."""
         return {} if self.logit_scale is None else {"learnable_temperature": True}
+
+
+def _number(temperature: object) -> float:
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature must be a number; see learnable_temperature")
+    return float(check_temperature(temperature))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Equation numbers are those of docs/nt_xent.md.
 import math
 
 import algorithm1
+import numpy as np
 import pytest
 import torch
 from budgets import VALUE, assert_within, gradient_budget
@@ -345,6 +346,32 @@ class TestModule:
 
     def test_a_fixed_temperature_is_no_state(self):
         assert not NTXent().state_dict()
+
+    def test_a_fixed_temperature_can_be_scheduled(self):
+        views = random_views(2, 9, 8, torch.float64)
+        loss_fn = NTXent(0.5)
+        for temperature in (0.2, np.float32(0.1)):
+            loss_fn.temperature = temperature
+            expected = nt_xent(*views, temperature=float(temperature))
+            torch.testing.assert_close(loss_fn(*views), expected)
+        assert repr(loss_fn) == "NTXent(temperature=0.1)"
+
+    @pytest.mark.parametrize(
+        ("value", "error"),
+        [(0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("0.1", TypeError),
+         (torch.tensor(0.1), TypeError)],
+    )  # fmt: skip
+    def test_a_temperature_that_is_none_leaves_the_old_one(self, value, error):
+        loss_fn = NTXent(0.5)
+        with pytest.raises(error, match="temperature must be"):
+            loss_fn.temperature = value
+        assert loss_fn.temperature == 0.5
+
+    def test_a_learned_temperature_cannot_be_set(self):
+        loss_fn = NTXent(0.5, learnable_temperature=True)
+        with pytest.raises(AttributeError, match="temperature is learned, and cannot be set"):
+            loss_fn.temperature = 0.1
+        assert float(loss_fn.temperature) == pytest.approx(0.5)
 
     def test_a_learnable_temperature_is_saved_and_learned(self):
         views = random_views(2, 16, 8, torch.float32)
