@@ -6,8 +6,6 @@ take what the formulas take and check nothing; their ``options`` are what ``_cro
 Equation numbers are those of ``docs/nt_xent.md``.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ def nt_xent(
     views: Tensor,
     temperature: float | Tensor,
     ids: Tensor | None = None,
-    **options: Any,
+    **options: float,
 ) -> Tensor:
     """NT-Xent, equation (1), of ``views`` (V, N, D): the loss of every anchor, (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
@@ -32,7 +30,7 @@ def decoupled_nt_xent(
     *,
     hardness: float = 0.0,
     positive_prior: float = 0.0,
-    false_negative_margin: float | None = None,
+    false_negative_margin: float = torch.inf,
 ) -> Tensor:
     """NT-Xent without the positive in its denominator, equation (11): (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
@@ -55,7 +53,7 @@ def info_nce(
     negative_ids: Tensor | None = None,
     query_negatives: bool = False,
     key_negatives: bool = False,
-    **options: Any,
+    **options: float,
 ) -> Tensor:
     """InfoNCE within a batch, equation (9): row i against every key with another id, (N,).
 
@@ -80,7 +78,7 @@ def info_nce_with_negatives(
     key: Tensor,
     negatives: Tensor,
     temperature: float | Tensor,
-    **options: Any,
+    **options: float,
 ) -> Tensor:
     """InfoNCE against explicit negatives, (K, D) shared or (N, K, D) per query: (N,)."""
     query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
@@ -243,7 +241,7 @@ def _cross_entropy(
     hardness: float = 0.0,
     positive_prior: float = 0.0,
     margin: float = 0.0,
-    false_negative_margin: float | None = None,
+    false_negative_margin: float = torch.inf,
 ) -> Tensor:
     """Cross entropy between the softmax over all pairs of a row and the target on its positives.
 
@@ -269,11 +267,9 @@ def _without_false(
     positive_logits: Tensor,
     negative_logits: Tensor,
     temperature: float | Tensor,
-    margin: float | None,
+    margin: float,
 ) -> Tensor:
     """Negatives without those more similar than every positive by more than ``margin``."""
-    if margin is None:
-        return negative_logits
     limit = positive_logits.amax(1, keepdim=True) + margin / temperature
     return negative_logits.masked_fill(negative_logits > limit, -torch.inf)
 

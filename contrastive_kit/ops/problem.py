@@ -141,8 +141,9 @@ class Problem(NamedTuple):
     def of_flat(*flat: Any) -> "Problem":
         """The problem of arguments that ``flat`` has taken apart."""
         q, k, *ids, limits = flat[:N_TENSORS]
-        period, *rest = flat[N_TENSORS:]
-        return Problem(q, k, Exclusion(period, *ids), *rest, limits=limits)
+        period, both, bound, statistics, mma_dtype = flat[N_TENSORS:]
+        exclusion = Exclusion(period, *ids)
+        return Problem(q, k, exclusion, both, bound, statistics, mma_dtype, limits)
 
 
 # What ops take of a problem. The period is the size of the batch: as a SymInt it does not recompile

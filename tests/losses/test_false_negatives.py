@@ -134,6 +134,13 @@ def test_is_refused_beside_options_it_has_no_meaning_with(other):
             loss(*views, false_negative_margin=0.0, **other)
 
 
+def test_a_named_backend_without_limits_says_so(monkeypatch):
+    monkeypatch.setattr("contrastive_kit.ops.triton.device._INTERPRETED", True)
+    views = random_views(2, 4, 3, torch.float32)
+    with pytest.raises(ValueError, match="'triton' cannot run here: its kernels leave out no"):
+        nt_xent(*views, false_negative_margin=0.0, backend="triton")
+
+
 @pytest.mark.parametrize("margin", [-0.1, 2.1, float("nan")])
 def test_out_of_range(margin):
     with pytest.raises(ValueError, match="false_negative_margin must be between 0 and 2"):
