@@ -30,9 +30,13 @@ def decoupled_nt_xent(
     *,
     hardness: float = 0.0,
     positive_prior: float = 0.0,
+    false_negative_margin: float = torch.inf,
 ) -> Tensor:
     """NT-Xent without the positive in its denominator, equation (11): (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
+    negative_logits = _without_false(
+        positive_logits, negative_logits, temperature, false_negative_margin
+    )
     negative_logits = _weighted_by_hardness(negative_logits, hardness)
     negative_logits = _debiased(positive_logits, negative_logits, temperature, positive_prior)
     loss = negative_logits.logsumexp(1) - _mean_of_finite(positive_logits)
@@ -190,9 +194,15 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     return (weights * losses).sum() / weights.sum()
 
 
-def kept_logsumexp(q: Tensor, k: Tensor, excluded: Tensor) -> Tensor:
-    """Equation (2): the logsumexp over the kept entries of each row of ``q @ k.T``, (R,)."""
-    return (q @ k.T).masked_fill(excluded, -torch.inf).logsumexp(1)
+def kept_logsumexp(q: Tensor, k: Tensor, excluded: Tensor, limits: Tensor | None = None) -> Tensor:
+    """Equation (2): the logsumexp over the kept entries of each row of ``q @ k.T``, (R,).
+
+    Entries above the limit of their row, (R,), are left out too.
+    """
+    logits = q @ k.T
+    if limits is not None:
+        excluded = excluded | (logits > limits[:, None])
+    return logits.masked_fill(excluded, -torch.inf).logsumexp(1)
 
 
 def kept_softplus_sum(q: Tensor, k: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
@@ -231,12 +241,17 @@ def _cross_entropy(
     hardness: float = 0.0,
     positive_prior: float = 0.0,
     margin: float = 0.0,
+    false_negative_margin: float = torch.inf,
 ) -> Tensor:
     """Cross entropy between the softmax over all pairs of a row and the target on its positives.
 
     With ``label_smoothing`` a part of the target is spread over all pairs, equation (12); with
-    ``margin`` the positives have to be ahead by it, equation (23).
+    ``margin`` the positives have to be ahead by it, equation (23). With ``false_negative_margin``
+    the negatives that are ahead by more are left out, equation (37).
     """
+    negative_logits = _without_false(
+        positive_logits, negative_logits, temperature, false_negative_margin
+    )
     negative_logits = _weighted_by_hardness(negative_logits, hardness)
     negative_logits = _debiased(positive_logits, negative_logits, temperature, positive_prior)
     positive_logits = positive_logits - margin / temperature
@@ -246,6 +261,17 @@ def _cross_entropy(
     of_all = log_total - _mean_of_finite(logits)
     loss = (1 - label_smoothing) * of_positives + label_smoothing * of_all
     return _zero_without_negatives(loss, negative_logits)
+
+
+def _without_false(
+    positive_logits: Tensor,
+    negative_logits: Tensor,
+    temperature: float | Tensor,
+    margin: float,
+) -> Tensor:
+    """Negatives without those more similar than every positive by more than ``margin``."""
+    limit = positive_logits.amax(1, keepdim=True) + margin / temperature
+    return negative_logits.masked_fill(negative_logits > limit, -torch.inf)
 
 
 def _of_several_positives(logits: Tensor, positive: Tensor, variant: str) -> Tensor:

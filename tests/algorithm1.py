@@ -22,6 +22,7 @@ def nt_xent(
     hardness=0.0,
     positive_prior=0.0,
     margin=0.0,
+    false_negative_margin=None,
 ):
     """Loss of every anchor, (V, N), of ``views`` (V, N, D)."""
     views = np.asarray(views, dtype=np.float64)
@@ -37,6 +38,7 @@ def nt_xent(
             }
             positives = [logits[w, i] for w in range(n_views) if w != v]
             negatives = [s for (_, j), s in logits.items() if ids[j] != ids[i]]
+            negatives = _without_false(positives, negatives, temperature, false_negative_margin)
             if not negatives:
                 continue
             positives, negatives = _changed(
@@ -60,6 +62,7 @@ def info_nce(
     key_negatives=False,
     positive_prior=0.0,
     margin=0.0,
+    false_negative_margin=None,
 ):
     """Loss of every query, (N,); ``negatives`` is None, (K, D) or (N, K, D).
 
@@ -93,11 +96,21 @@ def info_nce(
             continue
         positive = _cosine(query[i], key[i]) / temperature
         others = [_cosine(a, b) / temperature for a, b in pairs]
+        others = _without_false([positive], others, temperature, false_negative_margin)
+        if not others:
+            continue
         positives, others = _changed(
             [positive], others, temperature, hardness, positive_prior, margin
         )
         losses[i] = _loss(positives, others, False, label_smoothing)
     return losses
+
+
+def _without_false(positives, negatives, temperature, margin):
+    """The negatives that no positive is behind by more than ``margin``, None for all."""
+    if margin is None:
+        return negatives
+    return [s for s in negatives if (s - max(positives)) * temperature <= margin]
 
 
 def sup_con(views, labels, temperature, variant="out"):

@@ -117,6 +117,33 @@ def _scalar(x: Scalar, dtype: torch.dtype) -> Scalar:
     return x.reshape(()).to(dtype) if isinstance(x, Tensor) else x
 
 
+def limits_of_logits(
+    positive_logits: Tensor,
+    options: Options,
+    temperature: float | Tensor,
+    *embeddings: Tensor | None,
+) -> Tensor | None:
+    """The largest logit that each anchor keeps, equation (37), constant (M,); None for no limit.
+
+    The slack is more than two ways of rounding one cosine differ by.
+
+    Args:
+        positive_logits: (P, M), the P positives of each anchor; the most similar one counts.
+        options: checked.
+        temperature: that of the logits.
+        *embeddings: those given, by whose dtypes there is slack.
+    """
+    margin = options.false_negative_margin
+    if margin is None:
+        return None
+    half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in embeddings)
+    dtype = positive_logits.dtype
+    slack = 1e-12 if dtype == torch.float64 else 1e-3 if half else 1e-5
+    nearest = positive_logits.detach().amax(0)
+    tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    return nearest + (margin + slack) / _scalar(tau, dtype)
+
+
 def positive_pair_logits(rows: Tensor) -> Tensor:
     """Logits of each anchor with the other views of its image, (V - 1, V·N), equation (3)."""
     views = rows.unbind(0)

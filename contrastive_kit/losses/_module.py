@@ -47,6 +47,7 @@ class LossModule(nn.Module):
     hardness: float
     positive_prior: float
     margin: float
+    false_negative_margin: float | None
     reduction: Reduction
     gather_distributed: bool
     process_group: "torch.distributed.ProcessGroup | None"

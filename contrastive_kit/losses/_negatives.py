@@ -64,17 +64,28 @@ class InTiles:
             k=None if problem.k is None else problem.k * root,
             # A symbol for the scale cannot multiply infinity.
             bound=torch.inf if problem.bound == torch.inf else problem.bound * scale,
+            limits=None if problem.limits is None else problem.limits * scale,
             statistics=False,
         )
         return logsumexp_for(problem, self.backend)(scaled)[0]
 
     def counts(self) -> Tensor:
+        if self.problem.limits is not None:
+            # Only the tiles know which logits are within their limits.
+            return self._statistics().kept.long()
         return _beside(
             [kept_counts(q.shape[0], k.shape[0], e, q.device) for q, k, e in self._sides()]
         )
 
     def totals(self) -> Tensor:
         return _beside([(q * kept_sums(q.shape[0], k, e)).sum(1) for q, k, e in self._sides()])
+
+    @torch.no_grad()
+    def _statistics(self) -> LogitStatistics:
+        problem = self.problem._replace(statistics=True)
+        statistics = logsumexp_for(problem, self.backend)(problem)[1]
+        assert statistics is not None  # they were asked for
+        return statistics
 
     def _sides(self) -> list[tuple[Tensor, Tensor, Exclusion]]:
         q, keys, exclusion = self.problem.q, self.problem.keys(), self.problem.exclusion
@@ -92,12 +103,23 @@ class PerQuery:
 
     @classmethod
     def of(
-        cls, queries: Tensor, negatives: Tensor, left_out: Tensor | None, statistics: bool
+        cls,
+        queries: Tensor,
+        negatives: Tensor,
+        left_out: Tensor | None,
+        statistics: bool,
+        limits: Tensor | None = None,
     ) -> "PerQuery":
-        """Of queries (M, D) and negatives (M, K, D), without those where ``left_out`` (M, K)."""
+        """Of queries (M, D) and negatives (M, K, D), without those where ``left_out`` (M, K).
+
+        Nor those whose logits are above the ``limits`` (M,).
+        """
         dtype = torch.promote_types(queries.dtype, negatives.dtype)
         with torch.autocast(queries.device.type, enabled=False):
             logits = torch.einsum("nd,nkd->nk", queries.to(dtype), negatives.to(dtype))
+        if limits is not None:
+            above = logits.detach() > limits[:, None]
+            left_out = above if left_out is None else left_out | above
         if left_out is not None:
             logits = logits.masked_fill(left_out, -torch.inf)
         return cls(logits, left_out is not None, statistics)

@@ -53,6 +53,8 @@ class Options(NamedTuple):
         hardness: how much the most similar negatives are preferred, equation (13).
         positive_prior: the expected share of positives among the negatives, equation (22).
         margin: how far the cosine of a positive must be ahead, equation (23).
+        false_negative_margin: leave out candidates whose cosine is ahead of that of the positive by
+            more, equation (37); None for all in.
         reduction: "mean", "sum" or "none".
         gather_distributed: compare with the images of all processes.
         process_group: the processes to gather from; None for all of them.
@@ -71,6 +73,7 @@ class Options(NamedTuple):
     hardness: float = 0.0
     positive_prior: float = 0.0
     margin: float = 0.0
+    false_negative_margin: float | None = None
     reduction: Reduction = "mean"
     gather_distributed: bool = False
     process_group: "ProcessGroup | None" = None
@@ -143,11 +146,14 @@ def check_options(
         for name, largest in LARGEST.items()
     }
     numbers["teacher_temperature"] = teacher_tau
+    if options.false_negative_margin is not None:
+        numbers["false_negative_margin"] = _check_number(
+            "false_negative_margin", options.false_negative_margin, 2.0
+        )
     if any(number is not getattr(options, name) for name, number in numbers.items()):
         options = options.changed_to(**numbers)
-    smoothing, beta = options.label_smoothing, options.hardness
-    prior, margin = options.positive_prior, options.margin
-    if prior == 1:
+    beta = options.hardness
+    if options.positive_prior == 1:
         raise ValueError(
             "positive_prior must be below 1, or all negatives would be taken for positives; got 1"
         )
@@ -159,6 +165,14 @@ def check_options(
                 f"hardness must be at most {largest:.2g} for a loss in {compute_dtype(z)} at "
                 f"temperature {tau}, got {beta}"
             )
+    _check_together(options)
+    return tau, options
+
+
+def _check_together(options: Options) -> None:
+    smoothing, beta = options.label_smoothing, options.hardness
+    prior, margin = options.positive_prior, options.margin
+    ahead = options.false_negative_margin
     if smoothing and beta:
         raise ValueError(
             "label_smoothing and hardness cannot be combined: weighted negatives have no "
@@ -179,7 +193,18 @@ def check_options(
             "label_smoothing needs decoupled=False: without the positives in its denominator the "
             f"loss is no cross entropy; got {smoothing}"
         )
-    return tau, options
+    if smoothing and ahead is not None:
+        raise ValueError(
+            "label_smoothing and false_negative_margin cannot be combined: candidates that are "
+            f"left out have no part of the target; got {smoothing} and {ahead}, set the one to 0 "
+            "or the other to None"
+        )
+    if prior and ahead is not None:
+        raise ValueError(
+            "positive_prior and false_negative_margin cannot be combined: the negatives that the "
+            f"prior expects to be positives are left out; got {prior} and {ahead}, set the one to "
+            "0 or the other to None"
+        )
 
 
 def _check_number(name: str, value: object, largest: float) -> float:

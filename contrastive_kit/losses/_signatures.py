@@ -31,6 +31,7 @@ class _CrossEntropyKeywords(LossKeywords, total=False):
     hardness: float
     positive_prior: float
     margin: float
+    false_negative_margin: float | None
 
 
 class NTXentKeywords(_CrossEntropyKeywords, total=False):

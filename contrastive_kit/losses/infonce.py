@@ -20,6 +20,7 @@ from contrastive_kit.losses._common import (
     LossOutput,
     anchor_losses,
     check_sample_weight,
+    limits_of_logits,
     logit_bound,
     reduce,
     with_statistics,
@@ -103,6 +104,7 @@ def info_nce(
     hardness: float = 0.0,
     positive_prior: float = 0.0,
     margin: float = 0.0,
+    false_negative_margin: float | None = None,
     reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
@@ -157,6 +159,13 @@ def info_nce(
             negatives (debiased, arXiv 2007.00224). Not with ``label_smoothing``.
         margin: m in [0, 2]; the cosine of a positive counts as less by m, so that it must be
             ahead of the negatives by that.
+        false_negative_margin: m in [0, 2], or None for off. Candidates whose cosine with the anchor
+            is above that of the pair by more than m are taken for false negatives and left out, for
+            each anchor, direction and kind of negative by itself (GISTEmbed with m = 0, Qwen3 with
+            0.1). Which they are is constant in the gradient. Ties stay: there is a slack of 1e-5
+            (1e-12 in float64, 1e-3 for embeddings in half precision), more than rounding makes of
+            one cosine. Not with ``label_smoothing`` or ``positive_prior``. "auto" then runs
+            "tiled".
         reduction: "mean" (over both directions if ``symmetric``), "sum", or "none" for the losses
             (N,), or (2, N) if ``symmetric``: queries first, then keys.
         return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``, of
@@ -222,6 +231,7 @@ def info_nce(
         hardness=hardness,
         positive_prior=positive_prior,
         margin=margin,
+        false_negative_margin=false_negative_margin,
         reduction=reduction,
         gather_distributed=gather_distributed,
         process_group=process_group,
@@ -265,9 +275,8 @@ def info_nce(
     # Normalised apart, so that a key or a queue without gradient costs none.
     queries = scaled_unit_rows((query,), temperature)[0]
     keys = scaled_unit_rows((key,), temperature)[0]
-    positive_logits = (queries * keys).sum(1)[None]
-    if symmetric:
-        positive_logits = positive_logits.repeat(1, 2)
+    pair_logits = (queries * keys).sum(1)[None]
+    positive_logits = pair_logits.repeat(1, 2) if symmetric else pair_logits
     given = None if negatives is None else scaled_unit_rows((negatives,), temperature)[0]
 
     pairs = _Pairs(queries, keys)
@@ -299,6 +308,7 @@ def info_nce(
             bound=logit_bound(temperature),
             statistics=return_stats,
             mma_dtype=mma_dtype(query, key),
+            limits=limits_of_logits(pair_logits, options, temperature, query, key, negatives),
         ),
         backend,
     )
@@ -342,7 +352,10 @@ def _of_batch(
     if options.key_negatives:
         (of_keys if options.symmetric else of_queries).append(asked.among(keys, all_keys))
     if options.symmetric and all_keys is None:
-        clip = asked.among(queries, keys, both=True)
+        limits = asked.problem.limits
+        # The positive of a query and that of its key are one pair.
+        of_both = None if limits is None else limits.repeat(2)
+        clip = asked.among(queries, keys, both=True, limits=of_both)
         if not of_queries and not of_keys:
             return clip
         sides = (together(of_queries, queries, statistics), together(of_keys, keys, statistics))
@@ -359,7 +372,7 @@ def _given(asked: InTiles, ids: Tensor | None, negative_ids: Tensor | None) -> l
     problem, rows = asked.problem, asked.problem.keys()
     if rows.ndim == 3:
         left_out = None if negative_ids is None or ids is None else negative_ids == ids[:, None]
-        return [PerQuery.of(problem.q, rows, left_out, problem.statistics)]
+        return [PerQuery.of(problem.q, rows, left_out, problem.statistics, problem.limits)]
     if rows.shape[0] == 0:
         return []
     rule = Exclusion() if negative_ids is None else Exclusion(0, ids, negative_ids)
@@ -478,6 +491,9 @@ class InfoNCE(LossModule):
         positive_prior: τ⁺ in [0, 1), the expected share of positives among the negatives. Not with
             ``label_smoothing``.
         margin: m in [0, 2], by how much the cosine of a positive must be ahead.
+        false_negative_margin: m in [0, 2] or None, by how much the cosine of a candidate that is
+            no false negative may be ahead of the pair's. Not with ``label_smoothing`` or
+            ``positive_prior``.
         reduction: "mean", "sum" or "none".
         gather_distributed: take the keys (and queries) of all processes as negatives.
         process_group: the processes to gather from; None for all of them.
@@ -510,6 +526,7 @@ class InfoNCE(LossModule):
         hardness: float = 0.0,
         positive_prior: float = 0.0,
         margin: float = 0.0,
+        false_negative_margin: float | None = None,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -526,6 +543,7 @@ class InfoNCE(LossModule):
             hardness=hardness,
             positive_prior=positive_prior,
             margin=margin,
+            false_negative_margin=false_negative_margin,
             reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,

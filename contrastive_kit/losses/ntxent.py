@@ -16,6 +16,7 @@ from contrastive_kit.losses._common import (
     LossOutput,
     anchor_losses,
     check_sample_weight,
+    limits_of_logits,
     logit_bound,
     positive_pair_logits,
     reduce,
@@ -83,6 +84,7 @@ def nt_xent(
     hardness: float = 0.0,
     positive_prior: float = 0.0,
     margin: float = 0.0,
+    false_negative_margin: float | None = None,
     reduction: Reduction = "mean",
     return_stats: bool = False,
     gather_distributed: bool = False,
@@ -127,6 +129,13 @@ def nt_xent(
             negatives (debiased, arXiv 2007.00224). Not with ``label_smoothing``.
         margin: m in [0, 2]; the cosine of a positive counts as less by m, so that it must be
             ahead of the negatives by that. Not with ``decoupled``.
+        false_negative_margin: m in [0, 2], or None for off. Candidates whose cosine with the anchor
+            is above that of its positive (of several, the most similar one) by more than m are
+            taken for false negatives and left out, for each anchor by itself (GISTEmbed with m = 0,
+            Qwen3 with 0.1). Which they are is constant in the gradient. Ties stay: there is a slack
+            of 1e-5 (1e-12 in float64, 1e-3 for embeddings in half precision), more than rounding
+            makes of one cosine. Not with ``label_smoothing`` or ``positive_prior``. "auto" then
+            runs "tiled".
         reduction: "mean" or "sum" over the V·N anchors, or "none" for the losses (V, N): entry
             (v, i) has row i of view v as its anchor.
         return_stats: also return ``ContrastiveStats``, of the softmax without weights or the
@@ -180,6 +189,7 @@ def nt_xent(
         hardness=hardness,
         positive_prior=positive_prior,
         margin=margin,
+        false_negative_margin=false_negative_margin,
         reduction=reduction,
         gather_distributed=gather_distributed,
         process_group=process_group,
@@ -246,6 +256,7 @@ def nt_xent(
         bound=logit_bound(temperature),
         statistics=return_stats,
         mma_dtype=mma_dtype(*views),
+        limits=limits_of_logits(positive_logits, options, temperature, *views),
     )
     negatives = InTiles(problem, backend)
     per_anchor, statistics = anchor_losses(
@@ -274,6 +285,9 @@ class NTXent(LossModule):
             ``label_smoothing``.
         margin: m in [0, 2], by how much the cosine of a positive must be ahead. Not with
             ``decoupled``.
+        false_negative_margin: m in [0, 2] or None, by how much the cosine of a candidate that is
+            no false negative may be ahead of the positive's. Not with ``label_smoothing`` or
+            ``positive_prior``.
         reduction: "mean", "sum" or "none".
         gather_distributed: take the images of all processes as negatives.
         process_group: the processes to gather from; None for all of them.
@@ -305,6 +319,7 @@ class NTXent(LossModule):
         hardness: float = 0.0,
         positive_prior: float = 0.0,
         margin: float = 0.0,
+        false_negative_margin: float | None = None,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -318,6 +333,7 @@ class NTXent(LossModule):
             hardness=hardness,
             positive_prior=positive_prior,
             margin=margin,
+            false_negative_margin=false_negative_margin,
             reduction=reduction,
             gather_distributed=gather_distributed,
             process_group=process_group,

@@ -147,18 +147,22 @@ def _never_refuses(problem: Problem) -> None:
 
 def _reference_logsumexp(problem: Problem) -> tuple[Tensor, LogitStatistics | None]:
     problem = problem.in_compute_dtype()
-    q, keys, left_out = problem.q, problem.keys(), problem.mask()
+    q, keys, left_out, limits = problem.q, problem.keys(), problem.mask(), problem.limits
+    of_rows, of_columns = (None, None) if limits is None else (limits[: len(q)], limits[len(q) :])
+    sides = [(q, keys, left_out, of_rows)]
+    if problem.both:
+        sides.append((keys, q, left_out.T, of_columns))
     with torch.autocast(q.device.type, enabled=False):
-        parts = [reference.kept_logsumexp(q, keys, left_out)]
-        if problem.both:
-            parts.append(reference.kept_logsumexp(keys, q, left_out.T))
+        parts = [reference.kept_logsumexp(*side) for side in sides]
         lse = torch.cat(parts)
         if not problem.statistics:
             return lse, None
-        logits = (q @ keys.T).detach().masked_fill(left_out, -torch.inf)
-        figures = [
-            row_statistics(logits, x.detach(), dim) for x, dim in zip(parts, (1, 0), strict=False)
-        ]
+        figures = []
+        for (a, b, excluded, limit), part in zip(sides, parts, strict=True):
+            logits = (a @ b.T).detach().masked_fill(excluded, -torch.inf)
+            if limit is not None:
+                logits = logits.masked_fill(logits > limit[:, None], -torch.inf)
+            figures.append(row_statistics(logits, part.detach(), 1))
     return lse, LogitStatistics(lse.detach(), *torch.cat(figures, dim=1).unbind(0))
 
 

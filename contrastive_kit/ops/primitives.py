@@ -18,6 +18,7 @@ def kept_logsumexp(
     bound: float = torch.inf,
     statistics: bool = False,
     mma_dtype: torch.dtype | None = None,
+    limits: Tensor | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, LogitStatistics | None]:
     """Logsumexp over the kept entries of each row of the logits ``q @ k.T``, equation (2).
@@ -40,6 +41,8 @@ def kept_logsumexp(
         mma_dtype: the dtype that tensor cores may round rows to before they multiply, float32,
             bfloat16 or float16; None for the half precision both matrices are in, or float32. Only
             ``triton`` rounds so. With float32, ``torch.get_float32_matmul_precision()`` decides.
+        limits: floating (R,), with ``both`` (R + C,), or None: a result leaves out the logits above
+            its limit, which no exclusion has to know of. Constant. Only "tiled" and "reference".
         backend: "auto" or a name, see ``which_backend``. "triton" leaves out no pairs by class.
 
     Returns:
@@ -49,7 +52,8 @@ def kept_logsumexp(
     Raises:
         TypeError: for matrices that are not real floating tensors, ids or classes that are not
             integers, a rule, period, bound or flag that is none.
-        ValueError: for shapes or devices that do not match, ids of the wrong length, those of
+        ValueError: for shapes or devices that do not match, ids or limits of the wrong length,
+            limits that require a gradient, ids of
             columns without those of rows or without ``k``, a negative period or bound, ``both``
             without ``k``, an unknown ``mma_dtype`` or backend, a named backend that refuses.
 
@@ -60,8 +64,9 @@ def kept_logsumexp(
         tensor([0.6931, 0.6931, 0.6931])
     """
     problem = checked_problem(
-        q, k, exclusion, both=both, bound=bound, statistics=statistics, mma_dtype=mma_dtype
-    )
+        q, k, exclusion, both=both, bound=bound, statistics=statistics, mma_dtype=mma_dtype,
+        limits=limits,
+    )  # fmt: skip
     return logsumexp_for(problem, backend)(problem)
 
 

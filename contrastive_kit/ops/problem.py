@@ -98,6 +98,8 @@ class Problem(NamedTuple):
         statistics: also ask for ``LogitStatistics``.
         mma_dtype: what tensor cores may round rows to before they multiply: "bfloat16", "float16",
             or "float32", with which ``torch.get_float32_matmul_precision()`` decides.
+        limits: for each result the largest logit that it keeps, (R,) or (R + C,), constant; or
+            None. A pair may be kept in one direction and left out in the other.
     """
 
     q: Tensor
@@ -107,6 +109,7 @@ class Problem(NamedTuple):
     bound: float = torch.inf
     statistics: bool = False
     mma_dtype: str = "float32"
+    limits: Tensor | None = None
 
     def keys(self) -> Tensor:
         """The columns, which may be the rows."""
@@ -119,7 +122,11 @@ class Problem(NamedTuple):
     def in_compute_dtype(self) -> "Problem":
         """Both matrices in float64 if one is, else in float32."""
         dtype = compute_dtype(self.q, self.keys())
-        return self._replace(q=self.q.to(dtype), k=None if self.k is None else self.k.to(dtype))
+        return self._replace(
+            q=self.q.to(dtype),
+            k=None if self.k is None else self.k.to(dtype),
+            limits=None if self.limits is None else self.limits.to(dtype),
+        )
 
     def mask(self) -> Tensor:
         """Boolean (R, C), True where a pair is left out."""
@@ -128,23 +135,25 @@ class Problem(NamedTuple):
     def flat(self) -> tuple[Any, ...]:
         """The arguments of ``SCHEMA``; ``of_flat`` is the inverse. Tensors come first."""
         period, *ids = self.exclusion
-        return (self.q, self.k, *ids, period, *self[3:])
+        return (self.q, self.k, *ids, self.limits, period, *self[3:-1])
 
     @staticmethod
     def of_flat(*flat: Any) -> "Problem":
         """The problem of arguments that ``flat`` has taken apart."""
-        q, k, *ids = flat[:N_TENSORS]
-        period, *rest = flat[N_TENSORS:]
-        return Problem(q, k, Exclusion(period, *ids), *rest)
+        q, k, *ids, limits = flat[:N_TENSORS]
+        period, both, bound, statistics, mma_dtype = flat[N_TENSORS:]
+        exclusion = Exclusion(period, *ids)
+        return Problem(q, k, exclusion, both, bound, statistics, mma_dtype, limits)
 
 
 # What ops take of a problem. The period is the size of the batch: as a SymInt it does not recompile
 # for each, which it would inside a tuple.
 SCHEMA = (
     "Tensor q, Tensor? k, Tensor? row_ids, Tensor? column_ids, Tensor? row_classes, "
-    "Tensor? column_classes, SymInt period, bool both, float bound, bool statistics, str mma_dtype"
+    "Tensor? column_classes, Tensor? limits, SymInt period, bool both, float bound, "
+    "bool statistics, str mma_dtype"
 )
-N_TENSORS = 6
+N_TENSORS = 7
 
 
 def mma_dtype(*embeddings: Tensor) -> str:
@@ -167,6 +176,7 @@ def checked_problem(
     bound: float = torch.inf,
     statistics: bool = False,
     mma_dtype: torch.dtype | None = None,
+    limits: Tensor | None = None,
 ) -> Problem:
     """The problem that a caller asks, whichever backend it is for; raises where it makes no sense.
 
@@ -194,10 +204,27 @@ def checked_problem(
     choices = (torch.float32, *_HALF)
     if mma_dtype not in choices:
         raise ValueError(f"mma_dtype must be None or one of {choices}, got {mma_dtype}")
-    return Problem(
+    problem = Problem(
         q, k, _checked_exclusion(exclusion, q, k), both, bound, statistics,
-        str(mma_dtype).removeprefix("torch."),
+        str(mma_dtype).removeprefix("torch."), limits,
     )  # fmt: skip
+    if limits is not None:
+        _check_limits(limits, problem)
+    return problem
+
+
+def _check_limits(limits: Tensor, problem: Problem) -> None:
+    if not isinstance(limits, Tensor) or not limits.is_floating_point():
+        got = getattr(limits, "dtype", type(limits).__name__)
+        raise TypeError(f"limits must be a floating point tensor, got {got}")
+    length = problem.n_results()
+    if limits.shape != (length,):
+        raise ValueError(
+            f"limits must have shape ({length},), one for each result, got {tuple(limits.shape)}"
+        )
+    check_device("limits", limits, "q", problem.q)
+    if limits.requires_grad:
+        raise ValueError("limits must be constant, as they have no gradient; give limits.detach()")
 
 
 def _check_rows(name: str, x: Tensor) -> None:

@@ -146,12 +146,12 @@ class _LogSumExp(torch.autograd.Function):
     @with_signature
     def forward(
         q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any, column_classes: Any,
-        period: Any, both: Any, bound: Any, statistics: Any, mma_dtype: Any, save_tiles: Any,
-        backend: str,
+        limits: Any, period: Any, both: Any, bound: Any, statistics: Any, mma_dtype: Any,
+        save_tiles: Any, backend: str,
     ) -> Any:  # fmt: skip
         return registered(f"{backend}_logsumexp")(
-            q, k, row_ids, column_ids, row_classes, column_classes, period, both, bound, statistics,
-            mma_dtype, save_tiles,
+            q, k, row_ids, column_ids, row_classes, column_classes, limits, period, both, bound,
+            statistics, mma_dtype, save_tiles,
         )  # fmt: skip
 
     @staticmethod
@@ -235,12 +235,12 @@ class _SoftplusSum(torch.autograd.Function):
     @with_signature
     def forward(
         bias: Any, q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any,
-        column_classes: Any, period: Any, both: Any, bound: Any, statistics: Any, mma_dtype: Any,
-        backend: str,
+        column_classes: Any, limits: Any, period: Any, both: Any, bound: Any, statistics: Any,
+        mma_dtype: Any, backend: str,
     ) -> Any:  # fmt: skip
         return registered(f"{backend}_softplus_sum")(
-            bias, q, k, row_ids, column_ids, row_classes, column_classes, period, both, bound,
-            statistics, mma_dtype,
+            bias, q, k, row_ids, column_ids, row_classes, column_classes, limits, period, both,
+            bound, statistics, mma_dtype,
         )  # fmt: skip
 
     @staticmethod

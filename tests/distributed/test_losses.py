@@ -33,6 +33,7 @@ LOSSES = {
     "nt_xent, weights": (2, {"sample_weight": True}),
     "nt_xent, hardness": (3, {"hardness": 0.5, "ids": True}),
     "nt_xent, prior, margin": (3, {"positive_prior": 0.1, "margin": 0.2, "ids": True}),
+    "nt_xent, false negatives": (3, {"false_negative_margin": 0.05, "ids": True}),
     "info_nce": (2, {}),
     "info_nce, ids, weights": (2, {"ids": True, "sample_weight": True}),
     "info_nce, label smoothing": (2, {"label_smoothing": 0.2, "ids": True}),
@@ -41,6 +42,7 @@ LOSSES = {
     "clip, ids, weights": (2, {"symmetric": True, "ids": True, "sample_weight": True}),
     "clip, label smoothing": (2, {"symmetric": True, "label_smoothing": 0.1}),
     "clip, prior": (2, {"symmetric": True, "positive_prior": 0.1, "hardness": 0.5, "ids": True}),
+    "clip, false negatives": (2, {"symmetric": True, "false_negative_margin": 0.1}),
     "clip, hardness": (2, {"symmetric": True, "hardness": 0.5, "ids": True}),
 }
 SOME = ["nt_xent", "nt_xent of three views, ids, weights", "info_nce", "clip, ids, weights"]

@@ -31,6 +31,10 @@ LOSSES = {
     "prior and margin": lambda a, b, t: info_nce(
         a, b, temperature=t, symmetric=True, positive_prior=0.1, hardness=0.5, margin=0.2
     ),
+    "false negatives left out": lambda a, b, t: (
+        nt_xent(a, b, temperature=t, false_negative_margin=0.1)
+        + info_nce(a, b, temperature=t, symmetric=True, false_negative_margin=0.0)
+    ),
     "negatives of every kind": lambda a, b, t: info_nce(
         a,
         b,

@@ -23,6 +23,7 @@ options_of_the_softmax = pytest.mark.parametrize(
         {"label_smoothing": 0.1, "margin": 0.2},
         {"hardness": 0.7},
         {"positive_prior": 0.1, "margin": 0.1},
+        {"false_negative_margin": 0.1},
     ],
     ids=str,
 )

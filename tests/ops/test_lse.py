@@ -510,6 +510,16 @@ def test_opcheck(statistics, layout, two_matrices, logit_size, monkeypatch):
     check_op("tiled", Problem(q, k, exclusion, two_matrices, statistics=statistics), 3)
 
 
+@pytest.mark.parametrize("two_matrices", [False, True])
+def test_opcheck_of_limits(two_matrices, monkeypatch):
+    empty_tiles = tiles.empty_tiles
+    monkeypatch.setattr(tiles, "empty_tiles", lambda *args: empty_tiles(*args).zero_())
+    q, k = torch.randn(40, 6), torch.randn(23, 6) if two_matrices else None
+    limits = torch.randn(63 if two_matrices else 40)
+    problem = Problem(q, k, both=two_matrices, limits=limits)
+    check_op("tiled", problem, 3)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_opcheck_of_classes(symmetric, monkeypatch):
     empty_tiles = tiles.empty_tiles

@@ -9,6 +9,7 @@ from torch import Tensor
 from contrastive_kit.ops.problem import Problem
 from contrastive_kit.ops.statistics import merge_statistics, row_statistics
 from contrastive_kit.ops.tiled.tiles import (
+    Blocks,
     Tile,
     blocks,
     computed_tiles,
@@ -52,7 +53,7 @@ def exact_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tens
     """
     q = problem.q
     bound = torch.inf if problem.statistics else _largest_logit(problem)
-    if _needs_shift(q, bound):
+    if _needs_logits(problem, bound):
         return _running_logsumexp(problem, saved_tiles)
     scale, exponentiate = _exponentials(problem, bound)
     if is_one_tile(problem):
@@ -72,13 +73,17 @@ def exact_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tens
 
 
 def _running_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """The logsumexp where exp of a logit may overflow, equation (8), and its statistics."""
+    """The logsumexp from logits, equation (8), and its statistics.
+
+    Where exp of a logit may overflow, or the two directions keep different logits.
+    """
     q, length, statistics = problem.q, problem.n_results(), problem.statistics
     lse = q.new_full((length,), -torch.inf, dtype=accumulator_dtype(q))
     stats = q.new_zeros(4 if statistics else 0, length)
     stats[:1] = -torch.inf
     row_lse, column_lse = row_and_column_blocks(lse, problem)
     row_stats, column_stats = row_and_column_blocks(stats, problem)
+    row_limits, column_limits = _limits(problem)
 
     def merge(lse: Tensor, stats: Tensor, logits: Tensor, dim: int) -> None:
         maximum = logits.amax(dim)
@@ -92,9 +97,11 @@ def _running_logsumexp(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, T
         lse.copy_(merged)
 
     for tile, logits in computed_tiles(problem, _leave_out(problem, -torch.inf), saved=saved_tiles):
-        merge(row_lse[tile.row], row_stats[tile.row], logits, 1)
+        kept = _within(logits, row_limits, tile.row, 1)
+        merge(row_lse[tile.row], row_stats[tile.row], kept, 1)
         if column_lse is not None and column_stats is not None and tile.mirrored:
-            merge(column_lse[tile.column], column_stats[tile.column], logits, 0)
+            kept = _within(logits, column_limits, tile.column, 0)
+            merge(column_lse[tile.column], column_stats[tile.column], kept, 0)
     return lse, stats if statistics else q.new_empty(0)
 
 
@@ -135,7 +142,7 @@ def write_gradients(
     # An empty row has logsumexp -inf and no gradient; +inf makes its weights exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     bound = _largest_logit(problem)
-    if _needs_shift(q, bound):
+    if _needs_logits(problem, bound):
         # exp(logit - lse) · grad, as much of the exponent as float32 holds taken out of the tile
         rounded = lse.to(q.dtype)
         lse_lo = torch.where(rounded.isinf(), 0, lse - rounded)
@@ -183,18 +190,21 @@ def _weights(
 def _shifted_weights(
     problem: Problem, lse: Tensor, factors: Tensor, saved_tiles: Tensor
 ) -> Iterator[tuple[Tile, Tensor]]:
-    """The same where exp of a logit may overflow."""
+    """The same from logits: where their exp may overflow, or there are limits."""
     row_lse, column_lse = row_and_column_blocks(lse, problem)
     row_factors, column_factors = row_and_column_blocks(factors, problem)
+    row_limits, column_limits = _limits(problem)
     buffers = empty_tiles(2, problem)
     for tile, logits in computed_tiles(
         problem, _leave_out(problem, -torch.inf), saved=saved_tiles, known=True
     ):
         weights, shifted = buffers[:, : logits.shape[0], : logits.shape[1]]
-        torch.sub(logits, row_lse[tile.row].unsqueeze(1), out=weights)
+        kept = _within(logits, row_limits, tile.row, 1)
+        torch.sub(kept, row_lse[tile.row].unsqueeze(1), out=weights)
         _exp_(weights).mul_(row_factors[tile.row].unsqueeze(1))
         if column_lse is not None and column_factors is not None:
-            torch.sub(logits, column_lse[tile.column], out=shifted)
+            kept = _within(logits, column_limits, tile.column, 0)
+            torch.sub(kept, column_lse[tile.column], out=shifted)
             weights.addcmul_(_exp_(shifted), column_factors[tile.column])
         yield tile, weights
 
@@ -238,5 +248,19 @@ def _largest_logit(problem: Problem) -> float:
     return float(longest * longest_key)
 
 
-def _needs_shift(q: Tensor, bound: float) -> bool:
-    return not bound <= _LARGEST_UNSHIFTED_LOGIT[q.dtype]  # NaN does
+def _needs_logits(problem: Problem, bound: float) -> bool:
+    # NaN does
+    return problem.limits is not None or not bound <= _LARGEST_UNSHIFTED_LOGIT[problem.q.dtype]
+
+
+def _limits(problem: Problem) -> tuple[Blocks | None, Blocks | None]:
+    if problem.limits is None:
+        return None, None
+    return row_and_column_blocks(problem.limits, problem)
+
+
+def _within(logits: Tensor, limits: Blocks | None, block: int, dim: int) -> Tensor:
+    """The logits of a tile that do not exceed the limits along ``dim``, -inf for the others."""
+    if limits is None:
+        return logits
+    return logits.masked_fill(logits > limits[block].unsqueeze(dim), -torch.inf)
