@@ -51,11 +51,11 @@ class Matryoshka(nn.Module):
         if not isinstance(loss_fn, nn.Module):
             raise TypeError(f"loss_fn must be a module, NTXent() for one, got {loss_fn!r}")
         self.loss_fn = loss_fn
-        self.dims = tuple(check_int("dims", d, at_least=1) for d in dims)
+        self.dims: tuple[int, ...] = tuple(check_int("dims", d, at_least=1) for d in dims)
         if not self.dims or len(set(self.dims)) < len(self.dims):
             raise ValueError(f"dims must be different widths, at least one, got {self.dims}")
         given = [1.0] * len(self.dims) if weights is None else weights
-        self.weights = tuple(check_number("weights", w) for w in given)
+        self.weights: tuple[float, ...] = tuple(check_number("weights", w) for w in given)
         if len(self.weights) != len(self.dims) or not all(w >= 0 for w in self.weights):
             raise ValueError(
                 f"weights must be {len(self.dims)} numbers of at least 0, one for each width, got "
