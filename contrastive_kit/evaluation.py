@@ -1,13 +1,13 @@
-"""Evaluation of frozen representations: k nearest neighbours and a linear probe.
+"""Evaluation of frozen representations: k nearest neighbors, a linear probe, retrieval.
 
-Both take features (N, D) and labels (N,), on any device; ``extract_features`` makes them from an
+All take features (N, D) and labels (N,), on any device; ``extract_features`` makes them from an
 encoder. Evaluate the encoder's output h, not the projection z (SimCLR, section 4.2).
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -59,6 +59,20 @@ class LinearProbeResult(NamedTuple):
     accuracy: float
     l2: float
     validation_accuracy: dict[float, float]
+
+
+class RetrievalResult(NamedTuple):
+    """How well matches are found, averaged over the queries that have one.
+
+    Attributes:
+        recall: Share of queries with a match among their k nearest keys, as ``{k: share}``.
+        map_at_r: Mean average precision at R, in [0, 1].
+        queries: How many queries have a match.
+    """
+
+    recall: dict[int, float]
+    map_at_r: float
+    queries: int
 
 
 def extract_features(
@@ -311,6 +325,118 @@ def linear_probe(
     return LinearProbeResult(accuracy, best, validation_accuracy)
 
 
+@_without_ambient_modes
+def retrieval(
+    queries: Tensor,
+    keys: Tensor | None = None,
+    *,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    k: int | Sequence[int] = (1, 5, 10),
+    chunk_size: int = 1024,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
+) -> RetrievalResult:
+    r"""Recall at k and mean average precision at R, of keys ordered by cosine similarity.
+
+    With R the number of keys that match a query, and P(j) the share of matches among its j nearest,
+
+    .. math:: \text{AP@R} = \frac1R \sum_{j=1}^{R} P(j)\, [\text{the j-th nearest is a match}]
+
+    Matches are what has the same label: captions and their images, say. Without labels, row i of
+    the queries and row i of the keys. With one match a query AP@R is recall at 1. Where a match and
+    another key are equally similar, the match comes last: a collapsed encoder finds nothing.
+
+    Args:
+        queries: (N, D), any float dtype, not necessarily normalized. Half precision is computed in
+            float32.
+        keys: (M, D); None to search among the queries, each without itself, by ``query_labels``.
+        query_labels: (N,) integers, any values; None for pairs by row, with M = N.
+        key_labels: (M,) integers; None where there are no ``query_labels`` or no ``keys``.
+        k: One or several numbers of neighbors, each from 1 to the number of keys of a query.
+        chunk_size: Queries at a time. Memory is some five times ``chunk_size`` · M floats beside
+            the features.
+        progress: ``tqdm``, or what else iterates over a sequence and shows how far it is; here
+            over the chunks.
+
+    Returns:
+        ``RetrievalResult``, of the queries that have a match.
+
+    Raises:
+        TypeError: Features are not floating, labels or ``k`` are not integers.
+        ValueError: Shapes or devices do not match, features are NaN or infinite, a set is empty,
+            no query has a match, labels are missing or too many, ``k`` or ``chunk_size`` is out of
+            range.
+
+    References:
+        Musgrave et al., A Metric Learning Reality Check, arXiv 2003.08505, section 3.2 (AP@R).
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.evaluation import retrieval
+        >>> captions = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> images = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.6, 0.8]])
+        >>> found = retrieval(captions, images, k=(1, 2))
+        >>> {k: round(share, 4) for k, share in found.recall.items()}
+        {1: 0.3333, 2: 0.6667}
+        >>> retrieval(images, query_labels=torch.tensor([0, 1, 1]), k=1)
+        RetrievalResult(recall={1: 1.0}, map_at_r=1.0, queries=2)
+    """
+    within = keys is None
+    if within and (query_labels is None or key_labels is not None):
+        raise ValueError("keys may be None only with query_labels and without key_labels")
+    if not within and (query_labels is None) != (key_labels is None):
+        given, missing = ("query", "key") if key_labels is None else ("key", "query")
+        raise ValueError(f"{missing}_labels must be given with {given}_labels, got None")
+    keys = queries if keys is None else keys
+    key_labels = query_labels if within else key_labels
+    by_row = query_labels is None or key_labels is None
+    if query_labels is None or key_labels is None:
+        query_labels, key_labels = (_row_numbers(x) for x in (queries, keys))
+    names = ("keys", "key_labels", "queries", "query_labels")
+    _check_sets(keys, key_labels, queries, query_labels, names)
+    if by_row and len(keys) != len(queries):
+        raise ValueError(
+            f"keys must have {len(queries)} rows as queries, or labels that tell what matches; "
+            f"got {len(keys)}"
+        )
+    chunk_size, n_keys = check_int("chunk_size", chunk_size, 1), len(keys) - within
+    several = [k] if isinstance(k, Integral) else k
+    if isinstance(several, str | Tensor) or not isinstance(several, Iterable):
+        raise TypeError(f"k must be an integer or a sequence of integers, got {k!r}")
+    ks = sorted({check_int("k", value) for value in several})
+    if not ks or ks[0] < 1 or ks[-1] > n_keys:
+        raise ValueError(f"k must be from 1 to the number of keys of a query ({n_keys}), got {k!r}")
+
+    bank, rows = (_unit_rows(x) for x in _prepared(keys, queries))
+    recall = bank.new_zeros(len(ks), dtype=torch.int64)
+    precision, n_queries = bank.new_zeros((), dtype=torch.float64), 0
+    chunks = torch.split(torch.arange(len(rows), device=bank.device), chunk_size)
+    for chunk in chunks if progress is None else progress(chunks):
+        match = query_labels[chunk, None] == key_labels
+        similarity = rows[chunk] @ bank.T
+        # The next smaller number puts matches behind others of the same similarity.
+        lowest = similarity.new_tensor(-torch.inf)
+        similarity = torch.where(match, similarity.nextafter(lowest), similarity)
+        if within:
+            match.scatter_(1, chunk[:, None], False)
+            similarity.scatter_(1, chunk[:, None], -torch.inf)
+        matches = match.sum(1)
+        has_match = matches > 0
+        depth = max(ks[-1], int(matches.max()))
+        hits = match.gather(1, similarity.topk(depth, dim=1).indices)[has_match]
+        found, matches = hits.cumsum(1), matches[has_match, None]
+        recall += torch.stack([(found[:, j - 1] > 0).sum() for j in ks])
+        rank = torch.arange(1, depth + 1, device=bank.device)
+        precision += (found * hits / rank / matches * (rank <= matches)).sum(dtype=torch.float64)
+        n_queries += len(hits)
+    if n_queries == 0:
+        raise ValueError("query_labels must have a match among the keys for at least one query")
+    shares = [count / n_queries for count in recall.tolist()]
+    return RetrievalResult(
+        dict(zip(ks, shares, strict=True)), precision.item() / n_queries, n_queries
+    )
+
+
 class _Softmax(NamedTuple):
     """A fitted linear classifier: weight (C, D), bias (C,)."""
 
@@ -399,35 +525,41 @@ def _check(features: Tensor, labels: Tensor, features_name: str, labels_name: st
         )
 
 
+def _row_numbers(features: Tensor) -> Tensor:
+    if not isinstance(features, Tensor) or features.ndim == 0:
+        return torch.empty(0, dtype=torch.int64)  # refused by the check of the features
+    return torch.arange(len(features), device=features.device)
+
+
 def _check_sets(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    names: Sequence[str] = ("train_features", "train_labels", "test_features", "test_labels"),
 ) -> None:
-    for name, tensor in [
-        ("train_features", train_features),
-        ("train_labels", train_labels),
-        ("test_features", test_features),
-        ("test_labels", test_labels),
-    ]:
+    tensors = (train_features, train_labels, test_features, test_labels)
+    for name, tensor in zip(names, tensors, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    devices = {t.device for t in (train_features, train_labels, test_features, test_labels)}
+    devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise ValueError(
             f"features and labels must be on one device, got {', '.join(sorted(map(str, devices)))}"
         )
-    for part, features, labels in [
-        ("train", train_features, train_labels),
-        ("test", test_features, test_labels),
+    for (features, labels), (features_name, labels_name) in [
+        ((train_features, train_labels), names[:2]),
+        ((test_features, test_labels), names[2:]),
     ]:
-        _check(features, labels, f"{part}_features", f"{part}_labels")
+        _check(features, labels, features_name, labels_name)
         if not features.is_floating_point():
-            raise TypeError(f"{part}_features must be floating point, got {features.dtype}")
+            raise TypeError(f"{features_name} must be floating point, got {features.dtype}")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"{part}_labels must be integers, got {labels.dtype}")
+            raise TypeError(f"{labels_name} must be integers, got {labels.dtype}")
         if not features.isfinite().all():
-            raise ValueError(f"{part}_features must be finite, got NaN or infinity")
+            raise ValueError(f"{features_name} must be finite, got NaN or infinity")
     if train_features.shape[1] != test_features.shape[1]:
         raise ValueError(
-            f"test_features must have {train_features.shape[1]} columns as train_features, "
+            f"{names[2]} must have {train_features.shape[1]} columns as {names[0]}, "
             f"got {test_features.shape[1]}"
         )

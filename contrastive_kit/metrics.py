@@ -120,8 +120,8 @@ def effective_rank(z: Tensor) -> Tensor:
 
     .. math:: \exp\Bigl(-\sum_k p_k \log p_k\Bigr), \qquad p_k = \sigma_k / \sum_l \sigma_l
 
-    with the singular values σ of the embeddings as they are: neither normalised nor centred. RankMe
-    adds 1e-7 to each p\ :sub:`k`; here a singular value of 0 contributes nothing, exactly.
+    with the singular values σ of the embeddings as they are: neither normalized nor centered. A
+    singular value of 0 contributes nothing, exactly; ``rankme`` adds a constant to each share.
 
     Args:
         z: embeddings or features (N, D), any floating dtype. The rank is at most N: take several
@@ -149,16 +149,119 @@ def effective_rank(z: Tensor) -> Tensor:
         8.0
     """
     check_embeddings("z", z)
-    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
-    # Only shares matter, and no length of the rows shall over- or underflow.
-    z = z / z.detach().abs().amax()
-    if not z.isfinite().all():
-        return z.new_full((), torch.nan)
-    sigma = torch.linalg.svdvals(z)
+    sigma = _singular_values(z)
     share = sigma / sigma.sum()
     # The derivative is infinite at 0, and times 0 it is NaN; at 1 the summand is 0 as well.
     entropy: Tensor = torch.special.entr(torch.where(share == 0, 1, share)).sum()
     return entropy.exp()
+
+
+def rankme(z: Tensor, *, epsilon: float = 1e-7) -> Tensor:
+    r"""RankMe: the effective rank as its paper writes it, with a constant added to each share.
+
+    .. math::
+
+        \exp\Bigl(-\sum_k p_k \log p_k\Bigr), \qquad p_k = \sigma_k / \sum_l \sigma_l + \epsilon
+
+    ``effective_rank`` is the same without the constant. Take this one to compare with figures that
+    others have published.
+
+    Args:
+        z: embeddings or features (N, D), any floating dtype, neither normalized nor centered here.
+            The rank is at most N: take several times more samples than dimensions (the paper:
+            25,600).
+        epsilon: ε > 0.
+
+    Returns:
+        A 0-dim tensor, float64 (float32 on devices without it). NaN if ``z`` is all zero, or not
+        finite.
+
+    Raises:
+        TypeError: for embeddings that are not a floating tensor.
+        ValueError: for a shape other than (N, D), or ``epsilon`` not positive and finite.
+
+    Memory:
+        A few copies of ``z`` in float64. Waits for the device.
+
+    References:
+        Garrido et al., RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised
+        Representations by Their Rank, arXiv 2210.02885, equation 1.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.metrics import rankme
+        >>> round(rankme(torch.eye(8)).item(), 4)
+        8.0
+    """
+    check_embeddings("z", z)
+    return _rank_of_shares(_singular_values(z), _check_positive("epsilon", epsilon))
+
+
+def lidar(views: Tensor, *, delta: float = 1e-4, epsilon: float = 1e-7) -> Tensor:
+    r"""LiDAR: how many directions tell images apart beyond what their views differ by.
+
+    .. math::
+
+        \Sigma = \Sigma_w^{-1/2}\, \Sigma_b\, \Sigma_w^{-1/2}, \qquad
+        \Sigma_b = \frac1N \sum_i (\mu_i - \mu)(\mu_i - \mu)^\top, \qquad
+        \Sigma_w = \frac1{NV} \sum_{iv} (z_{iv} - \mu_i)(z_{iv} - \mu_i)^\top + \delta I
+
+    with μ\ :sub:`i` the mean over the views of image i and μ the mean over images. The value is the
+    exponential of the entropy of the spectrum of Σ, whose shares have ε added. Unlike a plain rank
+    it does not count directions in which the views of one image differ as much as images do.
+
+    Args:
+        views: embeddings (V, N, D), V ≥ 2 views of N ≥ 2 images, any floating dtype, neither
+            normalized nor centered here. The rank is below N; the paper takes 1,000 images of 50
+            views.
+        delta: δ > 0, what keeps Σ\ :sub:`w` invertible. It is not relative to the scale of the
+            embeddings: compare at one scale.
+        epsilon: ε > 0.
+
+    Returns:
+        A 0-dim tensor, float64 (float32 on devices without it). NaN if the means of all images
+        coincide, or embeddings are not finite.
+
+    Raises:
+        TypeError: for embeddings that are not a floating tensor.
+        ValueError: for a shape other than (V, N, D), fewer than two views or images, ``delta`` or
+            ``epsilon`` not positive and finite.
+
+    Memory:
+        A few copies of ``views`` in float64, and D². Waits for the device.
+
+    References:
+        Thilak et al., LiDAR: Sensing Linear Probing Performance in Joint Embedding SSL
+        Architectures, arXiv 2312.04000, section 4.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kit.metrics import lidar
+        >>> z = torch.cat([torch.eye(8), -torch.eye(8)])  # 16 images, whose views coincide
+        >>> round(lidar(torch.stack([z, z])).item(), 4)
+        8.0
+    """
+    if isinstance(views, Tensor) and views.ndim != 3:
+        raise ValueError(f"views must have shape (V, N, D), got {tuple(views.shape)}")
+    check_embeddings("views", views.flatten(0, 1) if isinstance(views, Tensor) else views)
+    if min(views.shape[:2]) < 2:
+        raise ValueError(
+            f"views must be of at least 2 images and 2 views of each, (V, N, D), got "
+            f"{tuple(views.shape)}"
+        )
+    delta, epsilon = _check_positive("delta", delta), _check_positive("epsilon", epsilon)
+    views = _in_double(views)
+    n_views, n, dim = views.shape
+    means = views.mean(0)
+    between = (means - means.mean(0)) / math.sqrt(n)
+    within = (views - means).flatten(0, 1) / math.sqrt(n_views * n)
+    if not within.isfinite().all():
+        return views.new_full((), torch.nan)
+    # Σ has the eigenvalues of L⁻¹ Σ_b L⁻ᵀ with Σ_w = L Lᵀ: the squares of these singular values.
+    eye = torch.eye(dim, dtype=views.dtype, device=views.device)
+    root = torch.linalg.cholesky(within.T @ within + delta * eye)
+    whitened = torch.linalg.solve_triangular(root, between.T, upper=False)
+    return _rank_of_shares(torch.linalg.svdvals(whitened).square(), epsilon)
 
 
 def feature_std(z: Tensor) -> Tensor:
@@ -203,3 +306,25 @@ def _check_positive(name: str, value: object) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {number}")
     return number
+
+
+def _in_double(z: Tensor) -> Tensor:
+    return z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+
+
+def _singular_values(z: Tensor) -> Tensor:
+    """Those of ``z`` (N, D) over its largest entry; NaN if it is all zero, or not finite."""
+    z = _in_double(z)
+    # Only shares matter, and no length of the rows shall over- or underflow.
+    z = z / z.detach().abs().amax()
+    if not z.isfinite().all():
+        return z.new_full((1,), torch.nan)
+    sigma: Tensor = torch.linalg.svdvals(z)
+    return sigma
+
+
+def _rank_of_shares(values: Tensor, epsilon: float) -> Tensor:
+    """exp(-Σ p log p) of the shares of ``values``, each with ``epsilon`` added."""
+    share = values / values.sum() + epsilon
+    entropy: Tensor = torch.special.entr(share).sum()
+    return entropy.exp()

@@ -9,7 +9,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from contrastive_kit.evaluation import _fit, extract_features, knn_accuracy, linear_probe
+from contrastive_kit.evaluation import (
+    _fit,
+    extract_features,
+    knn_accuracy,
+    linear_probe,
+    retrieval,
+)
 
 
 def gaussian_classes(n, d, classes, *, seed, spread=1.0, dtype=torch.float64):
@@ -437,3 +443,155 @@ def test_numbers_of_numpy_are_numbers():
             linear_probe(x, y, x, y, l2=wrong)
     with pytest.raises(TypeError, match=r"validation_fraction must be a number, got '0\.2'"):
         linear_probe(x, y, x, y, validation_fraction="0.2")
+
+
+def retrieval_loop(queries, keys, query_labels, key_labels, ks, within=False):
+    """Each query's list sorted by itself; of equal similarities matches come last."""
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, keys)]
+    recall, precision = {k: [] for k in ks}, []
+    for i, query in enumerate(unit[0]):
+        similarity = unit[1] @ query
+        match = key_labels == query_labels[i]
+        order = [
+            j
+            for j in sorted(range(len(keys)), key=lambda j: (-similarity[j], match[j]))
+            if not (within and j == i)
+        ]
+        hits = [bool(match[j]) for j in order]
+        r = sum(hits)
+        if r == 0:
+            continue
+        for k in ks:
+            recall[k].append(any(hits[:k]))
+        precision.append(sum(hits[j] * np.mean(hits[: j + 1]) for j in range(r)) / r)
+    return {k: np.mean(x) for k, x in recall.items()}, np.mean(precision), len(precision)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(2, 40),
+    m=st.integers(2, 50),
+    d=st.integers(2, 9),
+    classes=st.integers(1, 12),
+    chunk_size=st.integers(1, 50),
+    within=st.booleans(),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_retrieval_is_a_sorted_list(n, m, d, classes, chunk_size, within, seed, data):
+    queries, query_labels = gaussian_classes(n, d, classes, seed=seed)
+    keys, key_labels = gaussian_classes(m, d, classes, seed=seed + 1000)
+    if within:
+        keys, key_labels = queries, query_labels
+    ks = data.draw(st.sets(st.integers(1, len(keys) - within), min_size=1))
+    arrays = (x.numpy() for x in (queries, keys, query_labels, key_labels))
+    own = torch.arange(n) if within else torch.full((n,), -1)
+    matches = (query_labels[:, None] == key_labels) & (own[:, None] != torch.arange(len(keys)))
+    options = {"k": list(ks), "chunk_size": chunk_size, "query_labels": query_labels}
+    sides = (queries,) if within else (queries, keys)
+    options |= {} if within else {"key_labels": key_labels}
+    if not matches.any():
+        with pytest.raises(ValueError, match="query_labels must have a match"):
+            retrieval(*sides, **options)
+        return
+    recall, precision, n_queries = retrieval_loop(*arrays, ks, within)
+    result = retrieval(*sides, **options)
+    assert result.recall == pytest.approx(recall)
+    assert list(result.recall) == sorted(ks)
+    assert result.map_at_r == pytest.approx(precision)
+    assert result.queries == n_queries
+
+
+def test_retrieval_is_that_of_pytorch_metric_learning():
+    calculators = pytest.importorskip(
+        "pytorch_metric_learning.utils.accuracy_calculator",
+        reason="pytorch-metric-learning is not installed",
+    )
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    x, labels = gaussian_classes(150, 8, 7, seed=3, dtype=torch.float32)
+    theirs = calculators.AccuracyCalculator(
+        include=("mean_average_precision_at_r", "precision_at_1"),
+        k="max_bin_count",
+        knn_func=CustomKNN(CosineSimilarity()),
+        device=torch.device("cpu"),
+    ).get_accuracy(x, labels)
+    ours = retrieval(x, query_labels=labels, k=1)
+    assert 0.1 < ours.map_at_r < 0.9
+    assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-6)
+    assert ours.recall[1] == pytest.approx(theirs["precision_at_1"])
+
+
+def test_retrieval_of_pairs_by_row():
+    keys = torch.randn(60, 5)
+    queries = keys + 0.8 * torch.randn(60, 5)
+    rows = torch.arange(60)
+    labelled = retrieval(queries, keys, query_labels=rows, key_labels=rows, k=(1, 3))
+    assert retrieval(queries, keys, k=(3, 1)) == labelled
+    assert 0.1 < labelled.recall[1] < labelled.recall[3] < 1
+    assert labelled.map_at_r == pytest.approx(labelled.recall[1])
+    assert retrieval(5 * queries.half(), 0.1 * keys.half(), k=1).queries == 60
+
+
+def test_a_collapsed_encoder_retrieves_nothing():
+    result = retrieval(torch.ones(9, 4), torch.ones(9, 4), k=(1, 8, 9))
+    assert result.recall == {1: 0.0, 8: 0.0, 9: 1.0}
+    assert result.map_at_r == 0
+
+
+def test_retrieval_shows_progress_and_leaves_its_input():
+    x, labels = torch.randn(10, 3, requires_grad=True), torch.arange(10) % 3
+    seen, before = [], labels.clone()
+    with torch.inference_mode():
+        retrieval(
+            x, query_labels=labels, k=2, chunk_size=4,
+            progress=lambda chunks: seen.extend(chunks) or chunks,
+        )  # fmt: skip
+    assert [len(chunk) for chunk in seen] == [4, 4, 2]
+    assert torch.equal(labels, before)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x, y: retrieval(x), ValueError, "keys may be None only with query_labels"),
+        (
+            lambda x, y: retrieval(x, query_labels=y, key_labels=y),
+            ValueError,
+            "keys may be None only with query_labels and without key_labels",
+        ),
+        (lambda x, y: retrieval(x, x, key_labels=y), ValueError, "query_labels must be given"),
+        (lambda x, y: retrieval(x, x, query_labels=y), ValueError, "key_labels must be given"),
+        (lambda x, y: retrieval(x, x[1:]), ValueError, "keys must have 6 rows as queries"),
+        (lambda x, y: retrieval(x, x[:, 1:]), ValueError, "queries must have 2 columns as keys"),
+        (lambda x, y: retrieval(x, x.long()), TypeError, "keys must be floating point"),
+        (lambda x, y: retrieval(x * torch.nan, x), ValueError, "queries must be finite"),
+        (lambda x, y: retrieval([1.0], x), TypeError, "queries must be a tensor"),
+        (lambda x, y: retrieval(x, "keys"), TypeError, "keys must be a tensor"),
+        (lambda x, y: retrieval(x[0], x), ValueError, "queries must have shape"),
+        (
+            lambda x, y: retrieval(x, query_labels=y, k=6),
+            ValueError,
+            r"k must be from 1 to .*\(5\)",
+        ),
+        (lambda x, y: retrieval(x, x, k=(0, 1)), ValueError, "k must be from 1"),
+        (lambda x, y: retrieval(x, x, k=()), ValueError, "k must be from 1"),
+        (lambda x, y: retrieval(x, x, k=2.0), TypeError, "k must be an integer or a sequence"),
+        (lambda x, y: retrieval(x, x, k=(1.5,)), TypeError, "k must be an integer"),
+        (lambda x, y: retrieval(x, x, k=1, chunk_size=0), ValueError, "chunk_size must be"),
+        (
+            lambda x, y: retrieval(x, x, query_labels=y, key_labels=y + 9, k=1),
+            ValueError,
+            "query_labels must have a match",
+        ),
+        (
+            lambda x, y: retrieval(x, x, query_labels=y / 2, key_labels=y, k=1),
+            TypeError,
+            "query_labels must be integers",
+        ),
+    ],
+)
+def test_wrong_arguments_of_retrieval(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.randn(6, 3), torch.arange(6) % 2)

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contrastive_kit.functional import info_nce, nt_xent
-from contrastive_kit.metrics import alignment, effective_rank, feature_std, uniformity
+from contrastive_kit.metrics import (
+    alignment,
+    effective_rank,
+    feature_std,
+    lidar,
+    rankme,
+    uniformity,
+)
 
 
 def unit(z):
@@ -142,11 +149,63 @@ def test_effective_rank_of_a_known_spectrum(scale):
     assert float(effective_rank(with_spectrum(sigma, n=30) * scale)) == pytest.approx(2**1.75)
 
 
-def test_effective_rank_is_rankme_but_for_its_epsilon():
-    z = torch.randn(500, 64).cumsum(1)
+@pytest.mark.parametrize("epsilon", [1e-7, 1e-3])
+def test_rankme_is_the_formula_of_its_paper(epsilon):
+    z = torch.randn(50, 64).cumsum(1)  # 50 singular values, some of them small
     sigma = np.linalg.svd(z.double().numpy(), compute_uv=False)
-    p = sigma / np.abs(sigma).sum() + 1e-7
-    assert float(effective_rank(z)) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    p = sigma / np.abs(sigma).sum() + epsilon
+    expected = math.exp(-(p * np.log(p)).sum())
+    assert float(rankme(z, epsilon=epsilon)) == pytest.approx(expected, rel=1e-12)
+    if epsilon < 1e-6:
+        assert float(effective_rank(z)) == pytest.approx(expected, rel=1e-4)
+
+
+def lidar_loop(views, delta, epsilon):
+    """The matrix of the paper, written out with inverse square roots and outer products."""
+    n_views, n, d = views.shape
+    means = views.mean(0)
+    between, within = np.zeros((d, d)), delta * np.eye(d)
+    for i in range(n):
+        centered = means[i] - means.mean(0)
+        between += np.outer(centered, centered) / n
+        for v in range(n_views):
+            centered = views[v, i] - means[i]
+            within += np.outer(centered, centered) / (n * n_views)
+    values, vectors = np.linalg.eigh(within)
+    whiten = vectors @ np.diag(values**-0.5) @ vectors.T
+    spectrum = np.linalg.eigvalsh(whiten @ between @ whiten)
+    # The paper sums over all D; shares of 0 add what p log p is at epsilon.
+    p = np.sort(np.abs(spectrum))[::-1][: min(n, d)] / np.abs(spectrum).sum() + epsilon
+    return math.exp(-(p * np.log(p)).sum())
+
+
+@pytest.mark.parametrize(("n_views", "n", "d"), [(2, 40, 7), (5, 9, 3), (3, 6, 11)])
+@pytest.mark.parametrize("delta", [1e-4, 0.5])
+def test_lidar_is_the_matrix_of_its_paper(n_views, n, d, delta):
+    images = torch.randn(n, d, dtype=torch.float64) * torch.logspace(0, -2, d)
+    views = images + 0.3 * torch.randn(n_views, n, d, dtype=torch.float64)
+    expected = lidar_loop(views.numpy(), delta, 1e-7)
+    assert float(lidar(views, delta=delta)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_lidar_leaves_out_directions_in_which_views_differ():
+    """Sixteen directions tell images apart, sixteen others only one view from another."""
+    images, noise = torch.randn(2000, 16), torch.randn(4, 2000, 16)
+    views = torch.cat([images.expand(4, -1, -1) + 0.1 * torch.randn(4, 2000, 16), noise], dim=2)
+    assert float(effective_rank(views.flatten(0, 1))) > 30
+    assert float(lidar(views)) < 18
+
+
+def test_ranks_of_half_precision_and_their_edges():
+    views = torch.randn(3, 20, 6)
+    for metric in (lidar, lambda x: rankme(x[0])):
+        assert metric(views).dtype == torch.float64
+        torch.testing.assert_close(metric(views.bfloat16()), metric(views.bfloat16().double()))
+        assert metric(torch.zeros(2, 4, 3)).isnan()
+        assert metric(torch.full((2, 4, 3), torch.inf)).isnan()
+    double = views.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: lidar(x, delta=0.1), double)
+    assert torch.autograd.gradcheck(lambda x: rankme(x[0], epsilon=0.01), double)
 
 
 def test_collapse_shows():
@@ -179,6 +238,14 @@ def test_edges():
         (lambda z: uniformity(z, t=math.nan), ValueError, "t must be a finite number above 0"),
         (lambda z: uniformity(z, backend="gpu"), ValueError, "backend must be one of"),
         (lambda z: effective_rank(z[0]), ValueError, r"z must have shape \(N, D\)"),
+        (lambda z: rankme(z, epsilon=0), ValueError, "epsilon must be a finite number above 0"),
+        (lambda z: rankme(z[0]), ValueError, r"z must have shape \(N, D\)"),
+        (lidar, ValueError, r"views must have shape \(V, N, D\)"),
+        (lambda z: lidar(z[None]), ValueError, "views must be of at least 2 images and 2 views"),
+        (lambda z: lidar(z[:, None]), ValueError, "views must be of at least 2 images"),
+        (lambda z: lidar(z.long()[None]), TypeError, "views must hold floating point"),
+        (lambda z: lidar(None), TypeError, "views must be a"),
+        (lambda z: lidar(z.expand(2, 5, 3), delta=0), ValueError, "delta must be a finite number"),
         (lambda z: feature_std(z[:, :0]), ValueError, "z must have no empty dimension"),
         (lambda z: feature_std(z[:1]), ValueError, "z must have at least 2 rows"),
     ],
