@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from contrastive_kit.losses.matryoshka import Matryoshka
     from contrastive_kit.losses.ntxent import NTXent
     from contrastive_kit.losses.siglip import SigLIP
+    from contrastive_kit.losses.sogclr import SogCLR
     from contrastive_kit.losses.supcon import SupCon
     from contrastive_kit.ops import which_backend
     from contrastive_kit.queue import NegativeQueue
@@ -41,6 +42,7 @@ __all__ = [
     "SigLIP",
     "SimCLRAugment",
     "SimilarityDistillation",
+    "SogCLR",
     "SupCon",
     "__version__",
     "resnet_encoder",
@@ -57,6 +59,7 @@ _HOME = {
     "SigLIP": "losses.siglip",
     "SimCLRAugment": "augment.simclr",
     "SimilarityDistillation": "losses.distillation",
+    "SogCLR": "losses.sogclr",
     "SupCon": "losses.supcon",
     "resnet_encoder": "encoders",
     "which_backend": "ops",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 _Result = TypeVar("_Result")
 
@@ -365,3 +366,13 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Average.apply(grad, ctx.group, ctx.size), None, None
+
+
+def is_overwritten(buffer: Tensor) -> bool:
+    """Whether the DistributedDataParallel that runs now sends rank 0's ``buffer`` to the others."""
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None or not ddp.will_sync_module_buffers():
+        return False
+    return dist.get_world_size(ddp.process_group) > 1 and any(
+        each is buffer for each in ddp.modules_buffers
+    )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_kit._checks import (
     check_dense,
@@ -18,7 +17,13 @@ from contrastive_kit._checks import (
     check_ids,
     check_int,
 )
-from contrastive_kit.distributed import checked, gather_rows, rank_and_size, row_counts
+from contrastive_kit.distributed import (
+    checked,
+    gather_rows,
+    is_overwritten,
+    rank_and_size,
+    row_counts,
+)
 from contrastive_kit.ops import scaled_unit_rows
 
 # The label of a place that has never had a key.
@@ -160,11 +165,7 @@ class NegativeQueue(nn.Module):
 
     def _warn_where_overwritten(self) -> None:
         """Warn, once, inside a DistributedDataParallel that sends the rows of rank 0 to all."""
-        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if self._warned or ddp is None or not self.training:
-            return
-        sends = ddp.will_sync_module_buffers() and dist.get_world_size(ddp.process_group) > 1
-        if sends and any(buffer is self.rows for buffer in ddp.modules_buffers):
+        if not self._warned and self.training and is_overwritten(self.rows):
             self._warned = True
             warnings.warn(
                 "a NegativeQueue with gather_distributed=False is inside a DistributedDataParallel "

@@ -43,6 +43,28 @@ def decoupled_nt_xent(
     return _zero_without_negatives(loss, negative_logits).view(views.shape[:2])
 
 
+def sog_clr(
+    views: Tensor,
+    temperature: float | Tensor,
+    index: Tensor,
+    normalizer: Tensor,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    """SogCLR, equation (39): the losses (V, N), and the new normalizers of the images, (N,).
+
+    ``normalizer`` (N,) is that of each image before, 0 for one that has not been seen. The gradient
+    is that of the mean over the negatives, divided by the normalizer.
+    """
+    positive_logits, negative_logits = _pairs(views, temperature, index)
+    kept = negative_logits != -torch.inf
+    mean = negative_logits.exp().sum(1) / kept.sum(1)
+    before = normalizer.repeat(len(views))
+    now = torch.where(before == 0, mean, (1 - gamma) * before + gamma * mean).detach()
+    loss = now.log() + (mean - mean.detach()) / now - _mean_of_finite(positive_logits)
+    loss = _zero_without_negatives(loss, negative_logits)
+    return loss.view(views.shape[:2]), now.view(views.shape[:2]).mean(0)
+
+
 def info_nce(
     query: Tensor,
     key: Tensor,

@@ -48,6 +48,35 @@ def nt_xent(
     return losses
 
 
+def sog_clr(views, temperature, index, normalizers, gamma):
+    """Losses (V, N) of a step of SogCLR, and the normalizers of all images after it, a dict."""
+    views = np.asarray(views, dtype=np.float64)
+    n_views, n, _ = views.shape
+    losses, own = np.zeros((n_views, n)), {}
+    for v in range(n_views):
+        for i in range(n):
+            negatives = [
+                math.exp(_cosine(views[v, i], views[w, j]) / temperature)
+                for w in range(n_views)
+                for j in range(n)
+                if int(index[j]) != int(index[i])
+            ]
+            if not negatives:
+                continue
+            mean = math.fsum(negatives) / len(negatives)
+            before = normalizers.get(int(index[i]))
+            now = mean if before is None else (1 - gamma) * before + gamma * mean
+            own.setdefault(i, []).append(now)
+            positives = [_cosine(views[v, i], views[w, i]) for w in range(n_views) if w != v]
+            losses[v, i] = math.log(now) - np.mean(positives) / temperature
+    after = dict(normalizers)
+    for image in {int(i) for i in index}:
+        of_image = [np.mean(own[i]) for i in own if int(index[i]) == image]
+        if of_image:
+            after[image] = max(of_image)
+    return losses, after
+
+
 def info_nce(
     query,
     key,

@@ -9,6 +9,7 @@ from contrastive_kit.losses.infonce import InfoNCE, info_nce
 from contrastive_kit.losses.matryoshka import Matryoshka
 from contrastive_kit.losses.ntxent import NTXent, nt_xent
 from contrastive_kit.losses.siglip import SigLIP, siglip
+from contrastive_kit.losses.sogclr import SogCLR
 from contrastive_kit.losses.supcon import SupCon, sup_con
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "NTXent",
     "SigLIP",
     "SimilarityDistillation",
+    "SogCLR",
     "SupCon",
     "info_nce",
     "nt_xent",

@@ -63,7 +63,13 @@ class Config:
     head_hidden: int | None = option(None, "width of its hidden layers [that of h]", at_least=1)
     head_dim: int | None = option(None, "size of z [128; of h without a head]", at_least=1)
     supervised: bool = option(False, "train with the labels instead, as a comparison")
-    temperature: float = option(0.2, "temperature of NT-Xent", above=0)
+    loss: str = option(
+        "ntxent",
+        "ntxent, the same without the positive in its denominator, or with running normalizers",
+        choices=("ntxent", "decoupled", "sogclr"),
+    )
+    temperature: float = option(0.2, "temperature of the loss", above=0)
+    gamma: float = option(0.9, "sogclr: weight of a batch in its normalizers", above=0, at_most=1)
     epochs: int = option(10, "length of the schedule", at_least=1)
     batch_size: int = option(256, "images per step, over all processes", at_least=2)
     chunk_size: int | None = option(None, "images a process encodes at a time [all]", at_least=1)
@@ -227,6 +233,8 @@ def complete(config: Config, given: Mapping[str, Any]) -> Config:
         "head_hidden": config.head_layers < 2 and f"--head-layers {config.head_layers}",
         "eval_z": config.supervised and "--supervised",
         "chunk_size": config.supervised and "--supervised",
+        "loss": config.supervised and "--supervised",
+        "gamma": config.loss != "sogclr" and f"--loss {config.loss}",
     }
     for name, cause in idle.items():
         if cause and given.get(name):

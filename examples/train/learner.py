@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kit import GradCache, NTXent, ProjectionHead, SimCLRAugment, resnet_encoder
+from contrastive_kit import (
+    GradCache,
+    NTXent,
+    ProjectionHead,
+    SimCLRAugment,
+    SogCLR,
+    resnet_encoder,
+)
 from train.config import Config, UserError
 from train.system import Stopwatch, World
 
@@ -90,6 +97,22 @@ def build_augment(config: Config, **options: Any) -> SimCLRAugment:
     )
 
 
+def build_loss(config: Config, images: int, *, gather_distributed: bool) -> nn.Module:
+    """The loss of a data set of so many images."""
+    if config.loss == "sogclr":
+        return SogCLR(
+            images,
+            config.temperature,
+            gamma=config.gamma,
+            gather_distributed=gather_distributed,
+        )
+    return NTXent(
+        config.temperature,
+        decoupled=config.loss == "decoupled",
+        gather_distributed=gather_distributed,
+    )
+
+
 def build_optimizer(
     config: Config, module: nn.Module, *, fused: bool = False
 ) -> torch.optim.Optimizer:
@@ -123,10 +146,12 @@ def warmup_cosine(step: int, warmup: float, total: int) -> float:
 class Learner:
     """Updates a network from batches of images, each process from its share of every batch."""
 
-    MODULES = ("encoder", "head", "optimizer", "schedule")
+    MODULES = ("encoder", "head", "optimizer", "schedule", "loss_fn")
 
-    def __init__(self, config: Config, world: World, *, classes: int, steps: int) -> None:
-        """Random weights, for epochs of so many steps."""
+    def __init__(
+        self, config: Config, world: World, *, classes: int, images: int, steps: int
+    ) -> None:
+        """Random weights, for a data set of so many images, in epochs of so many steps."""
         self.config, self.world, self.stopwatch = config, world, Stopwatch(world.device)
         share, rest = divmod(config.batch_size, world.size)
         if rest:
@@ -166,10 +191,14 @@ class Learner:
             dtype=torch.bfloat16 if config.amp else torch.float32,
             memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         )
-        self.loss_fn = NTXent(config.temperature, gather_distributed=world.size > 1)
+        loss_fn = build_loss(config, images, gather_distributed=world.size > 1)
+        self.loss_fn = loss_fn.to(world.device)
 
-    def update(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step on the images of this process; returns loss and accuracy, without gradient."""
+    def update(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """One step on the images of this process; returns loss and accuracy, without gradient.
+
+        The index (B,) tells where each image is in the data set.
+        """
         self.encoder.train()
         self.head.train()
         # random numbers for the whole batch, whatever the number of processes
@@ -177,7 +206,7 @@ class Learner:
         params = self.augment.draw(whole)[:, self.share]
         views = self.augment(images, params=params, concat=True)
         self.stopwatch.mark("views")
-        loss, accuracy = self.loss(views, labels)
+        loss, accuracy = self.loss(views, labels, index)
         self.optimizer.zero_grad()
         loss.backward()
         self.stopwatch.mark("encoder")
@@ -186,7 +215,7 @@ class Learner:
         self.stopwatch.mark("update")
         return torch.stack([loss.detach(), accuracy])
 
-    def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, views: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and accuracy. Both views go through the encoder in one forward pass.
 
         With a pass for each, the statistics of batch normalization would tell the views apart.
@@ -203,7 +232,8 @@ class Learner:
         if self.config.supervised:
             accuracy = (z[0].argmax(dim=1) == labels).float().mean()
             return F.cross_entropy(z[0].float(), labels), accuracy
-        loss, stats = self.loss_fn(*z, return_stats=True)
+        known = {"index": index.to(z[0].device)} if self.config.loss == "sogclr" else {}
+        loss, stats = self.loss_fn(*z, **known, return_stats=True)
         return loss, stats.accuracy
 
     def is_finite(self) -> bool:

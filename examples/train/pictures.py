@@ -77,7 +77,7 @@ def plot_curve(
     titles = {"loss": "cross entropy", "accuracy": "training accuracy"}
     if not config.supervised:
         titles = {
-            "loss": f"NT-Xent loss (τ = {config.temperature:g})",
+            "loss": f"{config.loss} loss (τ = {config.temperature:g})",
             "accuracy": f"contrastive accuracy (1 of {2 * config.batch_size - 1})",
         }
     titles["knn"] = f"kNN accuracy (k = {config.knn_k})"

@@ -42,7 +42,9 @@ class Run:
     def __init__(self, config: Config, data: Data, world: World, folder: Path) -> None:
         self.config, self.data, self.world, self.folder = config, data, world, folder
         self.steps = len(data.train) // config.batch_size  # an incomplete last batch is left out
-        self.learner = Learner(config, world, classes=len(data.classes), steps=self.steps)
+        self.learner = Learner(
+            config, world, classes=len(data.classes), images=len(data.train), steps=self.steps
+        )
         self.progress = Progress(sums=torch.zeros(2, device=world.device))
         self.checkpoint, self.saved = folder / "checkpoint.pt", time.monotonic()
         self.way_back = f"continue with --resume {folder}"
@@ -187,9 +189,9 @@ def train_epoch(run: Run, session: Session, stop: StopRequest) -> bool:
         leave=False, disable=True if world.rank else None,
     )  # fmt: skip
     stopwatch.mark("start")
-    for images, labels in bar:
+    for (images, labels), index in zip(bar, own, strict=True):
         stopwatch.mark("data")
-        progress.sums += run.learner.update(images, labels)
+        progress.sums += run.learner.update(images, labels, index)
         progress.step += 1
         looks = progress.step % LOOK_EVERY == 0
         if looks:

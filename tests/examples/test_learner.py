@@ -135,7 +135,7 @@ def small(root):
 
 
 def learner_of(config, world=WORLD):
-    return Learner(config, world, classes=3, steps=5)
+    return Learner(config, world, classes=3, images=42, steps=5)
 
 
 def test_both_views_go_through_the_encoder_in_one_forward(small):
@@ -143,13 +143,37 @@ def test_both_views_go_through_the_encoder_in_one_forward(small):
     config, learns, data = small
     calls = []
     learns.encoder.register_forward_hook(lambda m, x, _: calls.append((m.training, len(x[0]))))
-    learns.update(data.train.images[:8], data.train.labels[:8])
+    learns.update(data.train.images[:8], data.train.labels[:8], torch.arange(8))
     assert calls == [(True, 16)]
     calls.clear()
     before = {key: value.clone() for key, value in learns.encoder.state_dict().items()}
     features_of(learns.encoder, data, config, WORLD)
     assert calls == [(False, 42), (False, 15)]
     assert_same(dict(learns.encoder.state_dict()), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "NTXent(temperature=0.5)"),
+        ({"loss": "decoupled", "temperature": 0.2}, "NTXent(temperature=0.2, decoupled=True)"),
+        (
+            {"loss": "sogclr", "gamma": 0.5},
+            "SogCLR(temperature=0.5, num_images=42, gamma=0.5)",
+        ),
+    ],
+)
+def test_the_loss_that_the_settings_name(root, options, expected):
+    assert repr(learner_of(make_config(settings(root, **options))).loss_fn) == expected
+
+
+def test_the_images_of_a_step_are_remembered(root):
+    config = make_config(settings(root, loss="sogclr"))
+    learns, data = learner_of(config), load_data(config, WORLD.device, 0)
+    index = torch.tensor([3, 41, 7, 8, 20, 30, 2, 11])
+    learns.update(data.train.images[index], data.train.labels[index], index)
+    known = learns.loss_fn.log_normalizer > -torch.inf
+    assert known.nonzero().flatten().tolist() == index.sort().values.tolist()
 
 
 def test_knn_of_the_features_of_normalized_images(small):

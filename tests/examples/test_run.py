@@ -81,7 +81,7 @@ def test_other_seeds_give_other_runs(root, tmp_path):
 def test_each_epoch_has_an_order_of_its_own(root, tmp_path, monkeypatch):
     seen, update = [], Learner.update
     monkeypatch.setattr(
-        Learner, "update", lambda self, x, y: (seen.append(x), update(self, x, y))[1]
+        Learner, "update", lambda self, x, *rest: (seen.append(x), update(self, x, *rest))[1]
     )
     main(command(root, out=tmp_path / "run", epochs=2))
     first, second = torch.cat(seen[:5]), torch.cat(seen[5:])
@@ -127,7 +127,7 @@ def test_a_run_stopped_by_a_signal_is_the_whole_run(
     "changes",
     [
         {"stream": True, "norm": "group", "chunk_size": 3, "optimizer": "sgd"},
-        {"amp": True, "channels_last": True, "head_layers": 1},
+        {"amp": True, "channels_last": True, "head_layers": 1, "loss": "sogclr"},
     ],
 )
 def test_so_it_is_with_other_settings(root, tmp_path, changes, monkeypatch):
@@ -319,8 +319,8 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(stopped, monkeypatch):
 def test_weights_that_are_not_finite_are_not_saved(stopped, monkeypatch):
     before = (stopped / "checkpoint.pt").read_bytes()
 
-    def spoil(learns, images, labels, update=Learner.update):
-        result = update(learns, images, labels)
+    def spoil(learns, *batch, update=Learner.update):
+        result = update(learns, *batch)
         with torch.no_grad():
             next(learns.encoder.parameters())[0, 0] = math.nan
         return torch.zeros_like(result)

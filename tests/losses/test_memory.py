@@ -4,6 +4,7 @@ import pytest
 import torch
 from memory import peak_mebibytes
 
+from contrastive_kit import SogCLR
 from contrastive_kit.functional import (
     info_nce,
     nt_xent,
@@ -36,6 +37,9 @@ LOSSES = {
     "distillation": lambda a, b, **k: similarity_distillation(
         a, b, a.flip(1), b.flip(1), symmetric=True, **k
     ),
+    "sog_clr": lambda a, b, temperature: SogCLR(len(a), temperature)(
+        a, b, index=torch.arange(len(a))
+    ),
     "siglip": siglip,
     "siglip labels": lambda a, b, **k: siglip(a, b, labels=torch.arange(len(a)) // 4, **k),
 }
@@ -53,6 +57,7 @@ def peak(loss_fn, n):
         ("info_nce", 48),
         ("smoothed", 48),
         ("hardness", 80),
+        ("sog_clr", 48),
         ("sup_con", 48),
         ("sup_con in", 80),
         ("sup_con pairwise", 48),
