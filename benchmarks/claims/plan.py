@@ -22,6 +22,7 @@ TRANSFORMS = {
     "solarize": "solarize",
 }  # fmt: skip
 HEADS = {0: "none", 1: "linear", 2: "non-linear"}
+SMALL_BATCH = 64
 
 
 class Run(NamedTuple):
@@ -127,6 +128,13 @@ def _cells(section: str, scale: Scale) -> list[Cell]:
             {f"batch {batch}": {"batch_size": batch} for batch in scale.batches},
             {length(epochs): {"epochs": epochs} for epochs in scale.epochs},
         ],
+        "loss": [
+            _DATA["losses"],
+            {
+                f"batch {batch}": {"batch_size": batch, "epochs": scale.epochs[-1]}
+                for batch in (SMALL_BATCH, scale.batches[-1])
+            },
+        ],
         "temperature": [{f"τ = {t:g}": {"temperature": t} for t in scale.temperatures}],
         "encoder": [
             _DATA["encoders"][scale.encoders]["changes"],
@@ -155,6 +163,7 @@ def _claim(
     """A claim of plan.toml about the places of a section."""
     encoders = _DATA["encoders"][scale.encoders]
     words = {
+        "tiny": f"batch {SMALL_BATCH}",
         "low": f"batch {scale.batches[0]}", "high": f"batch {scale.batches[-1]}",
         "short": length(scale.epochs[0]), "long": length(scale.epochs[-1]),
         "small": encoders["deeper"][0], "deep": encoders["deeper"][1],

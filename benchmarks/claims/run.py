@@ -6,10 +6,11 @@
     python -m benchmarks claims --scale cifar --root FOLDER         # the same in full, GPU
     python -m benchmarks claims --report                            # only the report
 
-Sections: baselines, augment, head, batch, temperature, encoder. Each is a list of trainings;
-``--list`` prints their command lines. Finished runs are kept in ``--out`` and not repeated; one
-that ``--minutes`` or Ctrl-C interrupted goes on from where it was. From whatever is finished
-``reproduction_*.json``, ``.md`` and ``.png`` are written into ``--results``.
+Sections: baselines, augment, head, batch, loss, temperature, encoder. Each is a list of trainings;
+``--list`` prints their command lines. Finished runs are kept, with what they found, in
+``reproduction_*.json`` of ``--results``, and not repeated; one that ``--minutes`` or Ctrl-C
+interrupted goes on from where it was, in ``--out``. From whatever is finished the ``.md`` and the
+``.png`` beside it are made.
 """
 
 import argparse
@@ -82,14 +83,14 @@ class Trainings:
         self, wanted: Sequence[Run], out: Path, extra: Sequence[str], jobs: int
     ) -> dict[str, str]:
         """Train what is not finished; returns what failed, by run, and why."""
-        done = sum(finished(out, run) for run in wanted)
+        left = [run for run in wanted if not finished(out, run)]
+        done = len(wanted) - len(left)
         print(f"{done} of {len(wanted)} runs are finished", flush=True)
         failed: dict[str, str] = {}
         with ThreadPoolExecutor(jobs) as pool:
             futures = {
                 pool.submit(self.train, [*run.arguments(), *extra], out / run.key): run
-                for run in wanted
-                if not finished(out, run)
+                for run in left
             }
             try:
                 for future in as_completed(futures):
@@ -118,45 +119,65 @@ def seconds_of(folder: Path) -> float:
     return float(path.read_text() or 0) if path.exists() else 0.0
 
 
+def read_kept(path: Path) -> dict[str, Any]:
+    """What earlier sessions have finished, by the key of the run, from the results file."""
+    return json.loads(path.read_text())["kept"] if path.exists() else {}
+
+
+def read_finished(out: Path, run: Run) -> dict[str, Any]:
+    """What a finished run found, and how."""
+    results = json.loads((out / run.key / "results.json").read_text())
+    about = json.loads((out / run.key / "config.json").read_text())["about"]
+    return {
+        "arguments": shlex.join(run.arguments()),
+        "scores": {name: row for name, row in results.items() if "linear" in row},
+        "seconds": seconds_of(out / run.key),
+        "about": {name: about[name] for name in VERSIONS},
+        "commit": commit(about),
+    }
+
+
 def read_scores(
-    scale: Scale, section: Section, seeds: int, out: Path
+    scale: Scale, section: Section, seeds: int, kept: dict[str, Any]
 ) -> dict[Label, list[dict[str, float]]]:
     """The accuracies of each place of a table, over its finished seeds."""
     scores: dict[Label, list[dict[str, float]]] = {}
     for cell, feature in product(section.cells, section.features):
         trained = "supervised" if cell.changes.get("supervised") else "SimCLR"
-        key = {"h": trained, "z": f"{trained}, z"}.get(feature, feature)
+        name = {"h": trained, "z": f"{trained}, z"}.get(feature, feature)
         for run in (scale.run(cell.changes, seed) for seed in range(seeds)):
-            if finished(out, run):
-                row = json.loads((out / run.key / "results.json").read_text())[key]
+            if run.key in kept:
+                row = kept[run.key]["scores"][name]
                 scores.setdefault((*cell.label, feature), []).append(row)
     return scores
 
 
-def collect(scale: Scale, out: Path, seeds: int | None, failed: dict[str, str]) -> dict[str, Any]:
+def collect(
+    scale: Scale, out: Path, seeds: int | None, failed: dict[str, str], before: dict[str, Any]
+) -> dict[str, Any]:
     everything = sections(scale)
     planned = runs(scale, everything, seeds)
-    done = [run for run in planned if finished(out, run)]
-    configs = [json.loads((out / run.key / "config.json").read_text())["about"] for run in done]
+    kept = {run.key: before[run.key] for run in planned if run.key in before}
+    kept |= {run.key: read_finished(out, run) for run in planned if finished(out, run)}
     about: list[dict[str, Any]] = []
-    for chosen in ({name: of_run[name] for name in VERSIONS} for of_run in configs):
-        about += [chosen] if chosen not in about else []
+    for record in kept.values():
+        about += [record["about"]] if record["about"] not in about else []
     return {
         "scale": scale.name,
         "title": scale.title,
         "machine": machine.describe(),
         "about": about,
-        "commits": list(dict.fromkeys(map(commit, configs))),
+        "commits": list(dict.fromkeys(record["commit"] for record in kept.values())),
         "base": shlex.join(Run(scale.base).arguments()),
         "planned": len(planned),
-        "finished": len(done),
+        "finished": len(kept),
         "failed": failed,
-        "seconds": sum(seconds_of(out / run.key) for run in done),
+        "seconds": sum(record["seconds"] for record in kept.values()),
         "sections": [
-            summary(s, seeds or s.seeds, read_scores(scale, s, seeds or s.seeds, out))
+            summary(s, seeds or s.seeds, read_scores(scale, s, seeds or s.seeds, kept))
             for s in everything
         ],
-        "runs": [shlex.join(run.arguments()) for run in done],
+        "kept": kept,
     }
 
 
@@ -204,8 +225,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--root", type=Path, help="cifar scales: has train/ and test/")
     add("--device", help="of the trainer [cuda if there is one]")
     add("--quick", action="store_true", help="the baselines in one epoch, not kept")
-    add("--out", type=Path, help="kept runs [runs/reproduce/SCALE]")
-    add("--results", type=Path, default=machine.RESULTS, help="for the report [benchmarks/results]")
+    add("--out", type=Path, help="for the runs [runs/reproduce/SCALE]")
+    add(
+        "--results",
+        type=Path,
+        default=machine.RESULTS,
+        help="for the report, and for what is finished [benchmarks/results]",
+    )
     add("--seeds", type=positive(int), help="in place of each section's own number")
     add("--minutes", type=positive(float), help="stop training after that, to go on later")
     add("--jobs", type=positive(int), default=1, help="runs at a time [1]")
@@ -240,8 +266,10 @@ def main(argv: Sequence[str]) -> int:
             for run in wanted:
                 print(trainer.TRAINER, shlex.join([*run.arguments(), *extra]))
             return 0
-        failed = {} if given.report else _train(given, wanted, out, extra)
-        found = collect(scale, out, given.seeds, failed)
+        kept = read_kept(given.results / f"{scale.file}.json")
+        left = [run for run in wanted if run.key not in kept]
+        failed = {} if given.report else _train(given, left, out, extra)
+        found = collect(scale, out, given.seeds, failed, kept)
         path = write_report(found, given.results)
     print(f"{found['finished']} of {found['planned']} runs are finished; the report is {path}")
     return int(bool(failed))

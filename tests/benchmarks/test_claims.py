@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import threading
 import time
@@ -325,6 +326,11 @@ def test_a_tiny_run_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "command", not_again)
     assert claims.main(arguments) == 0
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    shutil.rmtree(tmp_path / "runs")  # as in another clone, which has the results file alone
+    assert claims.main(arguments) == 0
+    again = json.loads((tmp_path / f"{scale.file}.json").read_text())
+    assert again["kept"] == found["kept"]
+    assert again["sections"] == found["sections"]
     page = (tmp_path / f"{scale.file}.md").read_text()
     assert "Projection head" in page
     assert "3 of" in page
