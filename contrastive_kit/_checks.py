@@ -125,9 +125,15 @@ def check_ids_of(
 
 
 def check_temperature(
-    temperature: object, z: Tensor | None = None, name: str = "temperature"
+    temperature: object,
+    z: Tensor | None = None,
+    name: str = "temperature",
+    *,
+    per_anchor: bool = False,
 ) -> float | Tensor:
     """``temperature``, a finite number above 0, or a floating tensor of one value; else raise.
+
+    With ``per_anchor`` also one of a value for each row of ``z``.
 
     A tensor must be where the embeddings ``z`` are, or a scalar on the CPU. A number must leave
     logits between which the dtype of the loss can tell 1 apart, or exp of their rounding overflows.
@@ -136,7 +142,7 @@ def check_temperature(
     is not positive gives a NaN loss.
     """
     if isinstance(temperature, Tensor):
-        check_scalar(name, temperature, z)
+        check_scalar(name, temperature, z, per_anchor=per_anchor)
         return temperature
     number = check_number(name, temperature)
     if not 0 < number < math.inf:
@@ -151,12 +157,14 @@ def check_temperature(
     return number
 
 
-def check_scalar(name: str, x: Tensor, z: Tensor | None) -> None:
+def check_scalar(name: str, x: Tensor, z: Tensor | None, *, per_anchor: bool = False) -> None:
     """Raise unless ``x`` is a floating tensor of one value, where ``z`` is or on the CPU."""
     check_dense(name, x)
-    if not x.is_floating_point() or x.numel() != 1:
+    one_each = per_anchor and isinstance(z, Tensor) and z.ndim > 0 and x.shape == z.shape[:1]
+    if not x.is_floating_point() or not (x.numel() == 1 or one_each):
+        several = ", or of one for each anchor, (N,)" if per_anchor else ""
         raise ValueError(
-            f"{name} must be a number or a floating point tensor of one value, got "
+            f"{name} must be a number or a floating point tensor of one value{several}, got "
             f"{x.dtype} of shape {tuple(x.shape)}"
         )
     if z is not None and (x.device.type != "cpu" or x.ndim):

@@ -40,6 +40,12 @@ def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: T
     check_device("sample_weight", sample_weight, other_name, other)
 
 
+def of_each_anchor(temperature: float | Tensor) -> Tensor | None:
+    """The temperatures (N,) where each anchor has its own, else None."""
+    each = isinstance(temperature, Tensor) and temperature.numel() > 1
+    return temperature if each and isinstance(temperature, Tensor) else None
+
+
 def logit_bound(temperature: float | Tensor) -> float:
     """What no logit exceeds; rows of unit length are so but for rounding."""
     return torch.inf if isinstance(temperature, Tensor) else 1.001 / temperature
@@ -58,7 +64,7 @@ def anchor_losses(
         positive_logits: (P, M), the P positives of each anchor.
         negatives: those of each anchor.
         options: checked.
-        temperature: that of the logits.
+        temperature: that of the logits, or that of each anchor, (M,).
         return_stats: whether there are statistics.
     """
     if options.hardness:
@@ -98,7 +104,7 @@ def debiased(
         positive_logits: (P, M), the P positives of each anchor.
         counts: (M,), how many negatives there are.
         prior: the expected share of positives among them, above 0 and below 1.
-        scale: 1 / temperature.
+        scale: 1 / temperature, or (M,).
     """
     n = counts.to(negative_lse.dtype)
     log_mean_positive = positive_logits.logsumexp(0) - math.log(len(positive_logits))
@@ -113,8 +119,10 @@ def debiased(
 
 
 def _scalar(x: Scalar, dtype: torch.dtype) -> Scalar:
-    """A number as it is, a tensor of one value as one of no dimension."""
-    return x.reshape(()).to(dtype) if isinstance(x, Tensor) else x
+    """A number as it is, a tensor of one value as one of no dimension, or one of several."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.reshape(()) if x.numel() == 1 else x).to(dtype)
 
 
 def limits_of_logits(
@@ -130,7 +138,7 @@ def limits_of_logits(
     Args:
         positive_logits: (P, M), the P positives of each anchor; the most similar one counts.
         options: checked.
-        temperature: that of the logits.
+        temperature: that of the logits, or that of each anchor, (M,).
         *embeddings: those given, by whose dtypes there is slack.
     """
     margin = options.false_negative_margin

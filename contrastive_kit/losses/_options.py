@@ -109,19 +109,21 @@ def check_options(
     z: Tensor | None = None,
     *,
     primitive: str = "logsumexp",
+    per_anchor: bool = False,
 ) -> CheckedOptions:
     """Raise unless the options are valid, together and for embeddings ``z``.
 
     Args:
-        temperature: a number, or a tensor of one value.
+        temperature: a number, or a tensor of one value, with ``per_anchor`` also (N,).
         options: as the caller gave them.
         z: embeddings, or None if there are none yet.
         primitive: what the backend must have.
+        per_anchor: whether the loss takes a temperature for each anchor.
 
     Returns:
         The temperature and the options, their numbers those of Python.
     """
-    tau = check_temperature(temperature, z)
+    tau = check_temperature(temperature, z, per_anchor=per_anchor)
     check_choice("reduction", options.reduction, REDUCTIONS)
     check_choice("variant", options.variant, VARIANTS)
     check_flag("decoupled", options.decoupled)

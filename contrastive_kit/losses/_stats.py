@@ -54,17 +54,22 @@ def contrastive_stats(
     negatives: LogitStatistics,
     temperature: float | Tensor,
 ) -> ContrastiveStats:
-    """Statistics from positive logits (P, M) and per-anchor figures of the negatives (M,)."""
+    """Statistics from positive logits (P, M) and per-anchor figures of the negatives (M,).
+
+    The temperature is one, or that of each anchor, (M,).
+    """
     with torch.no_grad():
         if isinstance(temperature, Tensor):
-            temperature = temperature.reshape(()).to(positive_logits.dtype)
+            if temperature.numel() == 1:
+                temperature = temperature.reshape(())
+            temperature = temperature.to(positive_logits.dtype)
         log_total = torch.logaddexp(negatives.logsumexp, positive_logits.logsumexp(0))
         expected_logit = (negatives.logsumexp - log_total).exp() * negatives.expected
         expected_logit += ((positive_logits - log_total).exp() * positive_logits).sum(0)
         hit = is_nearest(positive_logits.amax(0), negatives.maximum, temperature)
         return ContrastiveStats(
             accuracy=hit.to(log_total.dtype).mean(),
-            positive_similarity=positive_logits.mean() * temperature,
-            negative_similarity=negatives.total.sum() / negatives.kept.sum() * temperature,
+            positive_similarity=(positive_logits * temperature).mean(),
+            negative_similarity=(negatives.total * temperature).sum() / negatives.kept.sum(),
             entropy=(log_total - expected_logit).mean(),
         )

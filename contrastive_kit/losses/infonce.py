@@ -1,27 +1,28 @@
 """InfoNCE: each query against its key and negatives; in both directions it is the loss of CLIP."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from contrastive_kit._checks import (
-    check_alike,
-    check_dense,
-    check_device,
-    check_embeddings,
-    check_flag,
-    check_ids,
-    check_ids_of,
-    check_reverse_mode,
-)
+from contrastive_kit._checks import check_flag
 from contrastive_kit.distributed import checked
+from contrastive_kit.losses._candidates import (
+    check_batch_alone,
+    check_negatives,
+    check_pairs,
+    in_batch,
+    of_batch,
+    of_given,
+    rows_of_pairs,
+)
 from contrastive_kit.losses._common import (
     LossOutput,
     anchor_losses,
     check_sample_weight,
     limits_of_logits,
     logit_bound,
+    of_each_anchor,
     reduce,
     with_statistics,
 )
@@ -32,15 +33,7 @@ from contrastive_kit.losses._gathered import (
     several_processes,
 )
 from contrastive_kit.losses._module import LossModule
-from contrastive_kit.losses._negatives import (
-    Beside,
-    InTiles,
-    Negatives,
-    PerQuery,
-    Together,
-    check_own_keys,
-    together,
-)
+from contrastive_kit.losses._negatives import InTiles, Negatives, together
 from contrastive_kit.losses._options import CheckedOptions, Options, Reduction, check_options
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
 from contrastive_kit.ops import (
@@ -50,7 +43,6 @@ from contrastive_kit.ops import (
     Problem,
     mma_dtype,
     pair_loss_for,
-    scaled_unit_rows,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +123,9 @@ def info_nce(
             positive twice.
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient. The value of a tensor is not checked; if it is not positive
-            the loss is NaN.
+            the loss is NaN. A tensor (N,) is a temperature for each pair: the logits of its query,
+            and of its key as an anchor, are divided by it. Both directions of ``symmetric`` then
+            have tiles of their own.
         symmetric: average with the loss of keys against queries, the loss of CLIP, from the same
             tiles. ``negatives`` meet the queries alone (NegCLIP), and need the negatives of the
             batch beside them: without those the keys would have none.
@@ -241,23 +235,23 @@ def info_nce(
 
     def check() -> CheckedOptions:
         check_flag("return_stats", return_stats)
-        checked_options = check_options(temperature, options, query)
-        _check_pairs(query, key, ids)
+        checked_options = check_options(temperature, options, query, per_anchor=True)
+        check_pairs(query, key, ids)
         if negatives is None:
-            _check_batch_alone(query, options, negative_ids, 1 if gather else 2)
+            check_batch_alone(query, options, negative_ids, 1 if gather else 2)
         else:
-            _check_negatives(query, key, negatives, ids, negative_ids, options)
+            check_negatives(query, key, negatives, ids, negative_ids, options)
         if sample_weight is not None:
             check_sample_weight(sample_weight, query.shape[0], "query", query)
         return checked_options
 
     temperature, options = checked(check, process_group) if gather else check()
-    n = query.shape[0]
+    n, each = query.shape[0], of_each_anchor(temperature)
 
     # One op answers the options named here, and nothing else. Without other negatives, those of the
     # batch are there in any case.
     answered = ("symmetric", "in_batch_negatives", "reduction")
-    if negatives is None and not gather and options.asks_only(*answered):
+    if negatives is None and not gather and each is None and options.asks_only(*answered):
         asked_pairs = Pairs(
             query,
             key,
@@ -272,14 +266,9 @@ def info_nce(
         whole = pair_loss_for(asked_pairs, backend)
         if whole is not None:
             return with_statistics(*whole, temperature)
-    # Normalised apart, so that a key or a queue without gradient costs none.
-    queries = scaled_unit_rows((query,), temperature)[0]
-    keys = scaled_unit_rows((key,), temperature)[0]
-    pair_logits = (queries * keys).sum(1)[None]
+    pairs, queries, keys, given = rows_of_pairs(query, key, negatives, temperature)
+    pair_logits = (pairs.queries * keys).sum(1)[None]
     positive_logits = pair_logits.repeat(1, 2) if symmetric else pair_logits
-    given = None if negatives is None else scaled_unit_rows((negatives,), temperature)[0]
-
-    pairs = _Pairs(queries, keys)
     exclusion, weight_per_process = Exclusion(n, ids), None
     if gather:
         settings = settings_of(
@@ -295,14 +284,14 @@ def info_nce(
         )
         sides = [keys, queries] if symmetric or query_negatives else [keys]
         batch = gather_batch(torch.stack(sides), ids, sample_weight, process_group, settings)
-        pairs = _Pairs(queries, keys, *(x.contiguous() for x in batch.rows.unbind(1)))
+        pairs = pairs.among(*(x.contiguous() for x in batch.rows.unbind(1)))
         exclusion, weight_per_process = batch.exclusion(1), batch.weight_per_process()
         if given is not None and given.ndim == 2:
             given, negative_ids = gather_more(given, negative_ids, process_group)
 
     asked = InTiles(
         Problem(
-            queries,
+            pairs.queries,
             keys,
             exclusion,
             bound=logit_bound(temperature),
@@ -314,12 +303,14 @@ def info_nce(
     )
     others: list[Negatives] = []
     if given is not None and negatives is not None:
-        of_given = asked.among(queries, given, mma_dtype=mma_dtype(query, negatives))
-        others = _given(of_given, ids, negative_ids)
-    if _in_batch(options, negatives):
-        found = _of_batch(asked, pairs, options, others)
+        among_given = asked.among(pairs.queries, given, mma_dtype=mma_dtype(query, negatives))
+        others = of_given(among_given, ids, negative_ids)
+    if in_batch(options, negatives):
+        found = of_batch(asked, pairs, options, others)
     else:
-        found = together(others, queries, return_stats)
+        found = together(others, pairs.queries, return_stats)
+    if each is not None and symmetric:
+        temperature = each.repeat(2)
     per_anchor, statistics = anchor_losses(
         positive_logits, found, options, temperature, return_stats
     )
@@ -328,147 +319,6 @@ def info_nce(
     if statistics is None:
         return loss
     return loss, contrastive_stats(positive_logits, statistics, temperature)
-
-
-class _Pairs(NamedTuple):
-    """Rows of queries and keys, and those of all processes that they are compared with, if any."""
-
-    queries: Tensor
-    keys: Tensor
-    all_keys: Tensor | None = None
-    all_queries: Tensor | None = None
-
-
-def _of_batch(
-    asked: InTiles, pairs: _Pairs, options: Options, others: list[Negatives]
-) -> Negatives:
-    """The negatives of the batch, and ``others`` of the queries; queries first, then keys."""
-    queries, keys, all_keys, all_queries = pairs
-    statistics = asked.problem.statistics
-    of_queries: list[Negatives] = [*others]
-    of_keys: list[Negatives] = []
-    if options.query_negatives:
-        of_queries.append(asked.among(queries, all_queries))
-    if options.key_negatives:
-        (of_keys if options.symmetric else of_queries).append(asked.among(keys, all_keys))
-    if options.symmetric and all_keys is None:
-        limits = asked.problem.limits
-        # The positive of a query and that of its key are one pair.
-        of_both = None if limits is None else limits.repeat(2)
-        clip = asked.among(queries, keys, both=True, limits=of_both)
-        if not of_queries and not of_keys:
-            return clip
-        sides = (together(of_queries, queries, statistics), together(of_keys, keys, statistics))
-        return Together((clip, Beside(sides)))
-    of_queries.append(asked.among(queries, keys if all_keys is None else all_keys))
-    if not options.symmetric:
-        return together(of_queries, queries, statistics)
-    of_keys.append(asked.among(keys, all_queries))
-    return Beside((together(of_queries, queries, statistics), together(of_keys, keys, statistics)))
-
-
-def _given(asked: InTiles, ids: Tensor | None, negative_ids: Tensor | None) -> list[Negatives]:
-    """The negatives that the caller gave, the columns of ``asked``: shared, or per query."""
-    problem, rows = asked.problem, asked.problem.keys()
-    if rows.ndim == 3:
-        left_out = None if negative_ids is None or ids is None else negative_ids == ids[:, None]
-        return [PerQuery.of(problem.q, rows, left_out, problem.statistics, problem.limits)]
-    if rows.shape[0] == 0:
-        return []
-    rule = Exclusion() if negative_ids is None else Exclusion(0, ids, negative_ids)
-    return [asked.among(problem.q, rows, exclusion=rule)]
-
-
-def _in_batch(options: Options, negatives: Tensor | None) -> bool:
-    """Whether the pairs of the batch are negatives of each other."""
-    given = options.in_batch_negatives
-    return negatives is None if given is None else given
-
-
-def _check_pairs(query: Tensor, key: Tensor, ids: Tensor | None) -> None:
-    check_embeddings("query", query)
-    check_embeddings("key", key)
-    check_alike("key", key, "query", query)
-    check_reverse_mode("query", query)
-    check_reverse_mode("key", key)
-    if ids is not None:
-        check_ids("ids", ids, query.shape[0], "query", query)
-
-
-def _check_batch_alone(
-    query: Tensor, options: Options, negative_ids: Tensor | None, least: int
-) -> None:
-    if options.in_batch_negatives is False:
-        raise ValueError("in_batch_negatives=False needs negatives, or there are none; got None")
-    if negative_ids is not None:
-        raise ValueError("negative_ids are those of negatives, which are None; omit them")
-    if query.shape[0] < least:
-        raise ValueError(
-            "query must have at least 2 rows where no negatives are given, or there are none; "
-            f"got {query.shape[0]}"
-        )
-
-
-def _check_negatives(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    ids: Tensor | None,
-    negative_ids: Tensor | None,
-    options: Options,
-) -> None:
-    if not _in_batch(options, negatives):
-        _check_without_batch(options, ids, negative_ids)
-    n, d = query.shape
-    if isinstance(negatives, Tensor):
-        check_dense("negatives", negatives)
-    if isinstance(negatives, Tensor) and negatives.ndim == 3:
-        check_embeddings("negatives", negatives, ndim=3)
-        if (negatives.shape[0], negatives.shape[2]) != (n, d):
-            raise ValueError(
-                f"negatives must have shape ({n}, K, {d}) to match query, "
-                f"got {tuple(negatives.shape)}"
-            )
-    else:
-        if not (isinstance(negatives, Tensor) and negatives.shape == (0, d)):
-            check_embeddings("negatives", negatives)
-        if negatives.shape[1] != d:
-            raise ValueError(
-                f"negatives must have shape (K, {d}) to match query, got {tuple(negatives.shape)}"
-            )
-    check_device("negatives", negatives, "query", query)
-    check_reverse_mode("negatives", negatives)
-    check_own_keys(key, negatives)
-    if negative_ids is not None:
-        if ids is None:
-            raise ValueError("negative_ids are compared with ids, which are None; give both")
-        check_ids_of("negative_ids", negative_ids, negatives.shape[:-1], "negatives", negatives)
-
-
-def _check_without_batch(options: Options, ids: Tensor | None, negative_ids: Tensor | None) -> None:
-    """Raise for what only the negatives of the batch could answer."""
-    if options.symmetric:
-        raise ValueError(
-            "symmetric=True with negatives needs in_batch_negatives=True: keys have no negatives "
-            "of their own"
-        )
-    for name in ("query_negatives", "key_negatives"):
-        if getattr(options, name):
-            raise ValueError(
-                f"{name}=True takes negatives from the batch; with negatives given, set "
-                "in_batch_negatives=True"
-            )
-    if options.gather_distributed:
-        raise ValueError(
-            "gather_distributed=True takes the keys of other processes as negatives; with "
-            "negatives given, set in_batch_negatives=True, or leave it False and let NegativeQueue "
-            "gather"
-        )
-    if ids is not None and negative_ids is None:
-        raise ValueError(
-            "ids tell which keys are no negatives; with negatives given, omit ids, give "
-            "negative_ids too, or set in_batch_negatives=True"
-        )
 
 
 class InfoNCE(LossModule):
@@ -560,6 +410,7 @@ class InfoNCE(LossModule):
         ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        temperature: Tensor | None = None,
         return_stats: Literal[False] = False,
     ) -> Tensor: ...
     @overload
@@ -572,6 +423,7 @@ class InfoNCE(LossModule):
         ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        temperature: Tensor | None = None,
         return_stats: Literal[True],
     ) -> tuple[Tensor, ContrastiveStats]: ...
     @overload
@@ -584,6 +436,7 @@ class InfoNCE(LossModule):
         ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        temperature: Tensor | None = None,
         return_stats: bool,
     ) -> LossOutput: ...
     def forward(
@@ -595,15 +448,27 @@ class InfoNCE(LossModule):
         ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        temperature: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossOutput:
-        """The loss of queries and keys, (N, D) each: see ``info_nce``."""
+        """The loss of queries and keys, (N, D) each: see ``info_nce``.
+
+        A ``temperature`` (N,), one for each pair, takes the place of that of the module.
+
+        Raises:
+            ValueError: for a ``temperature`` where the module learns its own.
+        """
+        if temperature is not None and self.logit_scale is not None:
+            raise ValueError(
+                "temperature must be None where the module learns its own; set "
+                "learnable_temperature=False"
+            )
         self._limit_logit_scale()
         return info_nce(
             query,
             key,
             negatives,
-            temperature=self.temperature,
+            temperature=self.temperature if temperature is None else temperature,
             ids=ids,
             negative_ids=negative_ids,
             sample_weight=sample_weight,

@@ -22,6 +22,7 @@ from contrastive_kit.losses._common import (
     LossOutput,
     check_sample_weight,
     logit_bound,
+    of_each_anchor,
     reduce,
 )
 from contrastive_kit.losses._gathered import (
@@ -113,7 +114,8 @@ def siglip(
         z2: embeddings (N, D); row i matches row i of ``z1``. With ``z2_labels`` (M, D).
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient; 1 / τ is the scale t of the paper. The value of a tensor is
-            not checked.
+            not checked. A tensor (N,) is a temperature for each row of ``z1``, which its logits are
+            divided by; not with ``labels``.
         logit_bias: b, a number, or a tensor of one value, which then receives its gradient. The
             value of a tensor is not checked.
         ids: integers (N,); rows of equal id (duplicates) are no negatives of each other. The pair
@@ -203,7 +205,9 @@ def siglip(
         if sample_weight is not None:
             check_sample_weight(sample_weight, z1.shape[0], "z1", z1)
         check_flag("return_stats", return_stats)
-        tau, _ = check_options(temperature, options, z1, primitive="softplus_sum")
+        tau, _ = check_options(
+            temperature, options, z1, primitive="softplus_sum", per_anchor=labels is None
+        )
         return tau, _check_bias(logit_bias, z1)
 
     temperature, logit_bias = checked(check, process_group) if gather else check()
@@ -211,8 +215,12 @@ def siglip(
         z2_labels = labels if z2_labels is None else z2_labels
         given = Given(z1, z2, labels, z2_labels, sample_weight, temperature, logit_bias, options)
         return matched_by_labels(given, gather, return_stats)
-    rows = scaled_unit_rows((z1,), temperature)[0]
-    columns = scaled_unit_rows((z2,), temperature)[0]
+    each = of_each_anchor(temperature)
+    of_rows = temperature if each is None else 1.0
+    rows = scaled_unit_rows((z1,), of_rows)[0]
+    columns = scaled_unit_rows((z2,), of_rows)[0]
+    if each is not None:
+        rows = rows / each.to(rows.dtype)[:, None]
     positive_logits = (rows * columns).sum(1)
     candidates, exclusion, weight_per_process = columns, Exclusion(z1.shape[0], ids), None
     if gather:
