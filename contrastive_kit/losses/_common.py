@@ -14,7 +14,7 @@ from contrastive_kit._checks import (
 from contrastive_kit.losses._negatives import Found, Negatives
 from contrastive_kit.losses._options import Options, Scalar
 from contrastive_kit.losses._stats import ContrastiveStats, contrastive_stats
-from contrastive_kit.ops import PairStatistics
+from contrastive_kit.ops import PairStatistics, rounds_float32
 
 LossOutput = Tensor | tuple[Tensor, ContrastiveStats]
 
@@ -146,7 +146,9 @@ def limits_of_logits(
         return None
     half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in embeddings)
     dtype = positive_logits.dtype
-    slack = 1e-12 if dtype == torch.float64 else 1e-3 if half else 1e-5
+    # Where torch may round float32 before it multiplies, a product is as exact as one of halves.
+    rounded = half or rounds_float32()
+    slack = 1e-12 if dtype == torch.float64 else 1e-3 if rounded else 1e-5
     nearest = positive_logits.detach().amax(0)
     tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
     return nearest + (margin + slack) / _scalar(tau, dtype)

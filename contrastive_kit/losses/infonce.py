@@ -157,9 +157,9 @@ def info_nce(
             is above that of the pair by more than m are taken for false negatives and left out, for
             each anchor, direction and kind of negative by itself (GISTEmbed with m = 0, Qwen3 with
             0.1). Which they are is constant in the gradient. Ties stay: there is a slack of 1e-5
-            (1e-12 in float64, 1e-3 for embeddings in half precision), more than rounding makes of
-            one cosine. Not with ``label_smoothing`` or ``positive_prior``. "auto" then runs
-            "tiled".
+            (1e-12 in float64, 1e-3 for embeddings in half precision, or where
+            ``torch.get_float32_matmul_precision()`` is not "highest"), more than rounding makes of
+            one cosine. Not with ``label_smoothing`` or ``positive_prior``.
         reduction: "mean" (over both directions if ``symmetric``), "sum", or "none" for the losses
             (N,), or (2, N) if ``symmetric``: queries first, then keys.
         return_stats: also return ``ContrastiveStats``, over both directions if ``symmetric``, of

@@ -133,9 +133,9 @@ def nt_xent(
             is above that of its positive (of several, the most similar one) by more than m are
             taken for false negatives and left out, for each anchor by itself (GISTEmbed with m = 0,
             Qwen3 with 0.1). Which they are is constant in the gradient. Ties stay: there is a slack
-            of 1e-5 (1e-12 in float64, 1e-3 for embeddings in half precision), more than rounding
-            makes of one cosine. Not with ``label_smoothing`` or ``positive_prior``. "auto" then
-            runs "tiled".
+            of 1e-5 (1e-12 in float64, 1e-3 for embeddings in half precision, or where
+            ``torch.get_float32_matmul_precision()`` is not "highest"), more than rounding makes of
+            one cosine. Not with ``label_smoothing`` or ``positive_prior``.
         reduction: "mean" or "sum" over the V·N anchors, or "none" for the losses (V, N): entry
             (v, i) has row i of view v as its anchor.
         return_stats: also return ``ContrastiveStats``, of the softmax without weights or the

@@ -13,7 +13,7 @@ from contrastive_kit.ops.backends import (
 )
 from contrastive_kit.ops.pairs import Pairs, PairStatistics
 from contrastive_kit.ops.primitives import kept_logsumexp, kept_softplus_sum
-from contrastive_kit.ops.problem import Exclusion, Problem, mma_dtype
+from contrastive_kit.ops.problem import Exclusion, Problem, mma_dtype, rounds_float32
 from contrastive_kit.ops.registered import LogSumExp
 from contrastive_kit.ops.statistics import LogitStatistics, merged_statistics, row_statistics
 from contrastive_kit.ops.unit_rows import scaled_unit_rows
@@ -36,6 +36,7 @@ __all__ = [
     "merged_statistics",
     "mma_dtype",
     "pair_loss_for",
+    "rounds_float32",
     "row_statistics",
     "scaled_unit_rows",
     "softplus_sum_for",

@@ -42,7 +42,8 @@ def kept_logsumexp(
             bfloat16 or float16; None for the half precision both matrices are in, or float32. Only
             ``triton`` rounds so. With float32, ``torch.get_float32_matmul_precision()`` decides.
         limits: floating (R,), with ``both`` (R + C,), or None: a result leaves out the logits above
-            its limit, which no exclusion has to know of. Constant. Only "tiled" and "reference".
+            its limit, which no exclusion has to know of. Constant. "triton" then takes each
+            direction by itself, twice the products.
         backend: "auto" or a name, see ``which_backend``. "triton" leaves out no pairs by class.
 
     Returns:

@@ -156,6 +156,16 @@ SCHEMA = (
 N_TENSORS = 7
 
 
+def rounds_float32() -> bool:
+    """Whether torch is set to round float32 before it multiplies, to TensorFloat-32 for one."""
+    # The same setting as torch.get_float32_matmul_precision(), which breaks a compiled graph.
+    matmul = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # fp32_precision has been set instead, and the two do not mix
+        return bool(matmul.fp32_precision == "tf32")
+
+
 def mma_dtype(*embeddings: Tensor) -> str:
     """What tensor cores may round unit rows of these embeddings to before they multiply.
 

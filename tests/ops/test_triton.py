@@ -179,6 +179,62 @@ def test_equal_ids_triton(dtype, d, temperature):
         check(200, 130, d, temperature, "float16", Exclusion(0, large, large[:130]), True)
 
 
+def limits_between(logits):
+    """For each row a limit that leaves some logits out, far from all that rounding could move."""
+    ordered = logits.sort(1).values
+    middle = slice(ordered.shape[1] // 4, ordered.shape[1] * 3 // 4)
+    gap, place = ordered.diff(dim=1)[:, middle].max(1)
+    rows = torch.arange(len(ordered))
+    return ordered[rows, place + middle.start] + gap / 2
+
+
+LIMITED = [
+    ("float32", 150, None, 33, 75, False),
+    ("tf32", 130, None, 130, 65, False),
+    ("float16", 140, None, 300, 0, False),
+    ("float32", 65, 140, 33, 65, True),
+    ("float16", 140, 65, 60, 0, True),
+    ("float16", 70, 140, 520, 70, True),
+    ("bfloat16", 70, 140, 60, 0, False),
+]
+
+
+@on_device
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize(("operands", "rows", "columns", "d", "period", "both"), LIMITED)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_limits_triton(operands, rows, columns, d, period, both, statistics):
+    q = unit_rows(rows, d, WITHOUT_SHIFT).float().double()
+    k = None if columns is None else unit_rows(columns, d, WITHOUT_SHIFT).float().double()
+    logits = q @ (q if k is None else k).T
+    limits = limits_between(logits)
+    if both:
+        limits = torch.cat([limits, limits_between(logits.T)])
+    exact = Problem(q, k, Exclusion(period), both, statistics=statistics, limits=limits)
+    grad = torch.rand(len(limits), dtype=torch.float64) / rows
+    inputs = [x.clone().requires_grad_() for x in (q, k) if x is not None]
+    oracle = exact._replace(q=inputs[0], k=None if k is None else inputs[1])
+    lse, figures = BACKENDS["reference"].logsumexp(oracle)
+    expected = torch.autograd.grad((lse * grad).sum(), inputs)
+    there = exact._replace(
+        q=to_device(q.float()),
+        k=None if k is None else to_device(k.float()),
+        limits=to_device(limits.float()),
+        mma_dtype=operands,
+    )
+    actual, grads = differentiated(there, to_device(grad.float()))
+    within = budget(operands, WITHOUT_SHIFT)
+    assert_within(actual.cpu(), lse, 1e-6 if operands == "float32" else within)
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert_within(ours.cpu(), theirs, within)
+    assert (figures is not None) == statistics
+    if figures is not None:
+        stats = registered("triton_logsumexp")(*there.flat(), True)[2].cpu()
+        assert torch.equal(stats[3].double(), figures.kept)
+        for ours, theirs in zip(stats[:3], figures[1:4], strict=True):
+            assert_within(ours, theirs, 100 * within)
+
+
 @on_device
 @pytest.mark.parametrize(("temperature", "d"), [(WITHOUT_SHIFT, 60), (WITH_SHIFT, 300)])
 @pytest.mark.usefixtures("poisoned_empty")
@@ -375,6 +431,7 @@ NT_XENT_OPTIONS = {
     "hardness": 0.5,
     "positive_prior": 0.2,
     "margin": 0.2,
+    "false_negative_margin": 0.1,
     "reduction": "sum",
     "return_stats": True,
 }
@@ -385,6 +442,8 @@ NT_XENT_OPTIONS = {
 def test_every_option_counts_where_one_op_takes_the_views_triton(name):
     """None is lost on the way that is for the defaults alone."""
     a, b = (x.half() for x in pairs("related", 40, 45))
+    if name == "false_negative_margin":
+        b = b.roll(1, 0)  # or nothing is nearer than the positive
     assert pair.pair_loss(to_device(a), to_device(b), 0.2) is not None
     options = {} if name == "more_views" else {name: NT_XENT_OPTIONS[name]}
     views = [a, b, a + b] if name == "more_views" else [a, b]
@@ -410,9 +469,8 @@ def test_no_option_of_nt_xent_is_missing_above():
     import inspect
 
     others = {"z1", "z2", "temperature", "gather_distributed", "process_group", "backend"}
-    refused = {"false_negative_margin"}  # for the kernels have no limits
     parameters = set(inspect.signature(nt_xent).parameters)
-    assert parameters - others - refused == set(NT_XENT_OPTIONS)
+    assert parameters - others == set(NT_XENT_OPTIONS)
 
 
 @pytest.fixture
@@ -614,15 +672,22 @@ def test_functional_gradient_triton():
 
 @on_device
 @pytest.mark.parametrize(
-    ("mma_dtype", "two_matrices", "statistics"),
-    [("bfloat16", False, False), ("float32", True, True)],
+    ("mma_dtype", "two_matrices", "statistics", "limited"),
+    [
+        ("bfloat16", False, False, False),
+        ("float32", True, True, False),
+        ("float32", False, True, True),
+        ("float16", True, False, True),
+    ],
 )
-def test_opcheck_triton(mma_dtype, two_matrices, statistics):
+def test_opcheck_triton(mma_dtype, two_matrices, statistics, limited):
     q = to_device(torch.randn(40, 6)).T.contiguous().T
     k = to_device(torch.randn(23, 6)) if two_matrices else None
     ids = to_device(torch.arange(40) // 2)
     rule = Exclusion(0, ids, ids[:23] if two_matrices else None)
     problem = Problem(q, k, rule, two_matrices, statistics=statistics, mma_dtype=mma_dtype)
+    if limited:
+        problem = problem._replace(limits=to_device(torch.randn(problem.n_results())))
     forward = registered("triton_logsumexp")
     backward = registered("triton_logsumexp_backward")
     torch.library.opcheck(forward, (*problem.flat(), True))

@@ -93,14 +93,15 @@ def variants(target, everything):
         }  # fmt: skip
         return {**constants, "BK": tile.slice_of(depth)} if step else constants
 
-    plain = {"RULE": 1, "SHIFTED": False}
-    general = {"RULE": 2, "SHIFTED": True}
+    plain = {"RULE": 1, "SHIFTED": False, "LIMITED": False}
+    general = {"RULE": 2, "SHIFTED": True, "LIMITED": False}
+    limited = {**general, "LIMITED": True}
     bf16 = ("bf16", torch.bfloat16, "ieee")
     cases = [(half, 128, plain), (half, 256, plain), (half, 512, plain), (single, 128, plain)]
     # Two views at a low temperature, as one op.
-    colder = {"RULE": 1, "SHIFTED": True}
+    colder = {"RULE": 1, "SHIFTED": True, "LIMITED": False}
     if target == "sm_90":
-        cases += [(half, 128, general), (half, 128, colder), (rounded, 128, plain)]
+        cases += [(half, 128, limited), (half, 128, colder), (rounded, 128, plain)]
     if everything:
         cases = [
             (half, 128, plain), (bf16, 128, plain), (half, 256, plain), (half, 512, plain),
@@ -109,15 +110,17 @@ def variants(target, everything):
             (single, 16, plain), (single, 16, general), (single, 128, plain),
             (single, 512, general),
             (rounded, 128, plain), (rounded, 128, general),
+            (half, 128, limited), (half, 512, limited), (single, 128, limited),
         ]  # fmt: skip
     for (dtype, torch_dtype, precision), depth, rule in cases:
         key, shifted = (arch, torch_dtype, precision, depth), rule["SHIFTED"]
         tile = configs.forward(*key, shifted)
-        way = {"SELF": True, "BY_COLUMN": True}
+        both_ways = not rule["LIMITED"]
+        way = {"SELF": both_ways, "BY_COLUMN": both_ways}
         constants = {**common(tile, depth, dtype, precision, True, shifted), **rule, **way}
         yield "forward_kernel", dtype, constants, tile.warps, tile.stages
         tile = configs.backward(*key, shifted)
-        way = {"FROM_ROWS": True, "FROM_COLUMNS": True}
+        way = {"FROM_ROWS": True, "FROM_COLUMNS": both_ways}
         stored = tile is None
         if not stored:
             way["DEFERRED"] = dtype == "fp16" and (not shifted or rule["RULE"] == 1)
@@ -133,7 +136,7 @@ def variants(target, everything):
         return
     for dtype, torch_dtype, precision in (half, single):
         tile = configs.statistics(arch, torch_dtype, precision, 128)
-        constants = {**common(tile, 128, dtype, precision, True), "RULE": 2}
+        constants = {**common(tile, 128, dtype, precision, True), "RULE": 2, "LIMITED": True}
         yield "statistics_kernel", dtype, constants, tile.warps, tile.stages
     pair = {"BM": 16, "BD": 128}
     yield "pair_prepare_kernel", "fp16", {**pair, "PRECISION": "ieee"}, 4, 3

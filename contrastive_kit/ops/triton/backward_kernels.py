@@ -13,6 +13,7 @@ from contrastive_kit.ops.triton.kernels import (
     has_left_out,
     ids_of,
     is_left_out,
+    limits_of,
     load_block,
     logits_of,
 )
@@ -66,6 +67,19 @@ def _factor_of(p_factor, p_lse2, p_grad_scale, o_index, n, SHIFTED: tl.constexpr
 
 
 @triton.jit
+def _within_limits(b_w, b_s, b_row_limit, p_column_limit, o_column, n_columns,
+                   FROM_ROWS: tl.constexpr, LIMITED: tl.constexpr):  # fmt: skip
+    """The weights [BM, BN] without those of logits above the limit of what they are from."""
+    if LIMITED:
+        if FROM_ROWS:
+            b_w = tl.where(b_s > b_row_limit[:, None], 0.0, b_w)
+        else:
+            b_limit = limits_of(p_column_limit, o_column, n_columns, LIMITED)  # [BN]
+            b_w = tl.where(b_s > b_limit[None, :], 0.0, b_w)
+    return b_w
+
+
+@triton.jit
 def _weights(b_s, b_row_factor, b_row_lse2, p_column_factor, p_column_lse2, p_grad_scale, o_column,
              n_columns, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
              DEFERRED: tl.constexpr):  # fmt: skip
@@ -94,23 +108,27 @@ def _weights(b_s, b_row_factor, b_row_lse2, p_column_factor, p_column_lse2, p_gr
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "beyond_rows", "n_tiles"])
 def backward_kernel(
     p_q, p_k, p_row_factor, p_row_lse2, p_column_factor, p_column_lse2, p_row_ids, p_column_ids,
-    p_grad_scale, p_part, n_rows, n_columns, period, beyond_rows, n_tiles,
-    RULE: tl.constexpr, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
-    DEFERRED: tl.constexpr, SCALE_LOGITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, PRECISION: tl.constexpr,
+    p_row_limit, p_column_limit, p_grad_scale, p_part, n_rows, n_columns, period, beyond_rows,
+    n_tiles,
+    RULE: tl.constexpr, LIMITED: tl.constexpr, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr, DEFERRED: tl.constexpr, SCALE_LOGITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of rows from some tiles, equation (5), the weights on chip.
 
     With ``DEFERRED`` the factors are still to be divided by ``p_grad_scale`` and by exp2 of their
-    logsumexp. ``p_part`` is (parts, n_rows, BD), with the factors that ``finish_kernel`` undoes.
+    logsumexp. ``LIMITED`` weights are from rows or from columns, not from both. ``p_part`` is
+    (parts, n_rows, BD), with the factors that ``finish_kernel`` undoes.
     """
     i_top = tl.program_id(0) * BM
     i_part = tl.program_id(1)
     o_row = i_top + tl.arange(0, BM)
     b_row_ids = ids_of(p_row_ids, o_row, n_rows, period, RULE)  # [BM]
+    b_limit = tl.zeros([BM], tl.float32)
     b_factor = tl.zeros([BM], tl.float32)
     b_lse2 = tl.zeros([BM], tl.float32)
     if FROM_ROWS:
+        b_limit = limits_of(p_row_limit, o_row, n_rows, LIMITED)
         b_factor, b_lse2 = _factor_of(
             p_row_factor, p_row_lse2, p_grad_scale, o_row, n_rows, SHIFTED, DEFERRED
         )
@@ -134,6 +152,9 @@ def backward_kernel(
                 o_row, b_row_ids, n_rows, o_column, p_column_ids, n_columns, period, RULE
             )
             b_w = tl.where(m_out, 0.0, b_w)
+        b_w = _within_limits(
+            b_w, b_s, b_limit, p_column_limit, o_column, n_columns, FROM_ROWS, LIMITED
+        )
         b_w = as_multiplied(b_w, PRECISION).to(b_k.dtype)
         b_dq = tl.dot(b_w, b_k, b_dq, input_precision=PRECISION)
     p_target = p_part + (tl.cast(i_part, tl.int64) * n_rows + i_top) * BD
@@ -162,10 +183,11 @@ def finish_kernel(p_part, p_grad_scale, p_gradient, n_rows, n_columns, n_parts,
                                "beyond_rows"])  # fmt: skip
 def weights_kernel(
     p_q, p_k, p_row_factor, p_row_lse2, p_column_factor, p_column_lse2, p_row_ids, p_column_ids,
-    p_strip, stride, i_first_row, i_first_column, n_rows, n_columns, period, beyond_rows,
-    RULE: tl.constexpr, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
-    SCALE_LOGITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
+    p_row_limit, p_column_limit, p_strip, stride, i_first_row, i_first_column, n_rows, n_columns,
+    period, beyond_rows,
+    RULE: tl.constexpr, LIMITED: tl.constexpr, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr, SCALE_LOGITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weights of equation (5), stored: for rows too wide to keep on chip.
 
@@ -178,9 +200,11 @@ def weights_kernel(
     o_row = i_top + tl.arange(0, BM)
     o_column = i_left + tl.arange(0, BN)
     b_row_ids = ids_of(p_row_ids, o_row, n_rows, period, RULE)  # [BM]
+    b_limit = tl.zeros([BM], tl.float32)
     b_factor = tl.zeros([BM], tl.float32)
     b_lse2 = tl.zeros([BM], tl.float32)
     if FROM_ROWS:
+        b_limit = limits_of(p_row_limit, o_row, n_rows, LIMITED)
         b_factor, b_lse2 = _factor_of(
             p_row_factor, p_row_lse2, p_strip, o_row, n_rows, SHIFTED, False
         )
@@ -199,6 +223,7 @@ def weights_kernel(
             o_row, b_row_ids, n_rows, o_column, p_column_ids, n_columns, period, RULE
         )
         b_w = tl.where(m_out, 0.0, b_w)
+    b_w = _within_limits(b_w, b_s, b_limit, p_column_limit, o_column, n_columns, FROM_ROWS, LIMITED)
     o_block = tl.arange(0, BM)[:, None] * stride + tl.arange(0, BN)[None, :]
     p_target = p_strip + tl.cast(i_strip_row, tl.int64) * stride + i_strip_column + o_block
     tl.store(p_target, as_multiplied(b_w, PRECISION).to(p_strip.dtype.element_ty))

@@ -24,8 +24,6 @@ def refusal(problem: Problem) -> str | None:
         return f"it needs tensors on a CUDA device, got {device}"
     if torch.float64 in (problem.q.dtype, problem.keys().dtype):
         return "it computes in float32 at most, got float64"
-    if problem.limits is not None:
-        return "its kernels leave out no logits above a limit"
     return _gpu.refusal(device, _OLDEST_CAPABILITY)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kit.ops.problem import Problem
+from contrastive_kit.ops.problem import Problem, rounds_float32
 from contrastive_kit.ops.triton import configs, device
 
 # While every |logit| is at most this, sums of exp neither overflow nor lose a row to underflow,
@@ -45,6 +45,15 @@ def forward(problem: Problem, saved_tiles: Tensor) -> tuple[Tensor, Tensor, Tens
 
     Nothing is put into ``saved_tiles``: tensor cores multiply faster than memory is read.
     """
+    results = [_forward(part) for part in _one_way(problem)]
+    if len(results) == 1:
+        return results[0]
+    lse, lse_lo, stats = zip(*results, strict=True)
+    joined = torch.cat(stats, 1) if problem.statistics else stats[0]
+    return torch.cat(lse), torch.cat(lse_lo), joined
+
+
+def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     q, length = problem.q, problem.n_results()
     lse, lse_lo = q.new_empty(length), q.new_empty(length)
     stats = q.new_empty((4, length) if problem.statistics else 0)
@@ -69,6 +78,34 @@ def backward(
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``q`` and ``k``, equation (5); an empty tensor for the one not needed."""
+    if problem.limits is None:
+        return _backward(problem, grad, lse, lse_lo, needs_grad)
+    needs_q, itself = needs_grad[0], problem.k is None
+    needs = (needs_q, needs_q if itself else needs_grad[1])
+    rows, *columns = _one_way(problem)
+    n = len(problem.q)
+    dq, dk = _backward(rows, grad[:n], lse[:n], lse_lo[:n], needs)
+    for part in columns:
+        more_k, more_q = _backward(part, grad[n:], lse[n:], lse_lo[n:], (needs[1], needs[0]))
+        dq, dk = dq + more_q, dk + more_k
+    return (dq + dk, dk.new_empty(0)) if itself else (dq, dk)
+
+
+def _one_way(problem: Problem) -> list[Problem]:
+    """The problem itself; with limits, which hold in one direction, one for each direction."""
+    if problem.limits is None:
+        return [problem]
+    q, keys, n = problem.q, problem.keys(), len(problem.q)
+    rows = problem._replace(k=keys, both=False, limits=problem.limits[:n])
+    if not problem.both:
+        return [rows]
+    exclusion, limits = problem.exclusion.transposed(), problem.limits[n:]
+    return [rows, rows._replace(q=keys, k=q, exclusion=exclusion, limits=limits)]
+
+
+def _backward(
+    problem: Problem, grad: Tensor, lse: Tensor, lse_lo: Tensor, needs_grad: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
     q, k = problem.q, problem.k
     needs_q, needs_k = needs_grad[0], needs_grad[1] and k is not None
     dq = q.new_empty(q.shape if needs_q else 0)
@@ -112,23 +149,16 @@ def mma_of(name: str) -> Mma:
 
 def multiplied_as(mma_dtype: str) -> str:
     """``mma_dtype``, or "tf32" where torch is set to round float32 to it."""
-    if mma_dtype != "float32":
-        return mma_dtype
-    # The same setting as torch.get_float32_matmul_precision(), which breaks a compiled graph.
-    matmul = torch.backends.cuda.matmul
-    try:
-        rounded = matmul.allow_tf32
-    except RuntimeError:  # fp32_precision has been set instead, and the two do not mix
-        rounded = matmul.fp32_precision == "tf32"
-    return "tf32" if rounded else "float32"
+    return "tf32" if mma_dtype == "float32" and rounds_float32() else mma_dtype
 
 
 class Side(NamedTuple):
-    """Rows or columns of the logits: packed, how many, and the ids that leave pairs out."""
+    """Rows or columns of the logits: packed, how many, and what leaves pairs out."""
 
     packed: Tensor
     n: int
     ids: Tensor | None
+    limits: Tensor | None = None
 
 
 class Packed(NamedTuple):
@@ -163,6 +193,10 @@ class Packed(NamedTuple):
             return self.matrices()
         return self.rows.ids, self.columns.ids
 
+    def row_limits(self) -> Tensor:
+        """Pointer to the limits of the rows, which are not looked at where there are none."""
+        return self.rows.packed if self.rows.limits is None else self.rows.limits
+
     def sizes(self) -> tuple[int, int, int, int]:
         """Numbers of rows and columns, the period, and a multiple of it beyond all rows."""
         period = max(self.period, 1)
@@ -174,6 +208,7 @@ class Packed(NamedTuple):
         by_ids = self.rows.ids is not None
         return {
             "RULE": 2 if by_ids else 1 if self.period > 0 else 0,
+            "LIMITED": self.rows.limits is not None or self.columns.limits is not None,
             "SCALE_LOGITS": self.mma.scale == 1,
             "BD": self.depth,
             "PRECISION": self.mma.precision,
@@ -184,14 +219,15 @@ def pack(problem: Problem) -> Packed:
     """Pack both sides of a problem."""
     q, k, exclusion = problem.q, problem.k, problem.exclusion
     mma = mma_of(problem.mma_dtype)
-    if needs_shift(problem.bound):
+    if _shifts(problem):
         # Rows of any length: the largest of float16 may not grow.
         mma = mma._replace(scale=1.0)
     row_ids, column_ids = (
         None if ids is None else ids.contiguous()
         for ids in (exclusion.row_ids, exclusion.column_ids)
     )
-    rows = columns = Side(_pack(q, mma), len(q), row_ids)
+    limits = None if problem.limits is None else problem.limits.contiguous()
+    rows = columns = Side(_pack(q, mma), len(q), row_ids, limits)
     if k is not None:
         columns = Side(_pack(k, mma), len(k), row_ids if column_ids is None else column_ids)
     return Packed(rows, columns, mma, device.architecture_of(q.device), exclusion.period)
@@ -222,7 +258,7 @@ def _sum_exponentials(packed: Packed, problem: Problem, lse: Tensor, lse_lo: Ten
     from contrastive_kit.ops.triton import kernels
 
     n_rows, n_columns = packed.rows.n, packed.columns.n
-    itself, length, shifted = problem.k is None, len(lse), needs_shift(problem.bound)
+    itself, length, shifted = problem.k is None, len(lse), _shifts(problem)
     config = configs.forward(*packed.key(), shifted)
     blocks = ceil_div(n_rows, config.rows)
     n_tiles, row_parts = tiles_of_program(config, n_rows, n_columns, itself, lse.device)
@@ -242,9 +278,10 @@ def _sum_exponentials(packed: Packed, problem: Problem, lse: Tensor, lse_lo: Ten
     for first in range(0, blocks, at_once):
         height = min(at_once, blocks - first)
         kernels.forward_kernel[(height, row_parts)](
-            *packed.matrices(), *packed.ids(), row_part, column_part, *packed.sizes(), first,
-            n_tiles, row_parts, at_once, SELF=itself, BY_COLUMN=keeps_columns, SHIFTED=shifted,
-            BK=config.slice_of(packed.depth), **packed.constants(), **config.options(),
+            *packed.matrices(), *packed.ids(), packed.row_limits(), row_part, column_part,
+            *packed.sizes(), first, n_tiles, row_parts, at_once, SELF=itself,
+            BY_COLUMN=keeps_columns, SHIFTED=shifted, BK=config.slice_of(packed.depth),
+            **packed.constants(), **config.options(),
         )  # fmt: skip
         for offset, n, by_row, by_column in results:
             kernels.reduce_kernel[(ceil_div(n, WIDTH),)](
@@ -271,7 +308,8 @@ def _statistics(packed: Packed, lse: Tensor, stats: Tensor) -> None:
 
     config = configs.statistics(*packed.key())
     kernels.statistics_kernel[(ceil_div(packed.rows.n, config.rows),)](
-        *packed.matrices(), *packed.ids(), lse, stats, *packed.sizes(), stats.stride(0),
+        *packed.matrices(), *packed.ids(), packed.row_limits(), lse, stats, *packed.sizes(),
+        stats.stride(0),
         BK=config.slice_of(packed.depth), **packed.constants(), **config.options(),
     )  # fmt: skip
 
@@ -311,7 +349,8 @@ class Weights(NamedTuple):
 
     def pointers(self) -> tuple[Tensor, ...]:
         """What the kernels read."""
-        return *self.packed.matrices(), *self[2:6], *self.packed.ids()
+        limits = (self.packed.row_limits(), self.packed.transposed().row_limits())
+        return *self.packed.matrices(), *self[2:6], *self.packed.ids(), *limits
 
     def constants(self) -> dict[str, Any]:
         """What the kernels are compiled for."""
@@ -329,7 +368,7 @@ def _weights_of(
     """The factors of the weights for a gradient of the logsumexp."""
     from contrastive_kit.ops.triton import backward_kernels as kernels
 
-    n, length, mma, shifted = packed.rows.n, len(lse), packed.mma, needs_shift(problem.bound)
+    n, length, mma, shifted = packed.rows.n, len(lse), packed.mma, _shifts(problem)
     # Columns begin at an address for which nothing is compiled anew, whatever the number of rows.
     begin = ceil_div(n, PADDING) * PADDING
     room = begin + length - n
@@ -390,7 +429,8 @@ def _strips(weights: Weights, dq: Tensor, dk: Tensor, itself: bool) -> None:
     from contrastive_kit.ops.triton import backward_kernels as kernels
 
     packed = weights.packed
-    (rows, n_rows, _), (columns, n_columns, _) = packed.rows, packed.columns
+    rows, n_rows = packed.rows[:2]
+    columns, n_columns = packed.columns[:2]
     config = configs.weights(*packed.key(), weights.shifted)
     whole = math.lcm(config.rows, config.columns)
     padded = ceil_div(n_columns, whole) * whole
@@ -439,6 +479,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, packed: Packed) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _shifts(problem: Problem) -> bool:
+    return problem.limits is not None or needs_shift(problem.bound)
 
 
 def needs_shift(bound: float) -> bool:

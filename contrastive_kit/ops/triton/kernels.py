@@ -88,6 +88,23 @@ def has_left_out(i_top, i_left, n_rows, n_columns, period, beyond_rows, BM: tl.c
     return has_some
 
 
+@triton.jit
+def limits_of(p_limit, o_index, n, LIMITED: tl.constexpr):
+    """The largest logits that are kept, in base 2, one for each index."""
+    b_limit = tl.full(o_index.shape, float("inf"), tl.float32)
+    if LIMITED:
+        b_limit = tl.load(p_limit + o_index, mask=o_index < n, other=0.0) * LOG2E
+    return b_limit
+
+
+@triton.jit
+def within_limits(b_s, b_limit, LIMITED: tl.constexpr):
+    """The logits [BM, BN], -inf where they are above the limit of their row."""
+    if LIMITED:
+        b_s = tl.where(b_s > b_limit[:, None], float("-inf"), b_s)
+    return b_s
+
+
 # Its quotient by the scale of weights, and what divides by that, are in the range of float32.
 LEAST_POWER = tl.constexpr(2.0**-112)
 
@@ -147,18 +164,19 @@ def _store_part(p_part, i_field, i_part, n_parts, n, o_index, b_x):
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "beyond_rows", "i_first_block",
                                "n_tiles", "n_row_parts", "n_column_parts"])  # fmt: skip
 def forward_kernel(
-    p_q, p_k, p_row_ids, p_column_ids, p_row_part, p_column_part, n_rows, n_columns, period,
-    beyond_rows, i_first_block, n_tiles, n_row_parts, n_column_parts,
-    RULE: tl.constexpr, SELF: tl.constexpr, BY_COLUMN: tl.constexpr, SHIFTED: tl.constexpr,
-    SCALE_LOGITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_row_ids, p_column_ids, p_row_limit, p_row_part, p_column_part, n_rows, n_columns,
+    period, beyond_rows, i_first_block, n_tiles, n_row_parts, n_column_parts,
+    RULE: tl.constexpr, LIMITED: tl.constexpr, SELF: tl.constexpr, BY_COLUMN: tl.constexpr,
+    SHIFTED: tl.constexpr, SCALE_LOGITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of exponentials of a block of rows over some tiles, equations (2) and (8).
 
     They are partial results by row, (fields, row_parts, n_rows), one part a chunk of ``n_tiles``
     tiles; and by column, (fields, column_parts, n_columns), one part a block of rows. Fields are
     the sum and, with ``SHIFTED``, the maximum that was subtracted. With ``SELF``, only tiles on and
-    above the diagonal, and those right of the block of rows count by column too.
+    above the diagonal, and those right of the block of rows count by column too. ``LIMITED`` rows
+    count without the logits above their limits; they are ``SHIFTED``, and no column counts.
     """
     i_block = tl.program_id(0)
     i_part = tl.program_id(1)
@@ -171,6 +189,7 @@ def forward_kernel(
         return
     o_row = i_top + tl.arange(0, BM)
     b_row_ids = ids_of(p_row_ids, o_row, n_rows, period, RULE)  # [BM]
+    b_limit = limits_of(p_row_limit, o_row, n_rows, LIMITED)  # [BM]
     b_q = tl.zeros([BM, 1], tl.float32)
     if BK == BD:
         b_q = load_block(p_q, i_top, 0, BM, BD, BD)  # [BM, BD]
@@ -191,6 +210,7 @@ def forward_kernel(
                     o_row, b_row_ids, n_rows, o_column, p_column_ids, n_columns, period, RULE
                 )  # [BM, BN]
                 b_s = tl.where(m_out, float("-inf"), b_s)
+            b_s = within_limits(b_s, b_limit, LIMITED)
             b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
             b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
@@ -306,10 +326,10 @@ def reduce_kernel(
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "period", "beyond_rows", "n_results"],
             do_not_specialize_on_alignment=["p_lse", "p_statistics"])  # fmt: skip
 def statistics_kernel(
-    p_q, p_k, p_row_ids, p_column_ids, p_lse, p_statistics, n_rows, n_columns, period, beyond_rows,
-    n_results,
-    RULE: tl.constexpr, SCALE_LOGITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_row_ids, p_column_ids, p_row_limit, p_lse, p_statistics, n_rows, n_columns, period,
+    beyond_rows, n_results,
+    RULE: tl.constexpr, LIMITED: tl.constexpr, SCALE_LOGITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Maximum, expected logit, sum and number of the kept logits of a block of rows.
 
@@ -319,6 +339,7 @@ def statistics_kernel(
     o_row = i_top + tl.arange(0, BM)
     m_row = o_row < n_rows
     b_row_ids = ids_of(p_row_ids, o_row, n_rows, period, RULE)  # [BM]
+    b_limit = limits_of(p_row_limit, o_row, n_rows, LIMITED)  # [BM]
     b_q = tl.zeros([BM, 1], tl.float32)
     if BK == BD:
         b_q = load_block(p_q, i_top, 0, BM, BD, BD)  # [BM, BD]
@@ -339,6 +360,7 @@ def statistics_kernel(
                 o_row, b_row_ids, n_rows, o_column, p_column_ids, n_columns, period, RULE
             )  # [BM, BN]
             b_s = tl.where(m_out, float("-inf"), b_s)
+        b_s = within_limits(b_s, b_limit, LIMITED)
         b_finite = tl.where(b_s == float("-inf"), 0.0, b_s)
         b_p = tl.exp2(b_s - b_lse2[:, None])
         b_max = tl.maximum(b_max, tl.max(b_s, 1))

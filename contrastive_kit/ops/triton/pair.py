@@ -91,9 +91,9 @@ def _forward(
         fields = 2 if shifted else 1
         row_part, column_part = floats(fields, row_parts, m), floats(fields, blocks, m)
         kernels.forward_kernel[(blocks, row_parts)](
-            *packed.matrices(), *packed.ids(), row_part, column_part, *packed.sizes(), 0, n_tiles,
-            row_parts, blocks, SELF=True, BY_COLUMN=True, SHIFTED=shifted,
-            BK=config.slice_of(depth), **packed.constants(), **config.options(),
+            *packed.matrices(), *packed.ids(), packed.row_limits(), row_part, column_part,
+            *packed.sizes(), 0, n_tiles, row_parts, blocks, SELF=True, BY_COLUMN=True,
+            SHIFTED=shifted, BK=config.slice_of(depth), **packed.constants(), **config.options(),
         )  # fmt: skip
         programs = ceil_div(m, WIDTH)
         sums = z1.new_empty(programs, dtype=torch.float64)
