@@ -47,6 +47,10 @@ def metric_learning():
     return {"losses": pytest.importorskip("pytorch_metric_learning.losses", reason=reason)}
 
 
+def info_nce_pytorch():
+    return vars(pytest.importorskip("info_nce", reason="info-nce-pytorch is not installed"))
+
+
 def open_clip():
     return vars(pytest.importorskip("open_clip.loss", reason="open_clip_torch is not installed"))
 
@@ -97,11 +101,13 @@ Z = {
     name: torch.randn(7, 5, dtype=torch.float64, generator=generator)
     for name in ("z1", "z2", "anchors", "positives")
 }
+Z["negatives"] = torch.randn(7, 3, 5, dtype=torch.float64, generator=generator)
 Z["features"] = torch.stack([Z["z1"], Z["z2"]], 1)
 OURS = {"InfoNCE": InfoNCE, "NTXent": NTXent, "SigLIP": SigLIP, "SupCon": SupCon}
 LIBRARIES = {
     "lightly": lightly,
     "pytorch-metric-learning": metric_learning,
+    "info-nce-pytorch": info_nce_pytorch,
     "open_clip": open_clip,
     "sentence-transformers": sentence_transformers,
     "SupContrast": sup_contrast,

@@ -17,7 +17,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 
 _PACKAGES = (
     "contrastive-kit", "torch", "torchvision", "kornia", "lightly", "pytorch-metric-learning",
-    "open_clip_torch", "albumentations", "pillow",
+    "open_clip_torch", "info-nce-pytorch", "albumentations", "pillow",
 )  # fmt: skip
 _ON_A_GPU = ("triton", "inf_cl", "cut-cross-entropy")
 # glibc returns large blocks to the system at each call; these settings make it keep them.

@@ -131,6 +131,12 @@ def _open_clip(s: Setting) -> Loss:
     )
 
 
+def _info_nce_pytorch(s: Setting) -> Loss:
+    from info_nce import InfoNCE
+
+    return _with_autocast(InfoNCE(s.temperature), s)
+
+
 def _unit_rows(z1: Tensor, z2: Tensor) -> Tensor:
     return F.normalize(torch.cat([z1, z2]).float(), dim=1)
 
@@ -215,6 +221,7 @@ ARMS = {
     # Several tensors of 2N × 2N(2N - 2) numbers: 64 MiB each at N = 128, 0.5 GiB at N = 256.
     "pytorch-metric-learning": Arm(_metric_learning, largest_n={"cpu": 128, "cuda": 256}),
     "open_clip": Arm(_open_clip, ("clip",)),
+    "info-nce-pytorch": Arm(_info_nce_pytorch, ("info_nce",)),
     "inf_cl": Arm(partial(one_way, _inf_cl), _ANY, **_ON_TF32),
     "cut-cross-entropy": Arm(partial(one_way, _cut_cross_entropy), _ANY, **_ON_TF32),
     "torch linear_cross_entropy": Arm(partial(one_way, _linear_cross_entropy), ("info_nce",)),

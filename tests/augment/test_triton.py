@@ -215,8 +215,14 @@ def test_crops_of_one_pixel_and_every_order_of_the_colours(make_images):
 
 
 @on_device
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"),
+    [
+        (torch.float16, torch.channels_last),
+        (torch.bfloat16, torch.contiguous_format),
+        (torch.float32, torch.channels_last),
+    ],
+)
 def test_dtype_and_memory_format_of_the_views(dtype, memory_format, make_images, poisoned_empty):
     images = make_images(3, 30, 33, torch.uint8)
     options = {"blur": True, "normalize": IMAGENET_NORMALIZATION}

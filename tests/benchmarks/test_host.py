@@ -18,6 +18,7 @@ print(json.dumps([*results, clip]))
 """
 
 
+@pytest.mark.slow
 def test_all_that_a_step_launches_is_counted_whatever_was_measured_before():
     # Triton's interpreter and its compiler do not share a process, nor may tests get its driver.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -112,6 +112,7 @@ def _logits_at_once(setting):
 
 
 @pytest.mark.parametrize("subject", arms.SUBJECTS)
+@pytest.mark.slow
 def test_an_arm_is_one_entry(monkeypatch, store, subject):
     """Of a peer without a mask: its NT-Xent counts the anchor, and is judged by that."""
     arm = Arm(partial(arms.one_way, _logits_at_once), tuple(arms.SUBJECTS), masks_itself=False)
@@ -121,6 +122,7 @@ def test_an_arm_is_one_entry(monkeypatch, store, subject):
     assert "one more" in result["times"]["forward+backward"]["times_ours"]
 
 
+@pytest.mark.slow
 def test_linear_cross_entropy_of_torch_is_timed_or_left_out(monkeypatch, store):
     name = "torch linear_cross_entropy"
     case = CASE._replace(subject="info_nce", n=40)
@@ -153,6 +155,7 @@ def test_an_arm_that_breaks_the_device_is_left_out_by_the_next_process(monkeypat
     assert OURS in result["times"]["forward"]["milliseconds"]
 
 
+@pytest.mark.slow
 def test_an_arm_that_cannot_be_captured_keeps_its_other_times(monkeypatch, store):
     _arm(monkeypatch, ARMS[EAGER].build(Setting("nt_xent", 0.1, "fp32", DEVICE)))
     case = CASE._replace(graph=True)

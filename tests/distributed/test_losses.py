@@ -413,6 +413,7 @@ def check_compiled_step(rank, size):
     assert_gradients(step.named_parameters(), expected, torch.float64)
 
 
+@pytest.mark.slow
 def test_a_step_under_compile(pair):
     pair.run(check_compiled_step)
 

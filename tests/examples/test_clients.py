@@ -41,6 +41,7 @@ class TestLightning:
         client("pytorch_lightning")
         return partial(fit_a_little, tmp_path)
 
+    @pytest.mark.slow
     def test_a_resumed_run_is_the_same_bit_for_bit(self, fit):
         whole = fit(2)
         first = fit(1)
@@ -60,6 +61,7 @@ class TestLightning:
         assert metrics["loss"].isfinite()
 
     @pytest.mark.distributed
+    @pytest.mark.slow
     def test_two_processes_have_one_model_and_one_queue(self, tmp_path):
         client("pytorch_lightning")
         # Lightning forks, which only a process without threads survives.
@@ -123,7 +125,13 @@ def test_accelerate_trains_through_grad_cache(processes, tmp_path):
         assert 1 / 16 < result["probe"] <= 1
 
 
-@pytest.mark.parametrize(("name", "width"), [("vit_tiny_patch16_224", 192), ("convnext_atto", 320)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        pytest.param("vit_tiny_patch16_224", 192, marks=pytest.mark.slow),
+        ("convnext_atto", 320),
+    ],
+)
 def test_an_encoder_of_timm_learns(name, width):
     client("timm")
     from clients.timm_encoders import main, timm_encoder

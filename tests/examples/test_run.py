@@ -390,6 +390,7 @@ def test_a_device_that_is_not_there():
         main(["--device", "nonesuch"])
 
 
+@pytest.mark.slow
 def test_the_command_on_the_default_data_until_it_is_told_to_end(tmp_path):
     small = ("--size", 16, "--train-images", 256, "--batch-size", 32, "--epochs", 500)
     arguments = (*small, "--no-baselines", "--no-pictures", "--device", "cpu")

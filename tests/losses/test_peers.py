@@ -8,6 +8,7 @@ average over anchors as we do, so the factor is 1 wherever none is noted:
 * pytorch-metric-learning ``NTXentLoss`` normalises, and averages over positive pairs. With more
   than two views the denominator of a pair leaves the other positives out, unlike L_out: it is
   SupCon "pairwise", but for the mean, in which an anchor counts as often as it has positives.
+* info-nce-pytorch ``InfoNCE`` normalizes; its negatives replace those of the batch, as ours do.
 * open_clip ``ClipLoss`` takes normalised embeddings and 1 / temperature.
 * lightly ``DCLLoss`` normalises; one logsumexp over the negatives of both views, as equation 6.
 * pytorch-metric-learning ``SupConLoss`` normalises, and averages over the anchors whose loss is
@@ -93,6 +94,20 @@ def test_info_nce_is_the_one_sided_loss_of_pytorch_metric_learning(n, d, tempera
     theirs = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature), symmetric=False)
     query, key = views(n, d)
     assert_same(info_nce(query, key, temperature=temperature), theirs(query, key), (query, key))
+
+
+@pytest.mark.parametrize("mode", ["of the batch", "unpaired", "paired"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_info_nce_is_that_of_info_nce_pytorch(n, d, temperature, mode):
+    peer = pytest.importorskip("info_nce", reason="info-nce-pytorch is not installed")
+    inputs, options = views(n, d), {}
+    if mode != "of the batch":
+        shape = (5, d) if mode == "unpaired" else (n, 5, d)
+        inputs.append(torch.randn(shape, dtype=torch.float64, requires_grad=True))
+        options = {"negative_mode": mode}
+    theirs = peer.InfoNCE(temperature, **options)(*inputs)
+    assert_same(info_nce(*inputs, temperature=temperature), theirs, inputs)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
