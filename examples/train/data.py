@@ -60,6 +60,9 @@ class Streamed:
                 images, labels = (part.to(self.device, non_blocking=True) for part in batch)
                 yield images, labels
         except UserError as error:  # from a worker it comes with the worker's traceback
+            # Its frames hold each other and the loader, whose worker would be waited for, 5 seconds
+            # long, when they are collected.
+            error.__traceback__ = None
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
     def in_memory(self) -> InMemory:

@@ -21,6 +21,8 @@ CASES = {
     "per query": {"query_negatives": True},
     "per query, symmetric": {"symmetric": True, **SAME_SIDE, "label_smoothing": 0.1},
     "none, same side": SAME_SIDE,
+    "shared, without false": {"symmetric": True, **SAME_SIDE, "false_negative_margin": 0.1},
+    "per query, without false": {"false_negative_margin": 0.2, "hardness": 0.5},
 }
 
 

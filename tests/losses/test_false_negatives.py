@@ -46,6 +46,33 @@ def test_of_zero_is_gist_embed_guided_by_the_model(backend):
     assert abs(info_nce(q, k, h, **call) - expected) > 0.1
 
 
+def qwen3(query, key, negatives, temperature):
+    """Qwen3 Embedding, arXiv 2506.05176, section 3: its denominator and its mask."""
+    q, d, h = (F.normalize(x, dim=-1) for x in (query, key, negatives))
+    losses = []
+    for i in range(len(q)):
+        positive = q[i] @ d[i]
+        terms = [q[i] @ x for x in h[i]]
+        for j in range(len(q)):
+            if j != i:
+                terms += [q[i] @ q[j], d[i] @ d[j], q[i] @ d[j]]
+        kept = [s for s in terms if s <= positive + 0.1]
+        total = torch.stack([positive, *kept]).div(temperature).logsumexp(0)
+        losses.append(total - positive / temperature)
+    return torch.stack(losses).mean()
+
+
+@cpu_backends
+def test_of_a_tenth_is_that_of_qwen3_embedding(backend):
+    q, k = random_views(2, 9, 5)
+    hard = q[:, None] + 1.5 * torch.randn(9, 4, 5, dtype=torch.float64)
+    call = {"in_batch_negatives": True, "query_negatives": True, "key_negatives": True}
+    call |= {"temperature": 0.1, "backend": backend}
+    actual = info_nce(q, k, hard, false_negative_margin=0.1, **call)
+    torch.testing.assert_close(actual, qwen3(q, k, hard, 0.1), rtol=1e-12, atol=0)
+    assert abs(info_nce(q, k, hard, **call) - actual) > 0.01
+
+
 @cpu_backends
 @pytest.mark.parametrize("margin", [0.0, 0.2])
 def test_across_tiles_with_gradients(margin, backend):

@@ -37,6 +37,9 @@ LOSSES = {
     "distillation": lambda a, b, **k: similarity_distillation(
         a, b, a.flip(1), b.flip(1), symmetric=True, **k
     ),
+    "without false": lambda a, b, **k: info_nce(
+        a, b, symmetric=True, false_negative_margin=0.1, **k
+    ),
     "sog_clr": lambda a, b, temperature: SogCLR(len(a), temperature)(
         a, b, index=torch.arange(len(a))
     ),
@@ -57,6 +60,7 @@ def peak(loss_fn, n):
         ("info_nce", 48),
         ("smoothed", 48),
         ("hardness", 80),
+        ("without false", 48),
         ("sog_clr", 48),
         ("sup_con", 48),
         ("sup_con in", 80),
