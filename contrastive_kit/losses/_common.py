@@ -231,11 +231,25 @@ def reduce(
         return loss
     if reduction == "sum":
         return loss.sum()
+    if weight_per_process is None and sample_weight is None:
+        return loss.mean()
+    n = loss.shape[-1]
+    return mean_from_sum(loss.sum(), loss.numel() // n, n, sample_weight, weight_per_process)
+
+
+def mean_from_sum(
+    total: Tensor,
+    per_image: int,
+    n: int,
+    sample_weight: Tensor | None = None,
+    weight_per_process: float | Tensor | None = None,
+) -> Tensor:
+    """The mean as ``reduce`` has it, from the weighted sum of ``per_image`` losses of n images."""
     if weight_per_process is None:
         if sample_weight is None:
-            return loss.mean()
-        weight_per_process = sample_weight.to(loss.dtype).sum()
-    total = weight_per_process * (loss.numel() // loss.shape[-1])
-    if isinstance(total, Tensor):
-        total = torch.where(total == 0, 1, total)
-    return loss.sum() / total
+            return total / (n * per_image)
+        weight_per_process = sample_weight.to(total.dtype).sum()
+    weight = weight_per_process * per_image
+    if isinstance(weight, Tensor):
+        weight = torch.where(weight == 0, 1, weight)
+    return total / weight

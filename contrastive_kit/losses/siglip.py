@@ -22,6 +22,7 @@ from contrastive_kit.losses._common import (
     LossOutput,
     check_sample_weight,
     logit_bound,
+    mean_from_sum,
     of_each_anchor,
     reduce,
 )
@@ -42,10 +43,11 @@ from contrastive_kit.ops import (
     BackendName,
     Exclusion,
     Problem,
-    kept_softplus_sum,
     logsumexp_for,
     mma_dtype,
     scaled_unit_rows,
+    softplus_sum_for,
+    softplus_total_for,
 )
 
 if TYPE_CHECKING:
@@ -236,22 +238,30 @@ def siglip(
         batch = gather_batch(columns[None], ids, sample_weight, process_group, settings)
         candidates = batch.rows[:, 0]
         exclusion, weight_per_process = batch.exclusion(1), batch.weight_per_process()
-    others = kept_softplus_sum(rows, candidates, logit_bias, exclusion=exclusion, backend=backend)
+    problem = Problem(
+        rows,
+        candidates,
+        exclusion,
+        bound=logit_bound(temperature),
+        mma_dtype=mma_dtype(z1, z2),
+    )
     # By default softplus is linear above 20, which float64 would notice.
-    per_anchor = F.softplus(-(positive_logits + _as(logit_bias, rows)), threshold=50) + others
-    loss = reduce(per_anchor, reduction, sample_weight, weight_per_process)
+    bias = _as_tensor(logit_bias, rows)
+    of_pairs = F.softplus(-(positive_logits + bias), threshold=50)
+    if reduction == "none" or (sample_weight is not None and sample_weight.requires_grad):
+        others = softplus_sum_for(problem, backend)(problem, bias)
+        loss = reduce(of_pairs + others, reduction, sample_weight, weight_per_process)
+    else:
+        total = softplus_total_for(problem, backend)(problem, bias, sample_weight)
+        loss = reduce(of_pairs, "sum", sample_weight) + total
+        if reduction == "mean":
+            n = z1.shape[0]
+            loss = mean_from_sum(loss, 1, n, sample_weight, weight_per_process)
     if not return_stats:
         return loss
     with torch.no_grad():
-        problem = Problem(
-            rows.detach(),
-            candidates.detach(),
-            exclusion,
-            bound=logit_bound(temperature),
-            statistics=True,
-            mma_dtype=mma_dtype(z1, z2),
-        )
-        _, statistics = logsumexp_for(problem, backend)(problem)
+        asked = problem._replace(q=rows.detach(), k=candidates.detach(), statistics=True)
+        _, statistics = logsumexp_for(asked, backend)(asked)
     assert statistics is not None
     return loss, contrastive_stats(positive_logits[None].detach(), statistics, temperature)
 
@@ -289,8 +299,10 @@ def _check_labels(
         )
 
 
-def _as(logit_bias: float | Tensor, rows: Tensor) -> float | Tensor:
-    return logit_bias.reshape(()).to(rows) if isinstance(logit_bias, Tensor) else logit_bias
+def _as_tensor(logit_bias: float | Tensor, rows: Tensor) -> Tensor:
+    if isinstance(logit_bias, Tensor):
+        return logit_bias.reshape(()).to(rows)
+    return rows.new_full((), logit_bias)
 
 
 def _check_bias(logit_bias: object, z: Tensor | None = None) -> float | Tensor:

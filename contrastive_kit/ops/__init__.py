@@ -9,6 +9,7 @@ from contrastive_kit.ops.backends import (
     logsumexp_for,
     pair_loss_for,
     softplus_sum_for,
+    softplus_total_for,
     which_backend,
 )
 from contrastive_kit.ops.pairs import Pairs, PairStatistics
@@ -40,5 +41,6 @@ __all__ = [
     "row_statistics",
     "scaled_unit_rows",
     "softplus_sum_for",
+    "softplus_total_for",
     "which_backend",
 ]

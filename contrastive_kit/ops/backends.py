@@ -11,7 +11,7 @@ from contrastive_kit._checks import check_choice
 from contrastive_kit.ops import tiled, triton
 from contrastive_kit.ops.pairs import PairLoss, Pairs
 from contrastive_kit.ops.problem import Problem
-from contrastive_kit.ops.registered import LogSumExp, SoftplusSum
+from contrastive_kit.ops.registered import LogSumExp, SoftplusSum, SoftplusTotal
 from contrastive_kit.ops.statistics import LogitStatistics, row_statistics
 
 # What a caller may name: "auto" and the keys of BACKENDS.
@@ -31,6 +31,8 @@ class Backend(NamedTuple):
         softplus_sum: equation (18), differentiable in both matrices and the bias.
         same_class_softplus_sum: the same where the rule leaves out pairs of different classes; the
             bias may be one of each row, (R,).
+        softplus_total: the sum of those sums, each row times its weight; the gradients come from
+            the same pass.
         pair_loss: a whole loss of pairs, where one op is faster than many.
     """
 
@@ -39,6 +41,7 @@ class Backend(NamedTuple):
     same_class_logsumexp: LogSumExp | None = None
     softplus_sum: SoftplusSum | None = None
     same_class_softplus_sum: SoftplusSum | None = None
+    softplus_total: SoftplusTotal | None = None
     pair_loss: PairLossOf | None = None
 
 
@@ -97,6 +100,11 @@ def softplus_sum_for(problem: Problem, backend: str) -> SoftplusSum:
         return _present(BACKENDS[_choose(problem, "softplus_sum", backend).name].softplus_sum)
     chosen = BACKENDS[_choose(problem, "same_class_softplus_sum", backend).name]
     return _present(chosen.same_class_softplus_sum)
+
+
+def softplus_total_for(problem: Problem, backend: str) -> SoftplusTotal:
+    """The total of softplus of the backend that runs; raises if a named one refuses."""
+    return _present(BACKENDS[_choose(problem, "softplus_total", backend).name].softplus_total)
 
 
 def pair_loss_for(pairs: Pairs, backend: str) -> PairLoss | None:
@@ -173,6 +181,11 @@ def _reference_softplus_sum(problem: Problem, bias: Tensor) -> Tensor:
         return reference.kept_softplus_sum(q, k, bias[..., None], problem.mask())
 
 
+def _reference_softplus_total(problem: Problem, bias: Tensor, weights: Tensor | None) -> Tensor:
+    sums = _reference_softplus_sum(problem, bias)
+    return sums.sum() if weights is None else (sums * weights).sum()
+
+
 # In the order of preference.
 BACKENDS = {
     "triton": Backend(triton.refusal, triton.logsumexp, pair_loss=triton.pair_loss),
@@ -182,6 +195,7 @@ BACKENDS = {
         tiled.logsumexp,
         tiled.softplus_sum,
         tiled.softplus_sum,
+        tiled.softplus_total,
         tiled.pair_loss,
     ),
     "reference": Backend(
@@ -190,5 +204,6 @@ BACKENDS = {
         _reference_logsumexp,
         _reference_softplus_sum,
         _reference_softplus_sum,
+        _reference_softplus_total,
     ),
 }

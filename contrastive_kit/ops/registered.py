@@ -23,6 +23,8 @@ from contrastive_kit.ops.statistics import LogitStatistics
 # Logsumexp and statistics of a problem; sums of softplus of a problem with a bias.
 LogSumExp = Callable[[Problem], tuple[Tensor, LogitStatistics | None]]
 SoftplusSum = Callable[[Problem, Tensor], Tensor]
+# The sum of them all, each row with its weight, if there are any.
+SoftplusTotal = Callable[[Problem, Tensor, Tensor | None], Tensor]
 
 
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -255,3 +257,85 @@ class _SoftplusSum(torch.autograd.Function):
         op = registered(f"{ctx.backend}_softplus_sum_backward")
         gradients = op(grad, *ctx.saved_tensors, *ctx.settings, *needs[1:])
         return *_wanted(gradients, needs), *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def register_softplus_total(
+    backend: str,
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+) -> SoftplusTotal:
+    """Register the weighted sum of softplus over all kept logits, which makes its own gradients.
+
+    What the sum of a row is multiplied by is known in the forward, and the sigmoid of a logit needs
+    no sum over its row: so the gradients come from the same pass over the logits.
+
+    Args:
+        backend: its name, that of the op begins with it.
+        forward: called as ``forward(problem, bias, weights, needs_grad)`` with a bias of no
+            dimension and weights (R,) or None for 1; returns the sum and its gradients with respect
+            to ``bias``, ``q`` and ``k``, (0,) for a matrix that ``needs_grad`` says needs none.
+    """
+
+    def run(bias: Tensor, weights: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(bias.device.type, enabled=False):
+            return forward(Problem.of_flat(*arguments[:-2]), bias, weights, arguments[-2:])
+
+    def fake(bias: Tensor, weights: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+        q = arguments[0]
+        return q.new_empty(()), torch.empty_like(bias), *_fake_gradients(*arguments)
+
+    register(
+        f"{backend}_softplus_total",
+        f"(Tensor bias, Tensor? weights, {SCHEMA}, bool needs_q, bool needs_k) -> "
+        "(Tensor, Tensor, Tensor, Tensor)",
+        run,
+        fake,
+    )
+    _register_autograd(f"{backend}_softplus_total", backend, _SoftplusTotal)
+    return partial(_softplus_total, backend)
+
+
+def _softplus_total(backend: str, problem: Problem, bias: Tensor, weights: Tensor | None) -> Tensor:
+    problem = problem.in_compute_dtype()
+    watched = torch.is_grad_enabled()
+    needs = (watched and problem.q.requires_grad, watched and problem.keys().requires_grad)
+    total: Tensor = _apply_softplus_total(bias, weights, *problem.flat(), *needs, backend)[0]
+    return total
+
+
+class _SoftplusTotal(torch.autograd.Function):
+    """Differentiable form of the op of a backend. The gradients are kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @with_signature
+    def forward(
+        bias: Any, weights: Any, q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any,
+        column_classes: Any, limits: Any, period: Any, both: Any, bound: Any, statistics: Any,
+        mma_dtype: Any, needs_q: Any, needs_k: Any, backend: str,
+    ) -> Any:  # fmt: skip
+        return registered(f"{backend}_softplus_total")(
+            bias, weights, q, k, row_ids, column_ids, row_classes, column_classes, limits, period,
+            both, bound, statistics, mma_dtype, needs_q, needs_k,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        first_is_differentiable(ctx, *output)
+        # The inputs tell that second derivatives are wanted.
+        bias, _, q, k = inputs[:4]
+        ctx.save_for_backward(*output[1:], bias, q, k)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dbias, dq, dk = ctx.saved_tensors[:3]
+        needs = ctx.needs_input_grad
+        gradients = [
+            grad * x if needed else None
+            for x, needed in zip((dbias, dq, dk), (needs[0], needs[2], needs[3]), strict=True)
+        ]
+        return gradients[0], None, *gradients[1:], *[None] * (len(needs) - 4)
+
+
+_apply_softplus_total = applier(_SoftplusTotal, 2)

@@ -1,7 +1,7 @@
 """The sum of softplus by tiles. Equation numbers are of ``docs/nt_xent.md``.
 
-Forward and backward go over the same tiles, and the backward computes the logits again: memory is
-linear in the number of rows in training too.
+Memory is linear in the number of rows in training too: where the sum of each row is asked for, the
+backward computes the logits again; where it is that of all rows, one pass makes the gradients too.
 """
 
 from collections.abc import Callable
@@ -58,6 +58,38 @@ def backward(
         if needs_grad[1]:
             dcolumns[tile.column].addmm_(weights.T, rows[tile.row])
     return (dbias * grad_scale).to(bias.dtype), dq.mul_(grad_scale), dk.mul_(grad_scale)
+
+
+def total(
+    problem: Problem, bias: Tensor, weights: Tensor | None, needs_grad: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum over all rows, each times its weight, with its gradients, (18) and (19).
+
+    The gradients are those of ``bias``, ``q`` and ``k``; (0,) for a matrix that needs none.
+    """
+    q, keys = problem.q, problem.keys()
+    dq = q.new_zeros(q.shape if needs_grad[0] else 0)
+    dk = keys.new_zeros(keys.shape if needs_grad[1] else 0)
+    accumulator = accumulator_dtype(q)
+    sums, dbias = q.new_zeros(len(q), dtype=accumulator), bias.new_zeros((), dtype=accumulator)
+    row_sums, row_weights = blocks(sums), None if weights is None else blocks(weights.to(q.dtype))
+    rows, columns, drows, dcolumns = blocks(q), blocks(keys), blocks(dq), blocks(dk)
+    for tile, logits in computed_tiles(problem, _adding(bias)):
+        values = F.softplus(logits, threshold=_LINEAR_ABOVE)
+        problem.exclusion.fill_(values, 0.0, tile.top, tile.left)
+        row_sums[tile.row].add_(values.sum(1))
+        slopes = logits.sigmoid_()
+        problem.exclusion.fill_(slopes, 0.0, tile.top, tile.left)
+        if row_weights is not None:
+            slopes.mul_(row_weights[tile.row].unsqueeze(1))
+        dbias += slopes.sum()
+        if needs_grad[0]:
+            drows[tile.row].addmm_(slopes, columns[tile.column])
+        if needs_grad[1]:
+            dcolumns[tile.column].addmm_(slopes.T, rows[tile.row])
+    if weights is not None:
+        sums *= weights
+    return sums.sum().to(q.dtype), dbias.to(bias.dtype), dq, dk
 
 
 def _adding(bias: Tensor) -> Callable[[Tensor, Tile], Tensor]:
