@@ -272,12 +272,13 @@ def register_softplus_total(
         backend: its name, that of the op begins with it.
         forward: called as ``forward(problem, bias, weights, needs_grad)`` with a bias of no
             dimension and weights (R,) or None for 1; returns the sum and its gradients with respect
-            to ``bias``, ``q`` and ``k``, (0,) for a matrix that ``needs_grad`` says needs none.
+            to ``bias``, ``q`` and ``k``, of which ``needs_grad`` says which are needed. A matrix
+            that needs none has (0,), a bias anything.
     """
 
     def run(bias: Tensor, weights: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         with torch.autocast(bias.device.type, enabled=False):
-            return forward(Problem.of_flat(*arguments[:-2]), bias, weights, arguments[-2:])
+            return forward(Problem.of_flat(*arguments[:-3]), bias, weights, arguments[-3:])
 
     def fake(bias: Tensor, weights: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         q = arguments[0]
@@ -285,7 +286,7 @@ def register_softplus_total(
 
     register(
         f"{backend}_softplus_total",
-        f"(Tensor bias, Tensor? weights, {SCHEMA}, bool needs_q, bool needs_k) -> "
+        f"(Tensor bias, Tensor? weights, {SCHEMA}, bool needs_bias, bool needs_q, bool needs_k) -> "
         "(Tensor, Tensor, Tensor, Tensor)",
         run,
         fake,
@@ -296,8 +297,8 @@ def register_softplus_total(
 
 def _softplus_total(backend: str, problem: Problem, bias: Tensor, weights: Tensor | None) -> Tensor:
     problem = problem.in_compute_dtype()
-    watched = torch.is_grad_enabled()
-    needs = (watched and problem.q.requires_grad, watched and problem.keys().requires_grad)
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and x.requires_grad for x in (bias, problem.q, problem.keys())]
     total: Tensor = _apply_softplus_total(bias, weights, *problem.flat(), *needs, backend)[0]
     return total
 
@@ -312,11 +313,11 @@ class _SoftplusTotal(torch.autograd.Function):
     def forward(
         bias: Any, weights: Any, q: Any, k: Any, row_ids: Any, column_ids: Any, row_classes: Any,
         column_classes: Any, limits: Any, period: Any, both: Any, bound: Any, statistics: Any,
-        mma_dtype: Any, needs_q: Any, needs_k: Any, backend: str,
+        mma_dtype: Any, needs_bias: Any, needs_q: Any, needs_k: Any, backend: str,
     ) -> Any:  # fmt: skip
         return registered(f"{backend}_softplus_total")(
             bias, weights, q, k, row_ids, column_ids, row_classes, column_classes, limits, period,
-            both, bound, statistics, mma_dtype, needs_q, needs_k,
+            both, bound, statistics, mma_dtype, needs_bias, needs_q, needs_k,
         )  # fmt: skip
 
     @staticmethod

@@ -22,6 +22,9 @@ from contrastive_kit.ops.tiled import tiles
 backends = pytest.mark.parametrize(
     "backend", [name for name, x in BACKENDS.items() if x.softplus_sum is not None]
 )
+totals = pytest.mark.parametrize(
+    "backend", [name for name, x in BACKENDS.items() if x.softplus_total is not None]
+)
 IDS = torch.tensor([3, 3, -1, 8, 5, 8, 8])
 
 
@@ -292,6 +295,108 @@ class TestPrimitive:
             runs.append((sums, *torch.autograd.grad(sums.sum(), inputs)))
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def problems():
+    """Of several tiles, with and without ids, rectangular, and empty."""
+    ids = torch.arange(1500) // 2
+    yield Problem(torch.randn(60, 5), torch.randn(60, 5), Exclusion(60))
+    yield Problem(torch.randn(701, 9), torch.randn(1500, 9), Exclusion(0, ids[:701], ids))
+    yield Problem(torch.randn(1400, 3), torch.randn(7, 3))
+    yield Problem(torch.randn(5, 3), torch.randn(0, 3))
+
+
+class TestTheTotal:
+    """The sum of all sums of softplus, whose gradients come with it."""
+
+    @pytest.mark.parametrize("number", range(4))
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @totals
+    def test_equals_the_sums(self, backend, dtype, weighted, number):
+        problem = list(problems())[number]
+        exact = [problem.q.double(), problem.k.double(), torch.tensor(-2.0).double()]
+        exact = [x.requires_grad_() for x in exact]
+        weights = torch.rand(len(problem.q), dtype=torch.float64) if weighted else None
+        excluded = problem.mask()
+        sums = reference.kept_softplus_sum(*exact, excluded)
+        expected = (sums if weights is None else sums * weights).sum()
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+        asked = problem._replace(q=inputs[0], k=inputs[1])
+        total = BACKENDS[backend].softplus_total(asked, inputs[2], weights)
+        budget = 1e-13 if dtype == torch.float64 else 2e-6
+        if number == 3:
+            assert total == 0
+            assert not any(x.any() for x in torch.autograd.grad(3 * total, inputs))
+            return
+        assert_within(total, expected, budget)
+        grads = torch.autograd.grad(3 * total, inputs)
+        for ours, theirs in zip(grads, torch.autograd.grad(3 * expected, exact), strict=True):
+            assert_within(ours, theirs, budget)
+
+    def test_three_products_make_value_and_gradients(self, monkeypatch):
+        """6 · N² · D operations, where the sums of each row take 8."""
+        n, d = 1500, 64
+        inputs = [torch.randn(n, d, requires_grad=True) for _ in range(2)]
+        operations, addmm_ = [], torch.Tensor.addmm_
+
+        def counted(total, a, b, **options):
+            operations.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+            return addmm_(total, a, b, **options)
+
+        monkeypatch.setattr(torch.Tensor, "addmm_", counted)
+        for reduction, factor in (("mean", 6), ("sum", 6), ("none", 8)):
+            operations.clear()
+            loss = siglip(*inputs, reduction=reduction)
+            torch.autograd.grad(loss.sum(), inputs)
+            assert sum(operations) == factor * n * n * d, reduction
+        operations.clear()
+        with torch.no_grad():
+            siglip(*inputs)
+        assert sum(operations) == 2 * n * n * d
+
+    def test_only_what_is_wanted_is_computed(self):
+        q, k = torch.randn(40, 6), torch.randn(50, 6)
+        bias = torch.tensor(-1.0)
+        for wanted in range(3):
+            inputs = [q, k, bias]
+            inputs[wanted] = inputs[wanted].clone().requires_grad_()
+            total = BACKENDS["tiled"].softplus_total(Problem(*inputs[:2]), inputs[2], None)
+            expected = kept_softplus_sum(*inputs).sum()
+            (ours,) = torch.autograd.grad(total, inputs[wanted])
+            torch.testing.assert_close(ours, torch.autograd.grad(expected, inputs[wanted])[0])
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_opcheck(self, weighted):
+        q, k, bias = torch.randn(40, 6), torch.randn(23, 6), torch.tensor(-2.0)
+        weights = torch.rand(40) if weighted else None
+        problem = Problem(q, k, Exclusion(30))
+        op = registered("tiled_softplus_total")
+        for needs in ((False, False, False), (True, True, False), (True, True, True)):
+            torch.library.opcheck(op, (bias, weights, *problem.flat(), *needs))
+
+    def test_a_weight_that_learns_has_its_gradient(self):
+        z1, z2 = torch.randn(2, 5, 3, dtype=torch.float64).unbind(0)
+        weight = torch.rand(5, dtype=torch.float64, requires_grad=True)
+        losses = siglip(z1, z2, reduction="none")
+        (grad,) = torch.autograd.grad(siglip(z1, z2, sample_weight=weight, reduction="sum"), weight)
+        torch.testing.assert_close(grad, losses)
+
+    def test_second_derivatives_are_refused(self):
+        z1, z2 = torch.randn(2, 5, 3, requires_grad=True).unbind(0)
+        bias = torch.tensor(-1.0, requires_grad=True)
+        (grad,) = torch.autograd.grad(siglip(z1, z2, logit_bias=bias), bias, create_graph=True)
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            torch.autograd.grad(grad, bias)
+
+    def test_runs_are_identical_bit_for_bit(self):
+        z1, z2 = torch.randn(2, 800, 16, requires_grad=True).unbind(0)
+
+        def step():
+            loss = siglip(z1, z2)
+            return [loss, *torch.autograd.grad(loss, (z1, z2))]
+
+        assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
 
 
 class TestModule:

@@ -61,15 +61,16 @@ def backward(
 
 
 def total(
-    problem: Problem, bias: Tensor, weights: Tensor | None, needs_grad: tuple[bool, bool]
+    problem: Problem, bias: Tensor, weights: Tensor | None, needs_grad: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum over all rows, each times its weight, with its gradients, (18) and (19).
 
     The gradients are those of ``bias``, ``q`` and ``k``; (0,) for a matrix that needs none.
     """
     q, keys = problem.q, problem.keys()
-    dq = q.new_zeros(q.shape if needs_grad[0] else 0)
-    dk = keys.new_zeros(keys.shape if needs_grad[1] else 0)
+    _, needs_q, needs_k = needs_grad
+    dq = q.new_zeros(q.shape if needs_q else 0)
+    dk = keys.new_zeros(keys.shape if needs_k else 0)
     accumulator = accumulator_dtype(q)
     sums, dbias = q.new_zeros(len(q), dtype=accumulator), bias.new_zeros((), dtype=accumulator)
     row_sums, row_weights = blocks(sums), None if weights is None else blocks(weights.to(q.dtype))
@@ -78,14 +79,16 @@ def total(
         values = F.softplus(logits, threshold=_LINEAR_ABOVE)
         problem.exclusion.fill_(values, 0.0, tile.top, tile.left)
         row_sums[tile.row].add_(values.sum(1))
+        if not any(needs_grad):
+            continue
         slopes = logits.sigmoid_()
         problem.exclusion.fill_(slopes, 0.0, tile.top, tile.left)
         if row_weights is not None:
             slopes.mul_(row_weights[tile.row].unsqueeze(1))
         dbias += slopes.sum()
-        if needs_grad[0]:
+        if needs_q:
             drows[tile.row].addmm_(slopes, columns[tile.column])
-        if needs_grad[1]:
+        if needs_k:
             dcolumns[tile.column].addmm_(slopes.T, rows[tile.row])
     if weights is not None:
         sums *= weights
