@@ -188,7 +188,13 @@ def _reference_softplus_total(problem: Problem, bias: Tensor, weights: Tensor | 
 
 # In the order of preference.
 BACKENDS = {
-    "triton": Backend(triton.refusal, triton.logsumexp, pair_loss=triton.pair_loss),
+    "triton": Backend(
+        triton.refusal,
+        triton.logsumexp,
+        softplus_sum=triton.softplus_sum,
+        softplus_total=triton.softplus_total,
+        pair_loss=triton.pair_loss,
+    ),
     "tiled": Backend(
         _never_refuses,
         tiled.logsumexp,

@@ -21,8 +21,8 @@ from budgets import VALUE, assert_within
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive_kit import _gpu
-from contrastive_kit.functional import info_nce, nt_xent
+from contrastive_kit import _gpu, reference
+from contrastive_kit.functional import info_nce, nt_xent, siglip
 from contrastive_kit.ops import (
     BACKENDS,
     Exclusion,
@@ -33,7 +33,7 @@ from contrastive_kit.ops import (
     which_backend,
 )
 from contrastive_kit.ops.registered import registered
-from contrastive_kit.ops.triton import configs, device, host, pair
+from contrastive_kit.ops.triton import configs, device, host, pair, softplus
 
 pytest.importorskip("triton")
 
@@ -230,6 +230,95 @@ def test_limits_triton(operands, rows, columns, d, period, both):
     assert torch.equal(stats[3].double(), figures.kept)
     for ours, theirs in zip(stats[:3], figures[1:4], strict=True):
         assert_within(ours, theirs, 100 * within)
+
+
+SOFTPLUS = [
+    ("float32", 65, 140, 33, 65, True),
+    ("float32", 140, 65, 300, 0, False),
+    ("tf32", 130, 130, 60, 130, True),
+    ("bfloat16", 100, 200, 100, 0, True),
+    ("float16", 300, 70, 130, 70, True),
+    ("float16", 70, 300, 513, 300, False),
+]
+
+
+@on_device
+@pytest.mark.parametrize("number", [-10.0, 3.0])
+@pytest.mark.parametrize(("operands", "rows", "columns", "d", "period", "weighted"), SOFTPLUS)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_softplus_triton(operands, rows, columns, d, period, weighted, number, monkeypatch):
+    """Value and gradients of the total and of the sums, over several strips."""
+    monkeypatch.setattr(softplus, "STRIP_ROWS", 1)
+    q, k = (unit_rows(n, d, WITHOUT_SHIFT).float().double() for n in (rows, columns))
+    exact = [x.requires_grad_() for x in (q, k, torch.tensor(number, dtype=torch.float64))]
+    weights = torch.rand(rows, dtype=torch.float64) * 1e-30 if weighted else None
+    rule = Exclusion(period)
+    sums = reference.kept_softplus_sum(*exact, rule.mask(rows, columns, q.device))
+    expected = (sums if weights is None else sums * weights).sum()
+    wanted = torch.autograd.grad(expected, exact)
+    inputs = [to_device(x.detach().float()).requires_grad_() for x in exact]
+    problem = Problem(*inputs[:2], rule, bound=10.01, mma_dtype=operands)
+    there = None if weights is None else to_device(weights.float())
+    total = BACKENDS["triton"].softplus_total(problem, inputs[2], there)
+    each = BACKENDS["triton"].softplus_sum(problem, inputs[2])
+    within = budget(operands, WITHOUT_SHIFT)
+    assert_within(total.cpu(), expected, 2e-6 if operands == "float32" else within)
+    assert_within(each.cpu(), sums, 2e-6 if operands == "float32" else within)
+    ones = torch.ones(rows) if there is None else there.cpu()
+    for results in (
+        torch.autograd.grad(total, inputs),
+        torch.autograd.grad(each, inputs, to_device(ones)),
+    ):
+        for ours, theirs in zip(results, wanted, strict=True):
+            assert_within(ours.cpu(), theirs, within)
+
+
+@on_device
+@pytest.mark.usefixtures("poisoned_empty")
+def test_softplus_of_any_logit_keeps_its_digits_triton():
+    """Far below 0 it is an exponential, far above it the logit; NaN and inf stay what they are."""
+    logits = torch.tensor([-80.0, -17.0, -10.0, -1.0, -1e-3, 0.0, 1e-3, 2.0, 40.0, 1e4])
+    q, k = logits[:, None], torch.ones(1, 1)
+    zero = to_device(torch.zeros(()))
+    sums = BACKENDS["triton"].softplus_sum(Problem(to_device(q), to_device(k)), zero)
+    torch.testing.assert_close(
+        sums.cpu().double(), F.softplus(logits.double(), threshold=50), rtol=3e-7, atol=0
+    )
+    for bad in (math.nan, math.inf):
+        sums = BACKENDS["triton"].softplus_sum(Problem(to_device(q * bad), to_device(k)), zero)
+        assert not sums[7].isfinite()
+
+
+@on_device
+def test_siglip_is_that_of_the_tiles_triton():
+    a, b = pairs("related", 70, 40)
+    for dtype, within in ((torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 8e-3)):
+        x, y = (z.to(dtype).requires_grad_() for z in (a, b))
+        exact = [z.detach().double().requires_grad_() for z in (x, y)]
+        for options in ({}, {"reduction": "sum", "sample_weight": torch.rand(70)}):
+            ids = torch.arange(70) // 2
+            expected = siglip(*exact, ids=ids, backend="reference", **options)
+            on_there = {n: to_device(v) if torch.is_tensor(v) else v for n, v in options.items()}
+            there = [to_device(z.detach()).requires_grad_() for z in (x, y)]
+            loss = siglip(*there, ids=to_device(ids), backend="triton", **on_there)
+            assert_within(loss.cpu(), expected, within)
+            wanted = torch.autograd.grad(expected, exact)
+            for ours, theirs in zip(torch.autograd.grad(loss, there), wanted, strict=True):
+                assert_within(ours.cpu(), theirs, 4 * within)
+
+
+@on_device
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck_of_softplus_triton(weighted):
+    q, k = to_device(torch.randn(40, 6)), to_device(torch.randn(23, 6))
+    bias, weights = to_device(torch.tensor(-2.0)), to_device(torch.rand(40)) if weighted else None
+    flat = Problem(q, k, Exclusion(30), mma_dtype="float16" if weighted else "float32").flat()
+    op = registered("triton_softplus_total")
+    for needs in ((False, False, False), (True, True, False), (True, True, True)):
+        torch.library.opcheck(op, (bias, weights, *flat, *needs))
+    torch.library.opcheck(registered("triton_softplus_sum"), (bias, *flat))
+    backward = registered("triton_softplus_sum_backward")
+    torch.library.opcheck(backward, (to_device(torch.rand(40)), bias, *flat, True, True))
 
 
 @on_device
@@ -753,7 +842,7 @@ def launches(monkeypatch, run, compiled=None, architecture="sm_90"):
 
     What the kernels would be compiled for is added to the set ``compiled``.
     """
-    from contrastive_kit.ops.triton import backward_kernels, kernels, pair_kernels
+    from contrastive_kit.ops.triton import backward_kernels, kernels, pair_kernels, softplus_kernels
 
     names, grids = [], []
 
@@ -773,7 +862,7 @@ def launches(monkeypatch, run, compiled=None, architecture="sm_90"):
                 flat = tuple(sorted(constants.items()))
                 compiled.add((self.recorded.__name__, *special, *flat))
 
-    for module in (kernels, backward_kernels, pair_kernels):
+    for module in (kernels, backward_kernels, pair_kernels, softplus_kernels):
         for name in [x for x in dir(module) if x.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -807,6 +896,32 @@ def test_launches_do_not_depend_on_the_batch_and_nothing_waits(monkeypatch):
     kernels, _, operations = launches(monkeypatch, lambda: primitive(1024, None, 512))
     assert len(kernels) <= 6  # one strip
     assert set(operations) <= {"linalg_vector_norm", "zero_", "addmm", "mul_"}
+
+
+@not_interpreted
+@pytest.mark.indexes_fakes
+@pytest.mark.parametrize(("n", "strips"), [(512, 1), (5000, 3)])
+def test_siglip_takes_three_products_triton(n, strips, monkeypatch):
+    """6 · N² · D operations for value and gradients: a kernel a strip, and two products."""
+    d, products = 256, []
+
+    def step():
+        q, k = (torch.empty(n, d, device="cuda") for _ in range(2))
+        bias = torch.empty((), device="cuda")
+        problem = Problem(q, k, Exclusion(n), bound=10.0, mma_dtype="float16")
+        _, _, dq, dk = softplus.total(problem, bias, None, (True, True, True))
+        assert dq.shape == dk.shape == (n, d)
+
+    def add_product(total, a, b, packed):
+        products.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+
+    monkeypatch.setattr(softplus, "add_product", add_product)
+    kernels, grids, _ = launches(monkeypatch, step)
+    assert kernels == ["pack_kernel"] * 2 + ["softplus_kernel"] * strips
+    assert sum(products) == 4 * n * n * d
+    tile = configs.softplus(torch.float16)
+    pairs = sum(down * across for down, across in grids[2:]) * tile.rows * tile.columns
+    assert n * n <= pairs < 1.1 * n * n + 2 * tile.rows * n
 
 
 @not_interpreted

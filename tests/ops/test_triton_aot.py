@@ -128,6 +128,14 @@ def variants(target, everything):
         constants = {**common(tile, depth, dtype, precision, stored, shifted), **rule, **way}
         name = "weights_kernel" if stored else "backward_kernel"
         yield name, dtype, constants, tile.warps, tile.stages
+    for (dtype, torch_dtype, precision), depth in ((half, 128), (half, 768), (single, 128)):
+        if not (everything or (target == "sm_90" and depth == 128)):
+            continue
+        tile = configs.softplus(torch_dtype)
+        way = {"WEIGHTED": dtype == "fp32", "SUMMED": True, "STORED": True}
+        constants = {**common(tile, depth, dtype, precision, True), **plain, **way}
+        del constants["SHIFTED"]
+        yield "softplus_kernel", dtype, constants, tile.warps, tile.stages
     if target == "hip":
         tile = configs.PRODUCT
         constants = {"BM": tile.rows, "BN": tile.columns, "BD": 512, "BK": tile.step}
@@ -161,7 +169,12 @@ def compile_all(target, everything):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from contrastive_kit.ops.triton import backward_kernels, kernels, pair_kernels
+    from contrastive_kit.ops.triton import (
+        backward_kernels,
+        kernels,
+        pair_kernels,
+        softplus_kernels,
+    )
 
     backend = GPUTarget("hip", "gfx942", 64)
     if target != "hip":
@@ -172,7 +185,7 @@ def compile_all(target, everything):
         if label in seen:
             continue
         seen.add(label)
-        modules = (kernels, backward_kernels, pair_kernels)
+        modules = (kernels, backward_kernels, pair_kernels, softplus_kernels)
         kernel = next(getattr(x, name) for x in modules if hasattr(x, name))
         names = kernel.arg_names
         signature = {x: "constexpr" if x in constants else types(x, dtype) for x in names}
@@ -215,7 +228,9 @@ def nvidia_figures(compiled, target):
         if any(map(int, memory)):
             listing = output([tools / "cuobjdump", "-sass", cubin], tools)
             # Each program of this kernel makes one tile.
-            spilled = spills(listing, everywhere=compiled.name == "weights_kernel")
+            spilled = spills(
+                listing, everywhere=compiled.name in ("weights_kernel", "softplus_kernel")
+            )
         warnings = ptxas_warnings(compiled, folder) if target == "sm_90" and products else []
     doubles = len(re.findall(r"\.f64\b", compiled.asm["ptx"]))
     figures = {"registers": registers, "spilled": spilled, "products": products}
@@ -341,7 +356,7 @@ def check(report, target, at_least):
             assert programs(kernel, target) >= promised(kernel["kernel"], target), kernel
         assert not kernel["warnings"], kernel
         multiplies = kernel["kernel"].startswith(
-            ("forward", "backward", "weights", "statistics", "add_product")
+            ("forward", "backward", "weights", "softplus", "statistics", "add_product")
         )
         assert (kernel["products"] > 0) == multiplies, kernel
 

@@ -8,19 +8,41 @@ from torch import Tensor
 
 from contrastive_kit.ops.pairs import PairLoss, Pairs
 from contrastive_kit.ops.problem import Problem
-from contrastive_kit.ops.registered import register_logsumexp
+from contrastive_kit.ops.registered import (
+    SoftplusSum,
+    SoftplusTotal,
+    register_logsumexp,
+    register_softplus_sum,
+    register_softplus_total,
+)
 from contrastive_kit.ops.statistics import LogitStatistics
-from contrastive_kit.ops.triton import host
+from contrastive_kit.ops.triton import host, softplus
 from contrastive_kit.ops.triton.device import refusal as refusal
 from contrastive_kit.ops.triton.host import multiplied_as
 from contrastive_kit.ops.triton.pair import pair_loss as mean_pair_loss
 
 _rounded_logsumexp = register_logsumexp("triton", host.forward, host.backward)
+_rounded_sum: SoftplusSum = register_softplus_sum("triton", softplus.forward, softplus.backward)
+_rounded_total: SoftplusTotal = register_softplus_total("triton", softplus.total)
 
 
 def logsumexp(problem: Problem) -> tuple[Tensor, LogitStatistics | None]:
     """The logsumexp, with the precision of float32 products settled before the op."""
-    return _rounded_logsumexp(problem._replace(mma_dtype=multiplied_as(problem.mma_dtype)))
+    return _rounded_logsumexp(_settled(problem))
+
+
+def softplus_sum(problem: Problem, bias: Tensor) -> Tensor:
+    """The sums of softplus of each row."""
+    return _rounded_sum(_settled(problem), bias)
+
+
+def softplus_total(problem: Problem, bias: Tensor, weights: Tensor | None) -> Tensor:
+    """The weighted sum of those sums, with its gradients from the same pass."""
+    return _rounded_total(_settled(problem), bias, weights)
+
+
+def _settled(problem: Problem) -> Problem:
+    return problem._replace(mma_dtype=multiplied_as(problem.mma_dtype))
 
 
 def pair_loss(pairs: Pairs) -> PairLoss | None:

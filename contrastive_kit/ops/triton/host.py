@@ -452,16 +452,16 @@ def _strips(weights: Weights, dq: Tensor, dk: Tensor, itself: bool) -> None:
         strip = buffer[: height * stride].view(height, stride)
         strip = strip[: bottom - top, : n_columns - left]
         if dq.ndim == 2:
-            _add_product(dq[top:bottom], strip, columns[left:n_columns, :width], packed)
+            add_product(dq[top:bottom], strip, columns[left:n_columns, :width], packed)
         right = bottom if itself else 0
         if mirrored.ndim == 2 and right < n_columns:
             mirrored_strip = strip[:, right - left :].T
-            _add_product(mirrored[right:], mirrored_strip, rows[top:bottom, :width], packed)
+            add_product(mirrored[right:], mirrored_strip, rows[top:bottom, :width], packed)
     for gradient in (dq, dk):
         gradient.mul_(weights.grad_scale)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, packed: Packed) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, packed: Packed) -> None:
     """``total += a @ b`` in float32, whatever the dtype of the factors."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
