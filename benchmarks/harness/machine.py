@@ -19,7 +19,7 @@ _PACKAGES = (
     "contrastive-kit", "torch", "torchvision", "kornia", "lightly", "pytorch-metric-learning",
     "open_clip_torch", "info-nce-pytorch", "albumentations", "pillow",
 )  # fmt: skip
-_ON_A_GPU = ("triton", "inf_cl", "cut-cross-entropy")
+_ON_A_GPU = ("triton", "inf_cl", "cut-cross-entropy", "siglip-kernel", "memeff")
 # glibc returns large blocks to the system at each call; these settings make it keep them.
 _KEEPS_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.device import Device
-from contrastive_kit.functional import info_nce, nt_xent
+from contrastive_kit.functional import info_nce, nt_xent, siglip
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # Takes unit rows, unit columns and the column of each row's positive.
@@ -29,7 +29,9 @@ SUBJECTS = {
     "nt_xent": "NT-Xent",
     "clip": "Loss of CLIP (`info_nce(symmetric=True)`)",
     "info_nce": "InfoNCE (`info_nce`)",
+    "siglip": "SigLIP (`siglip`)",
 }
+SIGLIP_BIAS = -10.0  # where training begins
 PRECISIONS = ("bf16", "tf32", "fp32")
 _PER_LOGIT = {"fp32": 1e-6, "tf32": 1e-3, "bf16": 8e-3}
 
@@ -82,12 +84,25 @@ def eager_info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(z1), device=z1.device))
 
 
-_EAGER = {"nt_xent": eager_nt_xent, "clip": eager_clip, "info_nce": eager_info_nce}
+def eager_siglip(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """The sigmoid loss as one writes it in plain torch, with a matrix of signs."""
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature + SIGLIP_BIAS
+    sign = 2 * torch.eye(len(z1), device=z1.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(z1)
+
+
+_EAGER = {
+    "nt_xent": eager_nt_xent, "clip": eager_clip, "info_nce": eager_info_nce,
+    "siglip": eager_siglip,
+}  # fmt: skip
 
 
 def _ours(s: Setting, backend: str = "auto") -> Loss:
     if s.subject == "nt_xent":
         return partial(nt_xent, temperature=s.temperature, backend=backend)
+    if s.subject == "siglip":
+        options = {"temperature": s.temperature, "logit_bias": SIGLIP_BIAS, "backend": backend}
+        return partial(siglip, **options)
     symmetric = s.subject == "clip"
     return partial(info_nce, temperature=s.temperature, symmetric=symmetric, backend=backend)
 
@@ -123,12 +138,35 @@ def _metric_learning(s: Setting) -> Loss:
 
 
 def _open_clip(s: Setting) -> Loss:
-    from open_clip.loss import ClipLoss
+    from open_clip.loss import ClipLoss, SigLipLoss
 
-    loss, scale = ClipLoss(), 1 / s.temperature
-    return _with_autocast(
-        lambda z1, z2: loss(F.normalize(z1, dim=1), F.normalize(z2, dim=1), scale), s
-    )
+    scale = 1 / s.temperature
+    loss = partial(SigLipLoss(), logit_scale=scale, logit_bias=SIGLIP_BIAS)
+    if s.subject == "clip":
+        loss = partial(ClipLoss(), logit_scale=scale)
+    return _with_autocast(lambda z1, z2: loss(F.normalize(z1, dim=1), F.normalize(z2, dim=1)), s)
+
+
+def _siglip_kernel(s: Setting) -> Loss:
+    from siglip_kernel import fused_siglip_loss
+
+    device = s.device.device
+    log_scale = torch.tensor(1 / s.temperature, device=device).log()
+    bias = torch.tensor(SIGLIP_BIAS, device=device)
+
+    def call(z1: Tensor, z2: Tensor) -> Tensor:
+        u1, u2 = (F.normalize(z.float(), dim=1).to(s.dtype) for z in (z1, z2))
+        return fused_siglip_loss(u1, u2, log_scale, bias)
+
+    return call
+
+
+def _memeff(s: Setting) -> Loss:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # "Stable" would scale the gradient.
+    loss = MemoryEfficientCLIPLoss(s.temperature, stable=False)
+    return lambda z1, z2: loss(z1.to(s.dtype), z2.to(s.dtype))
 
 
 def _info_nce_pytorch(s: Setting) -> Loss:
@@ -208,7 +246,7 @@ def one_way(peer: Callable[[Setting], OneWay], s: Setting) -> Loss:
     return call
 
 
-_ANY, _GPU = tuple(SUBJECTS), ("cuda",)
+_ANY, _SOFTMAX, _GPU = tuple(SUBJECTS), ("nt_xent", "clip", "info_nce"), ("cuda",)
 _ON_TF32 = {"kinds": _GPU, "operands": "tf32", "masks_itself": False}
 
 ARMS = {
@@ -220,10 +258,12 @@ ARMS = {
     "lightly": Arm(_lightly),
     # Several tensors of 2N × 2N(2N - 2) numbers: 64 MiB each at N = 128, 0.5 GiB at N = 256.
     "pytorch-metric-learning": Arm(_metric_learning, largest_n={"cpu": 128, "cuda": 256}),
-    "open_clip": Arm(_open_clip, ("clip",)),
+    "open_clip": Arm(_open_clip, ("clip", "siglip")),
+    "siglip-kernel": Arm(_siglip_kernel, ("siglip",), _GPU),
+    "memeff": Arm(_memeff, ("clip",), _GPU, operands="tf32"),
     "info-nce-pytorch": Arm(_info_nce_pytorch, ("info_nce",)),
-    "inf_cl": Arm(partial(one_way, _inf_cl), _ANY, **_ON_TF32),
-    "cut-cross-entropy": Arm(partial(one_way, _cut_cross_entropy), _ANY, **_ON_TF32),
+    "inf_cl": Arm(partial(one_way, _inf_cl), _SOFTMAX, **_ON_TF32),
+    "cut-cross-entropy": Arm(partial(one_way, _cut_cross_entropy), _SOFTMAX, **_ON_TF32),
     "torch linear_cross_entropy": Arm(partial(one_way, _linear_cross_entropy), ("info_nce",)),
 }
 

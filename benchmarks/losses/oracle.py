@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.losses.arms import SIGLIP_BIAS
+
 _BLOCK = 512
 
 
@@ -22,7 +24,7 @@ class Disagreement(AssertionError):
 
 
 def oracle(subject: str, z1: Tensor, z2: Tensor, temperature: float) -> Oracle:
-    """NT-Xent, the loss of CLIP or InfoNCE with the anchors z1, for a block of anchors at a time.
+    """NT-Xent, the loss of CLIP, InfoNCE or SigLIP with the anchors z1, some anchors at a time.
 
     "nt_xent_with_self" counts the anchor itself among its negatives, as losses do that have no
     mask for it. The loss of an anchor is log(1 + Σ exp(negative logit) / exp(positive logit)), in
@@ -32,19 +34,24 @@ def oracle(subject: str, z1: Tensor, z2: Tensor, temperature: float) -> Oracle:
     u = F.normalize(z, dim=2)
     leaf = u.detach().flatten(0, 1).requires_grad_()
     n, m = len(z1), 2 * len(z1)
-    anchors = n if subject == "info_nce" else m
+    anchors = n if subject in ("info_nce", "siglip") else m
     candidate = torch.arange(m, device=z.device)
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     for anchor in candidate[:anchors, None].split(_BLOCK):
         logits = leaf[anchor[:, 0]] @ leaf.T / temperature
         positive = logits.gather(1, (anchor + n) % m)[:, 0]
         no_negative = (candidate - anchor) % n == 0
-        if subject in ("clip", "info_nce"):
+        if subject in ("clip", "info_nce", "siglip"):
             no_negative |= (candidate < n) == (anchor < n)
         if subject == "nt_xent_with_self":
             no_negative &= candidate != anchor
-        negatives = logits.masked_fill(no_negative, -torch.inf).logsumexp(1)
-        loss = F.softplus(negatives - positive, threshold=50).sum() / anchors
+        if subject == "siglip":
+            others = F.softplus(logits + SIGLIP_BIAS, threshold=50).masked_fill(no_negative, 0)
+            loss = F.softplus(-positive - SIGLIP_BIAS, threshold=50).sum() + others.sum()
+        else:
+            negatives = logits.masked_fill(no_negative, -torch.inf).logsumexp(1)
+            loss = F.softplus(negatives - positive, threshold=50).sum()
+        loss = loss / anchors
         loss.backward()
         total += loss.detach()
     (grad,) = torch.autograd.grad(u, z, leaf.grad.view_as(u))

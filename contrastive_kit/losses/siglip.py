@@ -141,8 +141,7 @@ def siglip(
             also for batches of different sizes. So is that of tensors given as temperature and
             bias, which ``SigLIP`` takes by itself. "sum" and "none" are of the own rows.
         process_group: the processes to gather from; None for all of them.
-        backend: "auto" or "tiled" (any device), or "reference" (the formula, memory N²). No fused
-            kernel computes this loss: on a GPU the tiles run through cuBLAS.
+        backend: "auto" or a name, see ``which_backend``; with ``labels`` "triton" refuses.
 
     Returns:
         The loss, float64 if an embedding is float64 and float32 otherwise, also under autocast;
@@ -162,9 +161,10 @@ def siglip(
             ``torch.jit.trace``, which would keep the size of the batch.
 
     Memory:
-        O(N·D) and a few tiles, in the backward too, which computes the logits again. With
-        ``gather_distributed`` N is the number of pairs of all processes. ``labels`` cost as much
-        again: the matches run in tiles of their own.
+        O(N·D) and a few tiles, in "triton" a strip of at most 256 MiB. The forward leaves the
+        gradients to the backward, N·D numbers of either side; with "none" the backward computes
+        the logits again. With ``gather_distributed`` N is the number of pairs of all processes.
+        ``labels`` cost as much again: the matches run in tiles of their own.
 
     References:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv 2303.15343, equation 1 and

@@ -62,9 +62,8 @@ def which_backend(
 ) -> BackendChoice:
     """Tell which backend a loss would use for these embeddings, and why not the others.
 
-    That is for its logsumexp. ``SigLIP`` needs sums of softplus, and the variants "in" and
-    "pairwise" of ``SupCon`` a sum over the columns of a class beside the other: "triton" has
-    neither.
+    That is for its logsumexp. The variants "in" and "pairwise" of ``SupCon``, and ``SigLIP`` with
+    labels, need a sum over the columns of a class beside the other, which "triton" has not.
 
     Args:
         q: embeddings (N, D), or one matrix of rows.

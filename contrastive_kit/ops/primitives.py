@@ -90,7 +90,7 @@ def kept_softplus_sum(
         k: columns (C, D).
         bias: number, or tensor of one value, which receives its gradient.
         exclusion: the pairs left out.
-        backend: "auto" or "tiled" (any device), or "reference" (the formula, memory R·C).
+        backend: "auto" or a name, see ``which_backend``. "triton" leaves out no pairs by class.
 
     Returns:
         The sums (R,).
