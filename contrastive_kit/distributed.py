@@ -21,16 +21,16 @@ _Result = TypeVar("_Result")
 def rank_and_size(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
     """Rank of this process in a group, and the number of processes there.
 
-    Where torch.distributed has not been initialised and the environment variable ``WORLD_SIZE``,
+    Where torch.distributed has not been initialized and the environment variable ``WORLD_SIZE``,
     which launchers set, is missing or 1, there is this one process: rank 0 of 1. So a program that
     gathers runs without a launcher too. A program that starts processes by itself, without that
-    variable, has to initialise them first: what it computes before is of one process.
+    variable, has to initialize them first: what it computes before is of one process.
 
     Args:
         group: the processes; None for all of them.
 
     Raises:
-        RuntimeError: where torch.distributed is missing or has not been initialised, though there
+        RuntimeError: where torch.distributed is missing or has not been initialized, though there
             is a ``group``, or ``WORLD_SIZE`` tells of several processes.
         TypeError: if ``group`` is no process group.
         ValueError: if this process is not a member of ``group``.

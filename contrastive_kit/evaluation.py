@@ -90,7 +90,7 @@ def extract_features(
         encoder: Module from images (B, 3, H, W) to features (B, D).
         batches: Pairs of images and integer labels (B,): a ``DataLoader``, or for tensors
             ``zip(images.split(256), labels.split(256))``. uint8 images are scaled to [0, 1];
-            normalise in the encoder, ``nn.Sequential(normalize, encoder)``. Wrap it in
+            normalize in the encoder, ``nn.Sequential(normalize, encoder)``. Wrap it in
             ``tqdm(...)`` for a progress bar.
         device: Where to run and where the results are; default the device of the encoder's first
             parameter, or of each batch if it has none.
@@ -155,19 +155,19 @@ def knn_accuracy(
     chunk_size: int = 1024,
     progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
 ) -> KNNResult:
-    r"""Accuracy of a weighted nearest-neighbour classifier under cosine similarity.
+    r"""Accuracy of a weighted nearest-neighbor classifier under cosine similarity.
 
     A test sample takes the class with the largest sum of :math:`\exp(s/\tau)` over its ``k`` most
     similar training samples, s being the cosine similarity (Wu et al., section 3.4). Accuracies
     compare only at equal ``k`` and ``temperature``, which is why both are part of the result.
 
     Args:
-        train_features: (N, D), any float dtype, not necessarily normalised. Half precision is
+        train_features: (N, D), any float dtype, not necessarily normalized. Half precision is
             computed in float32.
         train_labels: (N,) integers, any values.
         test_features: (M, D).
         test_labels: (M,) integers. A class that the training set lacks counts as missed.
-        k: Number of neighbours, 1 … N.
+        k: Number of neighbors, 1 … N.
         temperature: τ > 0.
         chunk_size: Test samples at a time. Memory is ``chunk_size`` · (N + number of classes)
             floats beside the features.
@@ -212,7 +212,7 @@ def knn_accuracy(
     for queries, labels in chunks if progress is None else progress(chunks):
         similarity = _unit_rows(queries) @ bank.T
         nearest, index = similarity.topk(k, dim=1)
-        # relative to the nearest neighbour, or a small temperature overflows
+        # relative to the nearest neighbor, or a small temperature overflows
         weight = ((nearest - nearest[:, :1]) / temperature).exp()
         votes = weight.new_zeros(len(queries), len(classes))
         votes.scatter_add_(1, targets[index], weight)
@@ -235,11 +235,11 @@ def linear_probe(
 ) -> LinearProbeResult:
     r"""Accuracy of a multinomial logistic regression on frozen features.
 
-    Features are standardised with the training set's mean and standard deviation, then
+    Features are standardized with the training set's mean and standard deviation, then
 
     .. math:: \frac1N \sum_i \mathrm{CE}(W x_i + b, y_i) + \frac{\lambda}{2} \lVert W \rVert^2
 
-    is minimised by L-BFGS over the whole set from zero. With several values of λ, each is fitted
+    is minimized by L-BFGS over the whole set from zero. With several values of λ, each is fitted
     on a random part of the *training* set (each starting from the solution for the next larger
     λ), the one with the best accuracy on the rest is chosen, the largest on a tie, and fitted
     again on the whole training set. The test set is used once, for the returned accuracy.

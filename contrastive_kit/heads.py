@@ -24,10 +24,10 @@ class ProjectionHead(nn.Module):
     3           (Linear, BN, ReLU) × 2, Linear, BN   SimCLR v2
     ==========  ===================================  ============================
 
-    Where normalisation and biases go follows the authors' code, not the bias-free formula in
+    Where normalization and biases go follows the authors' code, not the bias-free formula in
     the paper, :math:`g(h) = W^{(2)} \max(0, W^{(1)} h)`:
 
-    - with batch normalisation, every linear layer is followed by it, *the last one included*; no
+    - with batch normalization, every linear layer is followed by it, *the last one included*; no
       linear layer has a bias (BN removes it), hidden BN layers have a scale and a shift, the last
       BN layer a scale only;
     - without, hidden layers have a bias and the last layer has none.
@@ -37,8 +37,8 @@ class ProjectionHead(nn.Module):
         hidden_dim: Width of the hidden layers; default ``in_dim``. Only for 2 and 3 layers.
         out_dim: Size of the embedding ``z``. With ``layers=0`` it has to equal ``in_dim``.
         layers: Number of linear layers, 0 to 3.
-        batch_norm: Whether batch normalisation follows each linear layer. Without a linear layer
-            there is nothing to normalise.
+        batch_norm: Whether batch normalization follows each linear layer. Without a linear layer
+            there is nothing to normalize.
 
     Raises:
         TypeError: A size or ``layers`` is not an integer, ``batch_norm`` not True or False.
@@ -47,7 +47,7 @@ class ProjectionHead(nn.Module):
             that is not (N, ``in_dim``).
 
     Shape:
-        Input (N, ``in_dim``), output (N, ``out_dim``), not L2-normalised: the losses do that.
+        Input (N, ``in_dim``), output (N, ``out_dim``), not L2-normalized: the losses do that.
 
     References:
         SimCLR, https://arxiv.org/abs/2002.05709, sections 2.1 and 4.2;

@@ -32,7 +32,7 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     .. math:: \frac{1}{N} \sum_i \lVert u_i - v_i \rVert^\alpha
 
     Args:
-        z1: embeddings of the first views, (N, D), any floating dtype; normalised here.
+        z1: embeddings of the first views, (N, D), any floating dtype; normalized here.
         z2: embeddings of the second views, like ``z1``.
         alpha: the exponent α > 0.
 
@@ -77,7 +77,7 @@ def uniformity(z: Tensor, *, t: float = 2.0, backend: BackendName = "auto") -> T
     losses, at temperature 1 / (2t), over all pairs but an embedding and itself.
 
     Args:
-        z: embeddings (N, D), N ≥ 2, any floating dtype; normalised here. Give one view of each
+        z: embeddings (N, D), N ≥ 2, any floating dtype; normalized here. Give one view of each
             image: with two, the positive pairs count as well.
         t: the scale t > 0.
         backend: "auto" or a name, see ``which_backend``.
@@ -273,7 +273,7 @@ def feature_std(z: Tensor) -> Tensor:
     The standard deviation divides by N.
 
     Args:
-        z: embeddings (N, D), N ≥ 2, any floating dtype; normalised here.
+        z: embeddings (N, D), N ≥ 2, any floating dtype; normalized here.
 
     Returns:
         A 0-dim tensor, in [0, 1]; float64 if ``z`` is, float32 otherwise.

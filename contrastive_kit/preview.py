@@ -33,13 +33,13 @@ def contact_sheet(images: Sequence[Tensor], augment: SimCLRAugment) -> Tensor:
 
     Args:
         images: Each ``(3, H_i, W_i)`` uint8.
-        augment: Makes the views, one column each, without normalising them.
+        augment: Makes the views, one column each, without normalizing them.
 
     Returns:
         The sheet, ``(3, height, width)`` uint8, white between the pictures.
 
     Raises:
-        ValueError: If there are no images, or the recipe normalises.
+        ValueError: If there are no images, or the recipe normalizes.
 
     Example:
         >>> image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
@@ -51,7 +51,7 @@ def contact_sheet(images: Sequence[Tensor], augment: SimCLRAugment) -> Tensor:
     if not images:
         raise ValueError("images must hold at least one image, got none")
     if augment.recipe.normalize is not None:
-        raise ValueError("augment must not normalise, got normalize in the recipe")
+        raise ValueError("augment must not normalize, got normalize in the recipe")
     originals = torch.stack([_fit(image, augment.recipe.size) for image in images])
     views = augment(images)
     rows = torch.stack((originals, *(view.to(originals.dtype) for view in views)), dim=1)
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
     parser.add_argument("--size", type=int, default=224, help="side of a view (default 224)")
     parser.add_argument("--recipe", choices=RECIPES, default="simclr", help="default simclr")
-    parser.add_argument("--strength", type=float, help="of the colours (the recipe's own)")
+    parser.add_argument("--strength", type=float, help="of the colors (the recipe's own)")
     parser.add_argument("--views", type=int, help="views of each image (default 6; byol makes 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="default views.png")

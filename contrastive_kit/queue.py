@@ -35,13 +35,13 @@ class NegativeQueue(nn.Module):
 
     A call returns what the queue holds and then, in training mode only, takes in the keys it was
     given; so no key is a negative of its own query. The queue begins empty and grows to ``size``;
-    an empty one makes the loss 0, see ``fill_at_random``. Keys are stored detached and normalised,
+    an empty one makes the loss 0, see ``fill_at_random``. Keys are stored detached and normalized,
     in the order of their coming; a batch may have any number of keys, also more than ``size``, of
     which the last ones stay. A key with NaN or inf is not taken in: its place keeps the key that it
     had, or a zero row, which has cosine 0 to all.
 
     What it holds is part of the ``state_dict``. Rows are stored in the dtype and on the device of
-    the module, float32 at first, and normalised in at least float32 also under autocast. Nothing
+    the module, float32 at first, and normalized in at least float32 also under autocast. Nothing
     waits for a GPU (but the exchange of sizes, with NCCL alone: see ``row_counts``).
     ``torch.compile`` breaks the graph here and compiles the rest.
 
@@ -134,7 +134,7 @@ class NegativeQueue(nn.Module):
         """Negatives from earlier calls, and the keys go into the queue if it is in training mode.
 
         Args:
-            keys: embeddings (n, D), any floating dtype, not necessarily normalised. With n = 0 the
+            keys: embeddings (n, D), any floating dtype, not necessarily normalized. With n = 0 the
                 queue stays as it is, or takes in the keys of the other processes.
             labels: integers (n,), the label of each key, where the queue holds labels.
 

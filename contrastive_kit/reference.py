@@ -1,6 +1,6 @@
 """The losses as their papers write them. Read this page first; every faster path must equal it.
 
-Everything is materialised (memory O(N²), or O(N·K) with K negatives) and differentiated by
+Everything is materialized (memory O(N²), or O(N·K) with K negatives) and differentiated by
 autograd alone, so these functions are the oracle of the tests and the ``reference`` backend. They
 take what the formulas take and check nothing; their ``options`` are what ``_cross_entropy`` takes.
 Equation numbers are those of ``docs/nt_xent.md``.

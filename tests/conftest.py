@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, poisoned uninitialised memory, and honest GPU skips."""
+"""What every test gets: a fixed seed, poisoned uninitialized memory, and honest GPU skips."""
 
 import os
 
@@ -60,7 +60,7 @@ def interpreter_patches_once_a_launch():
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """Uninitialised floats are NaN, so that a result which reads them cannot look right."""
+    """Uninitialized floats are NaN, so that a result which reads them cannot look right."""
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_EMPTY(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_EMPTY_LIKE(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(_NEW_EMPTY(*a, **k)))

@@ -42,7 +42,7 @@ def test_stem_keeps_or_quarters_the_resolution(stem, side):
     assert sides == [(side, side)]
 
 
-def test_cifar_stem_is_initialised_like_torchvisions_convolutions():
+def test_cifar_stem_is_initialized_like_torchvisions_convolutions():
     weight = resnet_encoder("resnet18", stem="cifar").conv1.weight
     assert weight.shape == (64, 3, 3, 3)
     assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)

@@ -21,9 +21,9 @@ from contrastive_kit.evaluation import (
 def gaussian_classes(n, d, classes, *, seed, spread=1.0, dtype=torch.float64):
     """Overlapping classes, so that accuracies are far from 0 and 1; labels are not 0, 1, 2."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, classes, (n,), generator=generator)
-    x = spread * centres[labels] + torch.randn(n, d, generator=generator)
+    x = spread * centers[labels] + torch.randn(n, d, generator=generator)
     return x.to(dtype), labels * 7 - 3
 
 
@@ -56,7 +56,7 @@ def test_knn_is_sklearns(n, m, d, classes, chunk_size, temperature, seed, data):
 
 
 def test_knn_closed_form():
-    """Two far neighbours against one near one: the temperature decides who wins."""
+    """Two far neighbors against one near one: the temperature decides who wins."""
     train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     labels = torch.tensor([5, 2, 2])
     angle = torch.tensor(0.6)

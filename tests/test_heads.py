@@ -55,7 +55,7 @@ def test_no_layer_returns_its_input():
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_formula(layers, batch_norm):
-    """Every layer by hand, with parameters that are not those of the initialisation."""
+    """Every layer by hand, with parameters that are not those of the initialization."""
     head = ProjectionHead(6, None if layers == 1 else 5, 4, layers=layers, batch_norm=batch_norm)
     head.double()
     with torch.no_grad():

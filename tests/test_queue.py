@@ -14,7 +14,7 @@ from contrastive_kit import InfoNCE, NegativeQueue, SupCon
 from contrastive_kit.functional import info_nce, sup_con
 
 
-def normalised(x):
+def normalized(x):
     return F.normalize(x.double(), dim=1)
 
 
@@ -42,7 +42,7 @@ def test_it_is_a_list_of_the_last_keys_seen_in_training(size, steps):
             rtol=0, atol=1e-7,
         )  # fmt: skip
         if training:
-            expected = [*expected, *normalised(keys)][-size:]
+            expected = [*expected, *normalized(keys)][-size:]
         assert_holds(queue, expected)
 
 
@@ -50,7 +50,7 @@ def test_the_comparison_can_fail():
     queue = NegativeQueue(3, 4)
     keys = torch.randn(2, 3)
     queue(keys)
-    for wrong in (keys, normalised(keys).flip(0), normalised(keys)[:1]):
+    for wrong in (keys, normalized(keys).flip(0), normalized(keys)[:1]):
         with pytest.raises(AssertionError):
             assert_holds(queue, list(wrong.double()))
 
@@ -105,7 +105,7 @@ def test_a_key_that_is_not_finite_is_not_taken_in(bad):
     first = torch.randn(3, 3)
     first[1, 2] = bad
     queue(first)
-    expected = list(normalised(first))
+    expected = list(normalized(first))
     expected[1] = torch.zeros(3, dtype=torch.float64)
     assert_holds(queue, expected)
     queue(torch.randn(3, 3))
@@ -114,7 +114,7 @@ def test_a_key_that_is_not_finite_is_not_taken_in(bad):
     old = queue.negatives()
     queue(second)
     # The queue wraps: the bad key should have gone where the oldest was.
-    assert_holds(queue, [old.double()[3], old.double()[0], *normalised(second)[1:]])
+    assert_holds(queue, [old.double()[3], old.double()[0], *normalized(second)[1:]])
 
 
 def test_extreme_keys_are_stored_as_unit_rows():
@@ -130,13 +130,13 @@ def test_dtypes_of_keys_and_of_the_queue(dtype):
     queue = NegativeQueue(6, 9)
     queue(keys)
     assert queue.negatives().dtype == torch.float32
-    torch.testing.assert_close(queue.negatives(), normalised(keys).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(queue.negatives(), normalized(keys).float(), rtol=0, atol=1e-6)
     queue = NegativeQueue(6, 9).to(dtype)
     queue(keys.float())
     assert queue.negatives().dtype == dtype
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(
-        queue.negatives().double(), normalised(keys.float()), rtol=rounding, atol=rounding
+        queue.negatives().double(), normalized(keys.float()), rtol=rounding, atol=rounding
     )
 
 
@@ -145,7 +145,7 @@ def test_autocast_does_not_round_the_rows():
     keys = torch.randn(4, 6)
     with torch.autocast("cpu", torch.bfloat16):
         queue(keys)
-    torch.testing.assert_close(queue.negatives(), normalised(keys).float(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(queue.negatives(), normalized(keys).float(), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("taken", [0, 3, 5, 12])

@@ -57,7 +57,7 @@ def similarity_distillation(
     entropy of the teacher, a constant.
 
     Args:
-        query: embeddings (N, D) of the student, any floating dtype, normalised here.
+        query: embeddings (N, D) of the student, any floating dtype, normalized here.
         key: the candidates (M, D), any number of them. A queue that is still empty has M = 0, and
             all losses are 0.
         teacher_query: embeddings (N, E) of the teacher for the images of ``query``, of any length
@@ -89,7 +89,7 @@ def similarity_distillation(
             ``sample_weight`` with ``symmetric``, a temperature that is not positive and finite, an
             unknown ``reduction`` or ``backend``; on every process, if one of them raises, or they
             differ in options, or in embeddings but for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group where
+        RuntimeError: for ``gather_distributed`` without an initialized process group where
             ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 

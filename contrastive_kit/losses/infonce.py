@@ -115,7 +115,7 @@ def info_nce(
     queue), or with ``in_batch_negatives=True`` both (mined negatives, a queue beside the batch).
 
     Args:
-        query: embeddings (N, D), any floating dtype, normalised here; N ≥ 2 without ``negatives``.
+        query: embeddings (N, D), any floating dtype, normalized here; N ≥ 2 without ``negatives``.
         key: embeddings (N, D); row i is the positive of row i of ``query``.
         negatives: None, or embeddings (K, D) shared by all queries, or (N, K, D): K per query,
             which no other query sees. With K = 0 shared ones, as in a queue that is still empty,
@@ -190,7 +190,7 @@ def info_nce(
             is not positive and finite, an option out of its range, ``label_smoothing`` with
             ``hardness``, an unknown ``reduction`` or ``backend``; on every process, if one of them
             raises, or they differ in options, or in embeddings but for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group where
+        RuntimeError: for ``gather_distributed`` without an initialized process group where
             ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 

@@ -91,7 +91,7 @@ def nt_xent(
     process_group: "ProcessGroup | None" = None,
     backend: BackendName = "auto",
 ) -> LossOutput:
-    r"""NT-Xent, the normalised temperature-scaled cross entropy of SimCLR.
+    r"""NT-Xent, the normalized temperature-scaled cross entropy of SimCLR.
 
     .. math::
 
@@ -105,7 +105,7 @@ def nt_xent(
     log-probabilities, all of them in the denominator.
 
     Args:
-        z1: embeddings of the first views, (N, D), N ≥ 2, any floating dtype. They are normalised
+        z1: embeddings of the first views, (N, D), N ≥ 2, any floating dtype. They are normalized
             here: their lengths do not matter. A zero row has cosine 0 to all and a zero gradient.
         z2: embeddings of the second views, like ``z1``.
         *more_views: embeddings of further views, like ``z1``.
@@ -162,7 +162,7 @@ def nt_xent(
             next to one it cannot be combined with, an unknown ``reduction`` or ``backend``; on
             every process, if one of them raises, or they differ in options, or in embeddings but
             for their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group where
+        RuntimeError: for ``gather_distributed`` without an initialized process group where
             ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 

@@ -112,7 +112,7 @@ def siglip(
     images of a class.
 
     Args:
-        z1: embeddings (N, D), any floating dtype, normalised here.
+        z1: embeddings (N, D), any floating dtype, normalized here.
         z2: embeddings (N, D); row i matches row i of ``z1``. With ``z2_labels`` (M, D).
         temperature: τ > 0, at least 1.2e-7 (2.3e-16 in float64), or a tensor of one value, which
             then receives its gradient; 1 / τ is the scale t of the paper. The value of a tensor is
@@ -156,7 +156,7 @@ def siglip(
             ``ids``, ``z2_labels`` or ``balance_positives`` without ``labels``, an unknown
             ``reduction`` or ``backend``; on every process, if one of them raises, or they differ
             in embeddings or options.
-        RuntimeError: for ``gather_distributed`` without an initialised process group where
+        RuntimeError: for ``gather_distributed`` without an initialized process group where
             ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 

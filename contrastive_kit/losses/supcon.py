@@ -127,7 +127,7 @@ def sup_con(
 
     Args:
         *views: one or more views, embeddings (N, D) each, N ≥ 2 (1 with ``keys``), any floating
-            dtype, normalised here. Row i of every view is image i.
+            dtype, normalized here. Row i of every view is image i.
         labels: integers (N,), the label of each image; or numbers (N, C) ≥ 0 of any dtype, its
             labels among C: a positive then counts by the product of both rows, for zeros and ones
             the number of shared labels. Only for the variant "out", without ``keys`` and
@@ -178,7 +178,7 @@ def sup_con(
             positive and finite, an unknown ``variant``, ``reduction`` or ``backend``; on every
             process, if one of them raises, or they differ in options, or in embeddings but for
             their number.
-        RuntimeError: for ``gather_distributed`` without an initialised process group where
+        RuntimeError: for ``gather_distributed`` without an initialized process group where
             ``WORLD_SIZE`` tells of several processes (one process has nothing to gather); under
             ``torch.jit.trace``, which would keep the size of the batch.
 

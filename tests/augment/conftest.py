@@ -15,7 +15,7 @@ MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BI
 
 
 def make_images(batch, height, width, dtype=torch.float32, seed=0):
-    """Noise over a ramp, with grey, saturated, black, white and tied pixels among it."""
+    """Noise over a ramp, with gray, saturated, black, white and tied pixels among it."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(batch, 3, height, width, generator=generator)
     ramp = torch.linspace(0, 1, width) * torch.linspace(0.2, 1, height)[:, None]

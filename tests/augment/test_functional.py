@@ -45,7 +45,7 @@ def test_the_comparison_notices_a_small_error(make_images):
         close(ck.adjust_hue(images, 0.1), v1.adjust_hue(images, 0.1001))
 
 
-def test_hue_of_every_8_bit_colour_on_a_grid():
+def test_hue_of_every_8_bit_color_on_a_grid():
     levels = torch.tensor([0, 1, 2, 63, 64, 127, 128, 200, 254, 255]) / 255
     colors = torch.tensor(list(itertools.product(levels.tolist(), repeat=3)))
     images = colors.T.reshape(1, 3, 10, 100)
@@ -241,7 +241,7 @@ def test_gradient(name):
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_gradient_of_grey_pixels_is_finite(name):
+def test_gradient_of_gray_pixels_is_finite(name):
     images = torch.full((2, 3, 4, 4), 0.4, requires_grad=True)
     SAMPLE[name](images).sum().backward()
     assert images.grad.isfinite().all()

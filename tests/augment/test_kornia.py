@@ -111,12 +111,12 @@ def test_the_view_is_the_recipe(images, torchvision_view):
 
 
 def blob(height, width, x, y):
-    """An image of one smooth spot, whose centre of mass is where it is."""
+    """An image of one smooth spot, whose center of mass is where it is."""
     ys, xs = torch.arange(height)[:, None], torch.arange(width)
     return torch.exp(-((xs - x) ** 2 + (ys - y) ** 2) / 18.0)[None, None]
 
 
-def centre(image):
+def center(image):
     weight = image.flatten(0, 1).sum(0).double()
     ys, xs = torch.arange(weight.shape[0])[:, None], torch.arange(weight.shape[1])
     return torch.stack([(weight * xs).sum(), (weight * ys).sum()]) / weight.sum()
@@ -141,7 +141,7 @@ def test_keypoints_boxes_and_the_matrix_follow_the_image(module):
     pipeline = AugmentationSequential(module, data_keys=["input", "keypoints", "bbox_xyxy"])
     for _ in range(5):
         result, moved, moved_boxes = pipeline(image.expand(1, 3, -1, -1), keypoints, boxes)
-        found = centre(result)
+        found = center(result)
         torch.testing.assert_close(moved[0, 0].double(), found, atol=0.05, rtol=0)
         corners = moved_boxes[0, 0].double()
         # kornia boxes are pixel boxes: their far corner is one pixel further.
@@ -168,7 +168,7 @@ def test_masks_follow_the_image_and_keep_their_labels(name):
 
 
 @pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "solarize"])
-def test_masks_boxes_and_keypoints_are_not_touched_by_colours(name, images):
+def test_masks_boxes_and_keypoints_are_not_touched_by_colors(name, images):
     pipeline = AugmentationSequential(
         MODULES[name](), data_keys=["input", "mask", "keypoints", "bbox_xyxy"]
     )

@@ -111,9 +111,9 @@ def test_geometry_of_what_follows(ours):
     rotation = K.RandomRotation(30.0, p=1.0)
     pipeline = K.AugmentationSequential(PAIRS[ours][0](), rotation, data_keys=["input"])
     pipeline(torch.ones(4, 3, 96, 88))
-    centre = torch.tensor([(SIZE[1] - 1) / 2, (SIZE[0] - 1) / 2, 1.0])
+    center = torch.tensor([(SIZE[1] - 1) / 2, (SIZE[0] - 1) / 2, 1.0])
     torch.testing.assert_close(
-        rotation.transform_matrix @ centre, centre.expand(4, 3), atol=1e-4, rtol=0
+        rotation.transform_matrix @ center, center.expand(4, 3), atol=1e-4, rtol=0
     )
 
 

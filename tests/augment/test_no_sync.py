@@ -68,7 +68,7 @@ def run(monkeypatch, module, batch, size=64, dtype=torch.uint8):
 
 RECIPES = {
     "simclr": lambda **o: SimCLRAugment(64, **o),
-    "normalised half": lambda **o: SimCLRAugment(
+    "normalized half": lambda **o: SimCLRAugment(
         64, normalize=((0.5,) * 3, (0.2,) * 3), dtype=torch.float16, **o
     ),
     "google": lambda **o: SimCLRAugment(64, recipe=GOOGLE_RESEARCH, **o),

@@ -61,7 +61,7 @@ def test_command_line_writes_the_same_picture_again(tmp_path):
     assert Image.open(tmp_path / "c.jpg").size == (4 + 3 * 28, 32)
 
 
-def test_pictures_are_read_upright_and_in_colour(tmp_path):
+def test_pictures_are_read_upright_and_in_color(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = save(tmp_path / "turned.jpg", 20, 30, exif=exif)
@@ -197,7 +197,7 @@ def test_bad_calls():
     with pytest.raises(ValueError, match="images must hold at least one"):
         contact_sheet([], SimCLRAugment(8))
     augment = SimCLRAugment(8, normalize=((0, 0, 0), (1, 1, 1)))
-    with pytest.raises(ValueError, match="augment must not normalise"):
+    with pytest.raises(ValueError, match="augment must not normalize"):
         contact_sheet([torch.zeros(3, 9, 9, dtype=torch.uint8)], augment)
 
 

@@ -35,7 +35,7 @@ CASES = {
     "33x20 from 50x41": ((33, 20), (12, 50, 41), {"blur": True, "kernel_size": 5}),
     "96 from 64x128": (96, (6, 64, 128), {}),
     "224 from 256": (224, (4, 256, 256), {}),
-    "normalised": (40, (12, 50, 60), {"blur": True, "normalize": IMAGENET_NORMALIZATION}),
+    "normalized": (40, (12, 50, 60), {"blur": True, "normalize": IMAGENET_NORMALIZATION}),
     "bicubic": (24, (8, 60, 40), {"blur": True, "interpolation": "bicubic"}),
     "strong hue, solarized": (
         16,
@@ -58,7 +58,7 @@ def test_equals_torchvision(case, dtype, backend, make_images, torchvision_view,
     expected = expected_views(augment, images, params, torchvision_view)
     result = torch.cat(views)
     if dtype == torch.uint8:
-        # Half a grey level may round the other way, and the colours may amplify that 1.8^3 times.
+        # Half a gray level may round the other way, and the colors may amplify that 1.8^3 times.
         assert (result - expected).abs().mean() < 1e-3
     else:
         atol = 1e-5 / (0.225 if augment.recipe.normalize else 1)
@@ -336,8 +336,8 @@ def test_recipes():
     assert CIFAR.taps == 0
     assert SimCLRAugment(8, strength=2.0).recipe.color_ranges[1] == (0.0, 2.6)
     for make in (SimCLRAugment, lambda *_, **options: Recipe(**options)):
-        with pytest.raises(TypeError, match="colour"):
-            make(8, colour=1)
+        with pytest.raises(TypeError, match="color"):
+            make(8, color=1)
 
 
 def test_options_replace_those_of_the_recipe():

@@ -110,7 +110,7 @@ def after_the_crop(crops, table, recipe):
 CASES = {
     "32 from 32": (32, (8, 32, 32), {"blur": True}),
     "33x20 from 50x41": ((33, 20), (6, 50, 41), {"blur": True, "kernel_size": 5}),
-    "96 from 64x128, normalised": (96, (2, 64, 128), {"normalize": IMAGENET_NORMALIZATION}),
+    "96 from 64x128, normalized": (96, (2, 64, 128), {"normalize": IMAGENET_NORMALIZATION}),
     "224 from 256": (224, (2, 256, 256), {"views": 1}),
     "16 from 97x130": (16, (2, 97, 130), {"blur": False}),
     "bicubic": (24, (4, 60, 40), {"interpolation": "bicubic"}),
@@ -197,7 +197,7 @@ def test_floats_equal_torchvision(make_images, torchvision_view):
 
 
 @on_device
-def test_crops_of_one_pixel_and_every_order_of_the_colours(make_images):
+def test_crops_of_one_pixel_and_every_order_of_the_colors(make_images):
     import itertools
 
     augment = SimCLRAugment(9, views=1, blur=False)

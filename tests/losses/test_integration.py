@@ -157,11 +157,11 @@ def test_a_learnable_module_trains_compiled_as_it_does_eagerly(module):
     for compiled in (False, True):
         loss_fn = copy.deepcopy(module).double()
         call = torch.compile(loss_fn, fullgraph=True, backend="aot_eager") if compiled else loss_fn
-        optimiser = torch.optim.SGD(loss_fn.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(loss_fn.parameters(), lr=0.05)
         for _ in range(6):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             call(a, b).backward()
-            optimiser.step()
+            optimizer.step()
         results.append((call(a, b).detach(), loss_fn.logit_scale.detach()))
     torch.testing.assert_close(results[1], results[0])
     assert abs(results[0][1] - module.logit_scale) > 1e-3

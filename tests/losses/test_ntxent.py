@@ -376,13 +376,13 @@ class TestModule:
     def test_a_learnable_temperature_is_saved_and_learned(self):
         views = random_views(2, 16, 8, torch.float32)
         loss_fn = NTXent(0.5, learnable_temperature=True)
-        optimiser = torch.optim.SGD(loss_fn.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(loss_fn.parameters(), lr=0.1)
         losses = []
         for _ in range(20):
             loss = loss_fn(*views)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
         restored = NTXent(0.1, learnable_temperature=True)

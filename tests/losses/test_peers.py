@@ -3,18 +3,18 @@
 Conventions, as found in lightly 1.6, pytorch-metric-learning 2.9 and open_clip 3.3. All of them
 average over anchors as we do, so the factor is 1 wherever none is noted:
 
-* lightly ``NTXentLoss`` normalises; with a memory bank it is InfoNCE with shared negatives, which
+* lightly ``NTXentLoss`` normalizes; with a memory bank it is InfoNCE with shared negatives, which
   get no gradient.
-* pytorch-metric-learning ``NTXentLoss`` normalises, and averages over positive pairs. With more
+* pytorch-metric-learning ``NTXentLoss`` normalizes, and averages over positive pairs. With more
   than two views the denominator of a pair leaves the other positives out, unlike L_out: it is
   SupCon "pairwise", but for the mean, in which an anchor counts as often as it has positives.
 * info-nce-pytorch ``InfoNCE`` normalizes; its negatives replace those of the batch, as ours do.
-* open_clip ``ClipLoss`` takes normalised embeddings and 1 / temperature.
-* lightly ``DCLLoss`` normalises; one logsumexp over the negatives of both views, as equation 6.
-* pytorch-metric-learning ``SupConLoss`` normalises, and averages over the anchors whose loss is
+* open_clip ``ClipLoss`` takes normalized embeddings and 1 / temperature.
+* lightly ``DCLLoss`` normalizes; one logsumexp over the negatives of both views, as equation 6.
+* pytorch-metric-learning ``SupConLoss`` normalizes, and averages over the anchors whose loss is
   above 0: those with a positive, as we do, but also not those whose loss has come down to 0. It
   is 0 for a batch of one label. Its mean of positives divides by their number plus 1e-38.
-* open_clip ``SigLipLoss`` takes normalised embeddings, 1 / temperature and the bias.
+* open_clip ``SigLipLoss`` takes normalized embeddings, 1 / temperature and the bias.
 * ``label_smoothing`` is compared with torch's own cross entropy and ``hardness`` with the authors'
   estimator in test_options.py, L_out with the authors' code, which is no package, in
   test_supcon.py.

@@ -427,13 +427,13 @@ class TestModule:
     def test_scale_and_bias_learn_and_are_saved(self):
         z1, z2 = random_pairs(16, 8, torch.float32)
         loss_fn = SigLIP()
-        optimiser = torch.optim.SGD(loss_fn.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(loss_fn.parameters(), lr=0.05)
         losses = []
         for _ in range(20):
             loss = loss_fn(z1, z2)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
         assert loss_fn.logit_bias.item() != -10

@@ -140,7 +140,7 @@ def test_views_are_images_of_the_same_label():
 
 
 def test_is_the_published_formula_of_the_authors_code():
-    """SupContrast: temperature over base temperature in front, features normalised by the caller.
+    """SupContrast: temperature over base temperature in front, features normalized by the caller.
 
     With its defaults, 0.07 and 0.07, the factor is 1.
     """

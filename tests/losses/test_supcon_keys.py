@@ -171,7 +171,7 @@ def test_a_tiny_loss_keeps_its_digits(symmetric, captions):
 def test_is_the_bidirectional_loss_of_unicl():
     """Yang et al., arXiv 2204.03610: soft targets over the captions of the same label, both ways.
 
-    The authors' code normalises the targets of each row and averages the two cross entropies.
+    The authors' code normalizes the targets of each row and averages the two cross entropies.
     """
     query, key = random_sides(6, 12, 12)
     labels = torch.arange(12) % 5

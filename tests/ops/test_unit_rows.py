@@ -1,4 +1,4 @@
-"""Normalised and scaled rows: exact, safe at the ends of the range, right gradients."""
+"""Normalized and scaled rows: exact, safe at the ends of the range, right gradients."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from contrastive_kit.ops import scaled_unit_rows, unit_rows
 
 @pytest.mark.parametrize("shape", [(2, 1), (3, 7), (63, 60), (5, 3, 4)])
 @pytest.mark.parametrize("temperature", [0.07, torch.tensor(0.5, dtype=torch.float64)])
-def test_equals_normalise_and_divide(shape, temperature):
+def test_equals_normalize_and_divide(shape, temperature):
     views = tuple(torch.randn(3, *shape, dtype=torch.float64).unbind(0))
     expected = F.normalize(torch.stack(views), dim=-1) / temperature**0.5
     assert_within(scaled_unit_rows(views, temperature), expected, 1e-15)

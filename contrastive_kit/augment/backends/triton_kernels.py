@@ -274,7 +274,7 @@ def color_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     CHANNEL_MEAN: tl.constexpr, HSV: tl.constexpr, BLUR: tl.constexpr,
 ):  # fmt: skip
-    """Colour jitter and grayscale; then to ``sharp`` what will be blurred, the rest to ``out``."""
+    """Color jitter and grayscale; then to ``sharp`` what will be blurred, the rest to ``out``."""
     _, row, tile = _place(batch, views, tiles)
     params = table + row * N_COLUMNS
     pixel = tile * BLOCK + tl.arange(0, BLOCK)
