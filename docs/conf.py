@@ -1,6 +1,8 @@
 """Sphinx configuration."""
 
 import os
+import sys
+from pathlib import Path
 
 from contrastive_kit import __version__
 
@@ -15,6 +17,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
     "sphinx-mathjax-offline",
 ]
 if os.environ.get("READTHEDOCS"):  # needs a network
@@ -24,9 +27,20 @@ if os.environ.get("READTHEDOCS"):  # needs a network
         "torch": ("https://docs.pytorch.org/docs/stable", None),
         "kornia": ("https://kornia.readthedocs.io/en/stable", None),
     }
+# The tutorial runs when it has changed, with the photographs of the examples.
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "tutorial",
+    "download_all_examples": False,
+    "min_reported_time": 1e9,
+    "show_memory": False,
+    "write_computation_times": False,
+    "image_scrapers": ("matplotlib",),
+}
 myst_enable_extensions = ["dollarmath", "amsmath"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}  # what autosummary writes
-exclude_patterns = ["_build", "_*.md"]
+exclude_patterns = ["_build", "_*.md", "tutorials", "sg_execution_times.rst"]
 templates_path = ["_templates"]
 html_theme = "furo"
 autodoc_typehints = "description"
