@@ -111,7 +111,7 @@ def _logits_at_once(setting):
     )
 
 
-@pytest.mark.parametrize("subject", arms.SUBJECTS)
+@pytest.mark.parametrize("subject", [x for x in arms.SUBJECTS if x != "siglip"])
 @pytest.mark.slow
 def test_an_arm_is_one_entry(monkeypatch, store, subject):
     """Of a peer without a mask: its NT-Xent counts the anchor, and is judged by that."""
