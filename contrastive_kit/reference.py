@@ -32,7 +32,7 @@ def decoupled_nt_xent(
     positive_prior: float = 0.0,
     false_negative_margin: float = torch.inf,
 ) -> Tensor:
-    """NT-Xent without the positive in its denominator, equation (11): (V, N)."""
+    """NT-Xent without the positive in its denominator, equation (12): (V, N)."""
     positive_logits, negative_logits = _pairs(views, temperature, ids)
     negative_logits = _without_false(
         positive_logits, negative_logits, temperature, false_negative_margin
@@ -50,7 +50,7 @@ def sog_clr(
     normalizer: Tensor,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """SogCLR, equation (39): the losses (V, N), and the new normalizers of the images, (N,).
+    """SogCLR, equation (32): the losses (V, N), and the new normalizers of the images, (N,).
 
     ``normalizer`` (N,) is that of each image before, 0 for one that has not been seen. The gradient
     is that of the mean over the negatives, divided by the normalizer.
@@ -79,7 +79,7 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE within a batch, equation (9): row i against every key with another id, (N,).
 
-    By equation (21) also against ``negatives``, (K, D) or (N, K, D), with another id, against the
+    By equation (11) also against ``negatives``, (K, D) or (N, K, D), with another id, against the
     other queries, and its key against the other keys, if asked for.
     """
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
@@ -112,7 +112,7 @@ def info_nce_with_negatives(
 def sup_con(
     views: Tensor, labels: Tensor, temperature: float | Tensor, variant: str = "out"
 ) -> Tensor:
-    """SupCon, equation (15), (16) or (32) by ``variant``, of ``views`` (V, N, D): (V, N).
+    """SupCon, equation (19), (20) or (22) by ``variant``, of ``views`` (V, N, D): (V, N).
 
     NaN where an anchor has no positive.
     """
@@ -125,7 +125,7 @@ def sup_con(
 
 
 def sup_con_of_multi_hot(views: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
-    """SupCon with positives weighted by shared labels (N, C), equation (36): (V, N).
+    """SupCon with positives weighted by shared labels (N, C), equation (23): (V, N).
 
     NaN where an anchor shares no label with another row.
     """
@@ -164,7 +164,7 @@ def siglip(
     bias: float | Tensor,
     ids: Tensor | None = None,
 ) -> Tensor:
-    """The sigmoid loss, equation (17): each row of ``z1`` against all of ``z2``, (N,)."""
+    """The sigmoid loss, equation (25): each row of ``z1`` against all of ``z2``, (N,)."""
     logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature + bias
     pair = torch.eye(len(z1), dtype=torch.bool, device=z1.device)
     loss = -F.logsigmoid(torch.where(pair, logits, -logits))
@@ -183,7 +183,7 @@ def siglip_with_labels(
     *,
     balance_positives: bool = False,
 ) -> Tensor:
-    """The sigmoid loss whose matches are the pairs of equal label, equation (33) or (34): (N,)."""
+    """The sigmoid loss whose matches are the pairs of equal label, equation (28) or (29): (N,)."""
     logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature + bias
     match = labels[:, None] == z2_labels[None, :]
     loss = -F.logsigmoid(torch.where(match, logits, -logits))
@@ -202,7 +202,7 @@ def similarity_distillation(
     temperature: float | Tensor,
     teacher_temperature: float,
 ) -> Tensor:
-    """Cross entropy against the distribution of a teacher, equation (35): (N,)."""
+    """Cross entropy against the distribution of a teacher, equation (30): (N,)."""
     query, key, teacher_query, teacher_key = (
         F.normalize(x, dim=1) for x in (query, key, teacher_query, teacher_key)
     )
@@ -211,7 +211,7 @@ def similarity_distillation(
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """Equation (14): the mean of ``losses`` (..., N) weighted by ``weights`` (N,)."""
+    """Equation (18): the mean of ``losses`` (..., N) weighted by ``weights`` (N,)."""
     weights = weights.expand_as(losses)
     return (weights * losses).sum() / weights.sum()
 
@@ -228,7 +228,7 @@ def kept_logsumexp(q: Tensor, k: Tensor, excluded: Tensor, limits: Tensor | None
 
 
 def kept_softplus_sum(q: Tensor, k: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
-    """Equation (18): the sum of softplus over the kept entries of ``q @ k.T + bias``, (R,).
+    """Equation (26): the sum of softplus over the kept entries of ``q @ k.T + bias``, (R,).
 
     The bias is one number, or one of each row, (R, 1).
     """
@@ -267,9 +267,9 @@ def _cross_entropy(
 ) -> Tensor:
     """Cross entropy between the softmax over all pairs of a row and the target on its positives.
 
-    With ``label_smoothing`` a part of the target is spread over all pairs, equation (12); with
-    ``margin`` the positives have to be ahead by it, equation (23). With ``false_negative_margin``
-    the negatives that are ahead by more are left out, equation (37).
+    With ``label_smoothing`` a part of the target is spread over all pairs, equation (13); with
+    ``margin`` the positives have to be ahead by it, equation (16). With ``false_negative_margin``
+    the negatives that are ahead by more are left out, equation (17).
     """
     negative_logits = _without_false(
         positive_logits, negative_logits, temperature, false_negative_margin
@@ -311,7 +311,7 @@ def _of_several_positives(logits: Tensor, positive: Tensor, variant: str) -> Ten
 
 
 def _weighted_by_hardness(negative_logits: Tensor, hardness: float) -> Tensor:
-    """Equation (13): each negative counts exp(β s) over the mean of exp(β s) of its row."""
+    """Equation (14): each negative counts exp(β s) over the mean of exp(β s) of its row."""
     if hardness == 0:
         return negative_logits
     present = negative_logits != -torch.inf
@@ -327,7 +327,7 @@ def _debiased(
     temperature: float | Tensor,
     positive_prior: float,
 ) -> Tensor:
-    """Equation (22): one logit for all negatives, less what positives among them would add."""
+    """Equation (15): one logit for all negatives, less what positives among them would add."""
     if positive_prior == 0:
         return negative_logits
     n_positives, n_negatives = (

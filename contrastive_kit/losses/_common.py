@@ -87,7 +87,7 @@ def anchor_losses(
 
 
 def weighted_by_hardness(negatives: Negatives, hardness: float) -> Tensor:
-    """The logsumexp with each negative weighted by its hardness, equation (13)."""
+    """The logsumexp with each negative weighted by its hardness, equation (14)."""
     weighted, weights = negatives.at_scale(1 + hardness), negatives.at_scale(hardness)
     counts = negatives.counts()
     result = weighted - weights + counts.to(weighted.dtype).log()
@@ -97,7 +97,7 @@ def weighted_by_hardness(negatives: Negatives, hardness: float) -> Tensor:
 def debiased(
     negative_lse: Tensor, positive_logits: Tensor, counts: Tensor, prior: float, scale: Scalar
 ) -> Tensor:
-    """The logsumexp without the positives that are expected among the negatives, equation (22).
+    """The logsumexp without the positives that are expected among the negatives, equation (15).
 
     Args:
         negative_lse: (M,), logsumexp over the negatives of each anchor, weighted or not.
@@ -131,7 +131,7 @@ def limits_of_logits(
     temperature: float | Tensor,
     *embeddings: Tensor | None,
 ) -> Tensor | None:
-    """The largest logit that each anchor keeps, equation (37), constant (M,); None for no limit.
+    """The largest logit that each anchor keeps, equation (17), constant (M,); None for no limit.
 
     The slack is more than two ways of rounding one cosine differ by.
 
@@ -170,7 +170,7 @@ def positive_pair_logits(rows: Tensor) -> Tensor:
 
 
 def softmax_loss(positive_logits: Tensor, negative_lse: Tensor, decoupled: bool) -> Tensor:
-    """Loss of each anchor, equation (4), or (11) if ``decoupled``; 0 for one without negatives.
+    """Loss of each anchor, equation (4), or (12) if ``decoupled``; 0 for one without negatives.
 
     Args:
         positive_logits: (P, M), the P positives of each anchor.
@@ -197,7 +197,7 @@ def smoothed(
     negative_counts: Tensor,
     label_smoothing: float,
 ) -> Tensor:
-    """Equation (12): ``loss`` (M,) with a part of the target spread over all candidates.
+    """Equation (13): ``loss`` (M,) with a part of the target spread over all candidates.
 
     Args:
         loss: the loss of each anchor without smoothing, (M,).
@@ -219,7 +219,7 @@ def reduce(
     sample_weight: Tensor | None = None,
     weight_per_process: float | Tensor | None = None,
 ) -> Tensor:
-    """Mean, sum, or the losses (..., N) as they are, weighted by ``sample_weight``, equation (14).
+    """Mean, sum, or the losses (..., N) as they are, weighted by ``sample_weight``, equation (18).
 
     The weights are (N,). The mean is the sum of the weighted losses over that of the weights, 0 if
     they are all 0. Where a batch is spread over processes the weights are those of an average

@@ -92,7 +92,7 @@ SoftplusSumOf = Callable[[Exclusion, Tensor], Tensor]
 
 
 def outside(batch: LabelledBatch, n_positives: Tensor, logsumexp: LogSumExpOf) -> Tensor:
-    """L_out of each anchor, equation (15), as (20): the own views are kept out of the tiles."""
+    """L_out of each anchor, equation (19), as (21): the own views are kept out of the tiles."""
     rows, n_views = batch.rows, len(batch.views)
     others, _ = logsumexp(batch.other_images())
     same_label = equal_id_sums(batch.candidates, batch.labels, batch.candidate_labels)
@@ -111,7 +111,7 @@ def outside(batch: LabelledBatch, n_positives: Tensor, logsumexp: LogSumExpOf) -
 
 
 def inside(batch: LabelledBatch, n_positives: Tensor, logsumexp: LogSumExpOf) -> Tensor:
-    """L_in of each anchor, equation (16)."""
+    """L_in of each anchor, equation (20)."""
     rows = batch.rows
     negatives, _ = logsumexp(Exclusion(0, batch.labels, batch.column_labels))
     same_label = Exclusion(0, batch.images, batch.column_images, batch.labels, batch.column_labels)
@@ -128,7 +128,7 @@ def pairwise(
     logsumexp: LogSumExpOf,
     softplus_sum: SoftplusSumOf,
 ) -> Tensor:
-    """The loss of each anchor whose positives do not compete with each other, equation (32)."""
+    """The loss of each anchor whose positives do not compete with each other, equation (22)."""
     negatives, _ = logsumexp(Exclusion(0, batch.labels, batch.column_labels))
     return softplus_sum(batch.positives(), negatives) / n_positives
 

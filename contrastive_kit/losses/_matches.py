@@ -44,7 +44,7 @@ class Given(NamedTuple):
 
 
 def matched_by_labels(given: Given, gather: bool, return_stats: bool) -> LossOutput:
-    """The loss of equation (33), its matches weighed by (34) with ``balance_positives``."""
+    """The loss of equation (28), its matches weighed by (29) with ``balance_positives``."""
     options, temperature, bias = given.options, given.temperature, given.logit_bias
     rows = scaled_unit_rows((given.z1,), temperature)[0]
     columns = scaled_unit_rows((given.z2,), temperature)[0]

@@ -49,7 +49,7 @@ def sup_con_of_multi_hot(
     options: Options,
     gather: bool,
 ) -> Tensor:
-    """Equation (36) of views (N, D) with labels (N, C), all of them checked."""
+    """Equation (23) of views (N, D) with labels (N, C), all of them checked."""
     rows = scaled_unit_rows(views, temperature)
     n_views, n, _ = rows.shape
     labels = labels.to(rows.dtype)

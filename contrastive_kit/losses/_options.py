@@ -40,21 +40,21 @@ class Options(NamedTuple):
     """What a loss is asked for beside its inputs; a loss without an option has its default.
 
     Attributes:
-        decoupled: leave the positives out of the denominator, equation (11).
+        decoupled: leave the positives out of the denominator, equation (12).
         symmetric: average with the loss of keys against queries.
         in_batch_negatives: compare with the other pairs of the batch; None where nothing else is
             given.
         query_negatives: compare queries with the other queries too.
         key_negatives: compare keys with the other keys too.
-        variant: "out", "in" or "pairwise", equations (15), (16) and (32).
-        balance_positives: weigh each match by how many share its ends, equation (34).
-        teacher_temperature: the temperature of the targets, equation (35).
-        label_smoothing: the part of the target spread over all candidates, equation (12).
-        hardness: how much the most similar negatives are preferred, equation (13).
-        positive_prior: the expected share of positives among the negatives, equation (22).
-        margin: how far the cosine of a positive must be ahead, equation (23).
+        variant: "out", "in" or "pairwise", equations (19), (20) and (22).
+        balance_positives: weigh each match by how many share its ends, equation (29).
+        teacher_temperature: the temperature of the targets, equation (30).
+        label_smoothing: the part of the target spread over all candidates, equation (13).
+        hardness: how much the most similar negatives are preferred, equation (14).
+        positive_prior: the expected share of positives among the negatives, equation (15).
+        margin: how far the cosine of a positive must be ahead, equation (16).
         false_negative_margin: leave out candidates whose cosine is ahead of that of the positive by
-            more, equation (37); None for all in.
+            more, equation (17); None for all in.
         reduction: "mean", "sum" or "none".
         gather_distributed: compare with the images of all processes.
         process_group: the processes to gather from; None for all of them.

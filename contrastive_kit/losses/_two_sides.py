@@ -60,7 +60,7 @@ SoftplusSumOf = Callable[[TwoSides, Tensor], Tensor]
 
 
 def outside(sides: TwoSides, logsumexp: LogSumExpOf) -> Tensor:
-    """L_out of each anchor, equation (15), 0 where it has no positive.
+    """L_out of each anchor, equation (19), 0 where it has no positive.
 
     A positive that is the only one of an anchor is kept out of the tiles, as in (4): with it, in
     both directions, every pair of a label that one row or one column has alone.
@@ -98,7 +98,7 @@ def outside(sides: TwoSides, logsumexp: LogSumExpOf) -> Tensor:
 
 
 def inside(sides: TwoSides, logsumexp: LogSumExpOf) -> Tensor:
-    """L_in of each anchor, equation (16), 0 where it has no positive."""
+    """L_in of each anchor, equation (20), 0 where it has no positive."""
     n = sides.n_positives()
     negatives, _ = logsumexp(sides, sides.negatives())
     positives, _ = logsumexp(sides, sides.positives())
@@ -108,7 +108,7 @@ def inside(sides: TwoSides, logsumexp: LogSumExpOf) -> Tensor:
 
 
 def pairwise(sides: TwoSides, logsumexp: LogSumExpOf, softplus_sum: SoftplusSumOf) -> Tensor:
-    """The loss of each anchor whose positives do not compete, equation (32), 0 without any."""
+    """The loss of each anchor whose positives do not compete, equation (22), 0 without any."""
     negatives, _ = logsumexp(sides, sides.negatives())
     sums = softplus_sum(sides, negatives[: len(sides.rows)])
     if sides.both:

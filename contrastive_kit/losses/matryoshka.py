@@ -13,7 +13,7 @@ _AS_WIDE = ("negatives", "keys")
 
 
 class Matryoshka(nn.Module):
-    """Any loss on the first d numbers of the embeddings, summed over several d: equation (38).
+    """Any loss on the first d numbers of the embeddings, summed over several d: equation (31).
 
     Embeddings learned so can be cut to any of these widths, and a search can begin with short ones.
     The loss normalizes each prefix by itself. It is called once for each width: time and memory are

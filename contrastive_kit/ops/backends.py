@@ -28,7 +28,7 @@ class Backend(NamedTuple):
         refuse: why it cannot run on the matrices of a problem, or None if it can.
         logsumexp: equation (2), differentiable in both matrices.
         same_class_logsumexp: the same where the rule leaves out pairs of different classes.
-        softplus_sum: equation (18), differentiable in both matrices and the bias.
+        softplus_sum: equation (26), differentiable in both matrices and the bias.
         same_class_softplus_sum: the same where the rule leaves out pairs of different classes; the
             bias may be one of each row, (R,).
         softplus_total: the sum of those sums, each row times its weight; the gradients come from

@@ -19,7 +19,7 @@ class Pairs(NamedTuple):
         between: rows of ``z1`` are compared with those of ``z2`` alone (InfoNCE), and not with all
             rows of both (NT-Xent).
         both: and rows of ``z2`` with those of ``z1``; only with ``between``.
-        decoupled: leave the positives out of the denominator, equation (11).
+        decoupled: leave the positives out of the denominator, equation (12).
         reduction: "mean", "sum", or "none" for losses (2, N), (N,) in one direction.
         statistics: also ask for ``PairStatistics``.
     """

@@ -79,7 +79,7 @@ def kept_softplus_sum(
     exclusion: Exclusion = Exclusion(),  # noqa: B008  an immutable tuple
     backend: BackendName = "auto",
 ) -> Tensor:
-    """Sum of softplus over the kept entries of each row of ``q @ k.T + bias``, equation (18).
+    """Sum of softplus over the kept entries of each row of ``q @ k.T + bias``, equation (26).
 
     A row that keeps no entry has sum 0. NaN and inf propagate. Gradients flow to ``q``, ``k`` and
     ``bias`` once; a second differentiation raises (except with the ``reference`` backend).

@@ -188,10 +188,10 @@ def register_softplus_sum(
 
     Args:
         backend: its name, that of the ops begins with it.
-        forward: called as ``forward(problem, bias)``; returns the sums (R,) of equation (18). The
+        forward: called as ``forward(problem, bias)``; returns the sums (R,) of equation (26). The
             bias is one number (0-dim), or one of each row (R,) with classes in the rule.
         backward: called as ``backward(problem, bias, grad, needs_grad)``; returns the gradients of
-            ``bias``, ``q`` and ``k``, equation (19), (0,) for a matrix that ``needs_grad`` says
+            ``bias``, ``q`` and ``k``, equation (27), (0,) for a matrix that ``needs_grad`` says
             needs none.
     """
 

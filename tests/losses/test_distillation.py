@@ -1,4 +1,4 @@
-"""Similarity distillation against loops, the reference and the published formula: equation (35)."""
+"""Similarity distillation against loops, the reference and the published formula: equation (30)."""
 
 import algorithm1
 import pytest

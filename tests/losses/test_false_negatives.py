@@ -1,4 +1,4 @@
-"""``false_negative_margin``: candidates more similar than the positive left out, equation (37)."""
+"""``false_negative_margin``: candidates more similar than the positive left out, equation (17)."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Negatives from several places at once: the batch, the same side, the caller. Equation (21).
+"""Negatives from several places at once: the batch, the same side, the caller. Equation (11).
 
 With the formulas of sentence-transformers, GTE and Qwen3 written out as they were published.
 """

@@ -42,7 +42,7 @@ def oracle(*views, temperature, decoupled=False, ids=None):
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_equals_the_loops_of_algorithm_1(n_views, with_ids, decoupled, backend):
-    """Equations (1) and (11)."""
+    """Equations (1) and (12)."""
     views = random_views(n_views, 7, 5)
     ids = torch.tensor([3, 3, -1, 8, 5, 8, 8]) if with_ids else None
     expected = algorithm1.nt_xent(views, 0.2, ids, decoupled)

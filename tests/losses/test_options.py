@@ -1,6 +1,6 @@
 """Weights, label smoothing and hardness: alone, and next to every other option of the losses.
 
-Equations (12) to (14) of docs/nt_xent.md.
+Equations (13) to (18) of docs/nt_xent.md.
 """
 
 import math

@@ -1,6 +1,6 @@
 """SigLIP and its primitive against loops, the reference and float64.
 
-Equations (17) to (19) of docs/nt_xent.md.
+Equations (25) to (27) of docs/nt_xent.md.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""SigLIP with several matches of a row, told by labels: equations (33) and (34)."""
+"""SigLIP with several matches of a row, told by labels: equations (28) and (29)."""
 
 import algorithm1
 import pytest

@@ -1,6 +1,6 @@
 """SupCon against loops, the reference and the published formula; and where it meets NT-Xent.
 
-Equations (15), (16) and (20) of docs/nt_xent.md.
+Equations (19), (20) and (21) of docs/nt_xent.md.
 """
 
 import math

@@ -1,6 +1,6 @@
 """SupCon across two sides against loops, the reference and the published formulas.
 
-Equations (15), (16) and (4) of docs/nt_xent.md, with candidates on another side.
+Equations (19), (20) and (4) of docs/nt_xent.md, with candidates on another side.
 """
 
 import math

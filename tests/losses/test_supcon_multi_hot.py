@@ -1,4 +1,4 @@
-"""SupCon with several labels of an image, whose products weigh the positives: equation (36)."""
+"""SupCon with several labels of an image, whose products weigh the positives: equation (23)."""
 
 import algorithm1
 import pytest

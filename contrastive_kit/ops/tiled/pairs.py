@@ -118,7 +118,7 @@ def _forward(z1: Tensor, z2: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _reduced(losses: Tensor, settings: _Settings) -> Tensor:
-    """Losses (directions, N), in double precision, as equation (14) has them."""
+    """Losses (directions, N), in double precision, as equation (18) has them."""
     weights = settings.weights(losses)
     if weights is None and settings.reduction == "mean":
         return losses.mean()

@@ -18,7 +18,7 @@ _LINEAR_ABOVE = 50
 
 
 def forward(problem: Problem, bias: Tensor) -> Tensor:
-    """Sums of softplus over the kept logits of each row, equation (18)."""
+    """Sums of softplus over the kept logits of each row, equation (26)."""
     q = problem.q
     sums = q.new_zeros(len(q), dtype=accumulator_dtype(q))
     row_sums = blocks(sums)
@@ -32,7 +32,7 @@ def forward(problem: Problem, bias: Tensor) -> Tensor:
 def backward(
     problem: Problem, bias: Tensor, grad: Tensor, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation (19): gradients of ``bias``, and of ``q`` and ``k``, (0,) for one not needed."""
+    """Equation (27): gradients of ``bias``, and of ``q`` and ``k``, (0,) for one not needed."""
     q, keys = problem.q, problem.keys()
     dq = q.new_zeros(q.shape if needs_grad[0] else 0)
     dk = keys.new_zeros(keys.shape if needs_grad[1] else 0)
@@ -63,7 +63,7 @@ def backward(
 def total(
     problem: Problem, bias: Tensor, weights: Tensor | None, needs_grad: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum over all rows, each times its weight, with its gradients, (18) and (19).
+    """The sum over all rows, each times its weight, with its gradients, (26) and (27).
 
     The gradients are those of ``bias``, ``q`` and ``k``; (0,) for a matrix that needs none.
     """

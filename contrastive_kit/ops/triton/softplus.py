@@ -24,14 +24,14 @@ from contrastive_kit.ops.triton.host import (
 
 
 def forward(problem: Problem, bias: Tensor) -> Tensor:
-    """Sums of softplus over the kept logits of each row, equation (18)."""
+    """Sums of softplus over the kept logits of each row, equation (26)."""
     return _Pass(problem, bias, None, summed=True).run(False, False)[0].to(problem.q.dtype)
 
 
 def backward(
     problem: Problem, bias: Tensor, grad: Tensor, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation (19): gradients of ``bias``, and of ``q`` and ``k``, (0,) for one not needed."""
+    """Equation (27): gradients of ``bias``, and of ``q`` and ``k``, (0,) for one not needed."""
     power, row_grad = _relative(grad)
     _, slope, dq, dk = _Pass(problem, bias, row_grad, stored=True).run(*needs_grad)
     return (slope * power).to(bias.dtype), dq.mul_(power), dk.mul_(power)

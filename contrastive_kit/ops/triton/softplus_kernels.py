@@ -40,7 +40,7 @@ def softplus_kernel(
     STORED: tl.constexpr, SCALE_LOGITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of pairs: its softplus by row, (18), and the weights of its gradient, (19).
+    """A tile of pairs: its softplus by row, (26), and the weights of its gradient, (27).
 
     It belongs to the strip of rows from ``i_first_row`` on. ``p_sum`` and ``p_slope`` are (tiles
     across, rows of the strip): the sums of softplus with ``SUMMED``, and with ``STORED`` those of
