@@ -1,6 +1,6 @@
-"""Copy figures from the results into docs/benchmarks.md: ``python -m benchmarks readme``.
+"""Copy figures of the results into docs/benchmarks.md and README.md, and draw README.md's chart.
 
-And draw the chart of README.md from the same results.
+By ``python -m benchmarks readme``.
 """
 
 import json
@@ -11,9 +11,7 @@ from benchmarks.harness.machine import REPOSITORY, RESULTS
 from benchmarks.harness.report import page
 
 CHART = REPOSITORY / "docs" / "gallery" / "loss_cpu.png"
-PAGE = REPOSITORY / "docs" / "benchmarks.md"
-
-_PLACE = re.compile(r"(?<=<!-- numbers start -->\n).*?(?=\n<!-- numbers end -->)", re.DOTALL)
+PAGE, README = REPOSITORY / "docs" / "benchmarks.md", REPOSITORY / "README.md"
 
 
 def numbers() -> str:
@@ -22,6 +20,17 @@ def numbers() -> str:
     described = re.findall(r"^- (.*)", losses, re.MULTILINE)[1]
     targets = [x.split("\n## Targets\n")[1].split("\n## ")[0].strip() for x in (losses, views)]
     return page("readme", described=described, losses=targets[0], views=targets[1]).strip()
+
+
+def training() -> str:
+    """What README.md shows of whole trainings."""
+    found = _between("training").search((RESULTS / "training_cpu.md").read_text())
+    assert found is not None
+    return found[0].strip()
+
+
+def _between(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=<!-- {name} start -->\n).*?(?=<!-- {name} end -->)", re.DOTALL)
 
 
 def curves() -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -70,7 +79,8 @@ def draw() -> None:
 
 def main() -> None:
     draw()
-    text, found = _PLACE.subn(lambda _: numbers(), PAGE.read_text())
-    if not found:
-        raise SystemExit(f"{PAGE} has no <!-- numbers start --> … <!-- numbers end -->")
-    PAGE.write_text(text)
+    for path, name, text in ((PAGE, "numbers", numbers()), (README, "training", training())):
+        written, found = _between(name).subn(lambda _, text=text: f"{text}\n", path.read_text())
+        if not found:
+            raise SystemExit(f"{path} has no <!-- {name} start --> … <!-- {name} end -->")
+        path.write_text(written)

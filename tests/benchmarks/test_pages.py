@@ -36,6 +36,8 @@ def test_a_committed_page_is_that_of_its_results(again, name):
 
 def test_the_documents_show_the_committed_figures():
     assert readme.numbers() in readme.PAGE.read_text()
+    assert readme.training() in readme.README.read_text()
+    assert "| convnet | contrastive-kit | 3 |" in readme.training()
 
 
 def test_the_chart_of_the_readme_has_the_committed_figures(tmp_path, monkeypatch):
