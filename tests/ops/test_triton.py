@@ -233,18 +233,19 @@ def test_limits_triton(operands, rows, columns, d, period, both):
 
 
 SOFTPLUS = [
-    ("float32", 65, 140, 33, 65, True),
-    ("float32", 140, 65, 300, 0, False),
-    ("tf32", 130, 130, 60, 130, True),
-    ("bfloat16", 100, 200, 100, 0, True),
-    ("float16", 300, 70, 130, 70, True),
-    ("float16", 70, 300, 513, 300, False),
+    ("float32", 65, 140, 33, 65, True, -10.0),
+    ("float32", 140, 65, 300, 0, False, 3.0),
+    ("tf32", 70, 130, 60, 130, True, 3.0),
+    ("bfloat16", 100, 130, 100, 0, True, -10.0),
+    ("float16", 140, 70, 130, 70, True, 3.0),
+    ("float16", 70, 140, 513, 140, False, -10.0),
 ]
 
 
 @on_device
-@pytest.mark.parametrize("number", [-10.0, 3.0])
-@pytest.mark.parametrize(("operands", "rows", "columns", "d", "period", "weighted"), SOFTPLUS)
+@pytest.mark.parametrize(
+    ("operands", "rows", "columns", "d", "period", "weighted", "number"), SOFTPLUS
+)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_softplus_triton(operands, rows, columns, d, period, weighted, number, monkeypatch):
     """Value and gradients of the total and of the sums, over several strips."""
