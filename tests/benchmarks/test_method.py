@@ -134,6 +134,7 @@ def test_an_arm_that_fails_while_it_is_timed_costs_the_others_nothing():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.slow
 def test_the_peak_of_eager_holds_its_logits():
     case = Case("nt_xent", 1024, 128, "fp32")
     ours, eager = (fresh(_memory, case, name)["extra_mib"] for name in (OURS, EAGER))

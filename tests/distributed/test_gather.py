@@ -295,6 +295,7 @@ def check_compiled(rank, size):
         torch.compile(gather_rows, backend="eager", fullgraph=True)(uneven)
 
 
+@pytest.mark.slow
 def test_under_compile_only_the_exchange_of_sizes_breaks_the_graph(pair):
     pair.run(check_compiled)
 
@@ -316,6 +317,7 @@ def check_death(rank, size):
         return time.monotonic() - start, str(error)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_error_for_the_others(several):
     *living, dead = several.answers(check_death)
     assert dead == ("died", "the process ended")

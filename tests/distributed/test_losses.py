@@ -418,6 +418,7 @@ def test_a_step_under_compile(pair):
     pair.run(check_compiled_step)
 
 
+@pytest.mark.slow
 def test_under_compile(pair):
     pair.run(check_compiled, "clip, ids, weights")
 

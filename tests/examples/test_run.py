@@ -407,6 +407,7 @@ def test_the_command_on_the_default_data_until_it_is_told_to_end(tmp_path):
     assert len(curve(out)) >= 1
 
 
+@pytest.mark.slow
 def test_the_command_shows_one_line_for_an_error_in_a_worker(tmp_path):
     root = make_image_folder(tmp_path / "images")
     (root / "test" / "red" / "2.png").write_bytes(b"")

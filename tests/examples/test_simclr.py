@@ -15,6 +15,7 @@ import photographs
 SCRIPT = Path(__file__).parents[2] / "examples" / "simclr.py"
 
 
+@pytest.mark.slow
 def test_it_beats_its_baselines_after_one_epoch(tmp_path, monkeypatch, capsys):
     text = SCRIPT.read_text()
     assert len(text.splitlines()) <= 150
