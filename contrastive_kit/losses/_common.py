@@ -42,8 +42,9 @@ def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: T
 
 def of_each_anchor(temperature: float | Tensor) -> Tensor | None:
     """The temperatures (N,) where each anchor has its own, else None."""
-    each = isinstance(temperature, Tensor) and temperature.numel() > 1
-    return temperature if each and isinstance(temperature, Tensor) else None
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        return temperature
+    return None
 
 
 def logit_bound(temperature: float | Tensor) -> float:
