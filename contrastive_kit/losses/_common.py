@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kit._checks import (
+    check_alike,
     check_dense,
     check_device,
+    check_embeddings,
+    check_reverse_mode,
 )
 from contrastive_kit.losses._negatives import Found, Negatives
 from contrastive_kit.losses._options import Options, Scalar
@@ -24,6 +27,18 @@ def with_statistics(
 ) -> LossOutput:
     """The loss, and what its op has found beside it as ``ContrastiveStats``."""
     return loss if found is None else (loss, contrastive_stats(*found, temperature))
+
+
+def check_views(views: tuple[Tensor, ...], gather: bool) -> None:
+    """Raise unless all views (N, D) are alike, with negatives here or on other processes."""
+    names = ["z1", "z2", *(f"more_views[{i}]" for i in range(len(views) - 2))]
+    for name, view in zip(names, views, strict=True):
+        check_embeddings(name, view)
+        check_alike(name, view, "z1", views[0])
+        check_reverse_mode(name, view)
+    n = views[0].shape[0]
+    if n < 2 and not gather:
+        raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
 
 
 def check_sample_weight(sample_weight: Tensor, n: int, other_name: str, other: Tensor) -> None:

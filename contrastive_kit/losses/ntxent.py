@@ -5,17 +5,15 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from contrastive_kit._checks import (
-    check_alike,
-    check_embeddings,
     check_flag,
     check_ids,
-    check_reverse_mode,
 )
 from contrastive_kit.distributed import checked
 from contrastive_kit.losses._common import (
     LossOutput,
     anchor_losses,
     check_sample_weight,
+    check_views,
     limits_of_logits,
     logit_bound,
     positive_pair_logits,
@@ -198,14 +196,8 @@ def nt_xent(
     gather = several_processes(gather_distributed, process_group)
 
     def check() -> CheckedOptions:
-        names = ["z1", "z2", *(f"more_views[{i}]" for i in range(len(more_views)))]
-        for name, view in zip(names, views, strict=True):
-            check_embeddings(name, view)
-            check_alike(name, view, "z1", z1)
-            check_reverse_mode(name, view)
+        check_views(views, gather)
         n = z1.shape[0]
-        if n < 2 and not gather:
-            raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
         if ids is not None:
             check_ids("ids", ids, n, "z1", z1)
         if sample_weight is not None:

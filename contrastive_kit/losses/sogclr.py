@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from contrastive_kit._checks import (
-    check_alike,
-    check_embeddings,
     check_flag,
     check_ids,
     check_int,
     check_number,
-    check_reverse_mode,
 )
 from contrastive_kit.distributed import checked, gather_rows, is_overwritten
 from contrastive_kit.losses._common import (
     LossOutput,
+    check_views,
     logit_bound,
     positive_pair_logits,
     reduce,
@@ -236,15 +234,9 @@ class SogCLR(LossModule):
     def _check(
         self, views: tuple[Tensor, ...], index: Tensor, return_stats: bool, gather: bool
     ) -> None:
-        names = ["z1", "z2", *(f"more_views[{i}]" for i in range(len(views) - 2))]
-        for name, view in zip(names, views, strict=True):
-            check_embeddings(name, view)
-            check_alike(name, view, "z1", views[0])
-            check_reverse_mode(name, view)
-        n, num_images = len(views[0]), len(self.log_normalizer)
-        if n < 2 and not gather:
-            raise ValueError(f"z1 must have at least 2 rows, or there are no negatives; got {n}")
-        check_ids("index", index, n, "z1", views[0])
+        check_views(views, gather)
+        num_images = len(self.log_normalizer)
+        check_ids("index", index, len(views[0]), "z1", views[0])
         check_flag("return_stats", return_stats)
         # On a GPU it would have to be waited for; torch's own look-up refuses it there.
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
